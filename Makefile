@@ -1,0 +1,56 @@
+# Thin targets: each prepares the clone (tools/prepare, quick when there is nothing to do) and runs one command.
+# Pass more to a command with ARGS, for example: make test ARGS="-k conntrack".
+
+PYTHON_HERE := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench fuzz lint docs clean run-tests run-lint lint-style lint-layers lint-types
+.PHONY: prepare-demo prepare-test
+
+help: ## say what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
+
+demo: prepare-demo ## two hosts, one guest that moves, and its connections with and without SAMI
+	$(PYTHON_HERE) -m lab.demo $(ARGS)
+
+# -k: when lint fails the tests run all the same, and make still fails.
+test: prepare-test ## lint, then all tests: unit tests, the real kernel, the lab
+	@$(MAKE) --no-print-directory -k run-lint run-tests
+
+bench: prepare-test ## measure
+	$(PYTHON_HERE) -m benchmarks $(ARGS)
+
+fuzz: prepare-test ## the property tests with many more examples
+	$(PYTHON_HERE) -m pytest tests/unit -m hypothesis -p tools.fuzz_profile --timeout=0 $(ARGS)
+
+lint: prepare-test run-lint ## ruff, import-linter, mypy
+
+docs: prepare-test ## the documentation, into doc/build/html
+	$(PYTHON_HERE) -m sphinx -W --keep-going -q -b html doc/source doc/build/html $(ARGS)
+
+clean: ## remove what building and testing left; .venv stays
+	rm -rf build dist doc/build .eggs .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache \
+		.ruff_cache .stestr .tox cover
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+run-lint: lint-style lint-layers lint-types
+
+lint-style:
+	$(PYTHON_HERE) -m ruff check --quiet .
+	$(PYTHON_HERE) -m ruff format --check --quiet .
+
+lint-layers:
+	.venv/bin/lint-imports --no-logo
+
+lint-types:
+	$(PYTHON_HERE) -m mypy
+
+run-tests:
+	$(PYTHON_HERE) -m lab.isolation -- $(PYTHON_HERE) -m pytest tests $(ARGS)
+
+prepare-demo:
+	@tools/prepare demo
+
+prepare-test:
+	@tools/prepare test
