@@ -1,0 +1,1 @@
+"""The words that all stages share: plain values without I/O, clocks or threads."""

@@ -1,0 +1,288 @@
+"""Flows as columns.
+
+A batch of flows is one table: a numpy structured array with one row per flow and one field per information element.
+The fields carry the names of IANA's IPFIX registry (https://www.iana.org/assignments/ipfix) where it has one; elements
+of the reverse direction carry the prefix of RFC 5103. All numbers are big-endian and the rows are packed, so the bytes
+of the array are the records of an IPFIX data set, and nothing per flow happens in Python on the way.
+
+The first fields of a row are its key: what identifies the flow inside its zone. No two flows of a zone share a key.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import netaddr
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.void]
+Field = tuple[str, str] | tuple[str, str, tuple[int, ...]]
+
+
+class ZoneRole(enum.IntEnum):
+    """What a flow's conntrack zone is for. Zone numbers are local to a host and never travel; roles do."""
+
+    PORT = 1
+    DNAT = 2
+    SNAT = 3
+
+
+class FlowStatus(enum.IntFlag):
+    """Bits of `conntrackStatus`: the kernel's IPS_* values (include/uapi/linux/netfilter/nf_conntrack_common.h)."""
+
+    EXPECTED = 0x1
+    SEEN_REPLY = 0x2
+    ASSURED = 0x4
+    CONFIRMED = 0x8
+    SRC_NAT = 0x10
+    DST_NAT = 0x20
+    SEQ_ADJUST = 0x40
+    SRC_NAT_DONE = 0x80
+    DST_NAT_DONE = 0x100
+    DYING = 0x200
+    FIXED_TIMEOUT = 0x400
+    TEMPLATE = 0x800
+    UNTRACKED = 0x1000
+    HELPER = 0x2000
+    OFFLOAD = 0x4000
+    HW_OFFLOAD = 0x8000
+
+
+class TcpState(enum.IntEnum):
+    """Values of `tcpConnectionState`: the numbers of RFC 4022's tcpConnectionState, the names of RFC 9293.
+
+    A firewall between the ends tells fewer states apart than the ends do. SYN_SENT_SIMULTANEOUS (both sides have sent
+    a SYN, RFC 9293 section 3.5) and NONE (nothing seen yet) have no number there and stand above its range.
+    """
+
+    CLOSED = 1
+    LISTEN = 2
+    SYN_SENT = 3
+    SYN_RECEIVED = 4
+    ESTABLISHED = 5
+    FIN_WAIT_1 = 6
+    FIN_WAIT_2 = 7
+    CLOSE_WAIT = 8
+    LAST_ACK = 9
+    CLOSING = 10
+    TIME_WAIT = 11
+    SYN_SENT_SIMULTANEOUS = 128
+    NONE = 129
+
+
+class FirewallEvent(enum.IntEnum):
+    """Values of IANA's `firewallEvent` (element 233) that are used here."""
+
+    IGNORE = 0
+    DELETED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The fields of one kind of flow record: first those of its key, then those of its state."""
+
+    name: str
+    key: tuple[Field, ...]
+    state: tuple[Field, ...]
+
+    @property
+    def dtype(self) -> np.dtype[np.void]:
+        return _dtype(self.key + self.state)
+
+    @property
+    def key_octets(self) -> int:
+        return _dtype(self.key).itemsize
+
+    @property
+    def is_ipv6(self) -> bool:
+        return any(field[0] == "sourceIPv6Address" for field in self.key)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.state == _IDENTITY
+
+    @property
+    def identity(self) -> Template:
+        """The template of names of these flows: the key, the source's id of the flow and an event."""
+        return _identity(self)
+
+    def empty(self, count: int = 0) -> Rows:
+        return np.zeros(count, self.dtype)
+
+
+@functools.cache
+def _dtype(fields: tuple[Field, ...]) -> np.dtype[np.void]:
+    return np.dtype(list(fields))
+
+
+@functools.cache
+def _identity(template: Template) -> Template:
+    return template if template.is_identity else Template(f"{template.name}-identity", template.key, _IDENTITY)
+
+
+_FLOW_ID: Field = ("flowId", ">u4")
+_IDENTITY: tuple[Field, ...] = (_FLOW_ID, ("firewallEvent", "u1"))
+_ZONE_AND_PROTOCOL: tuple[Field, ...] = (("zoneRole", "u1"), ("protocolIdentifier", "u1"))
+_ADDRESSES: dict[str, tuple[Field, ...]] = {
+    "ipv4": (("sourceIPv4Address", ">u4"), ("destinationIPv4Address", ">u4")),
+    # Two 64-bit halves each: comparable column by column.
+    "ipv6": (("sourceIPv6Address", ">u8", (2,)), ("destinationIPv6Address", ">u8", (2,))),
+}
+_PORTS: tuple[Field, ...] = (("sourceTransportPort", ">u2"), ("destinationTransportPort", ">u2"))
+_ICMP: dict[str, tuple[Field, ...]] = {
+    "ipv4": (("icmpTypeIPv4", "u1"), ("icmpCodeIPv4", "u1"), ("icmpIdentifier", ">u2")),
+    "ipv6": (("icmpTypeIPv6", "u1"), ("icmpCodeIPv6", "u1"), ("icmpIdentifier", ">u2")),
+}
+_COMMON_STATE: tuple[Field, ...] = (
+    _FLOW_ID,
+    ("conntrackStatus", ">u4"),
+    ("remainingTimeoutSeconds", ">u4"),
+    ("flowMark", ">u4"),
+)
+_TCP_STATE: tuple[Field, ...] = (
+    ("tcpConnectionState", "u1"),
+    ("tcpWindowScale", "u1"),
+    ("reverseTcpWindowScale", "u1"),
+    ("tcpTrackingFlags", "u1"),
+    ("reverseTcpTrackingFlags", "u1"),
+)
+_NAT_ADDRESSES: dict[str, tuple[Field, ...]] = {
+    "ipv4": (("postNATSourceIPv4Address", ">u4"), ("postNATDestinationIPv4Address", ">u4")),
+    "ipv6": (("postNATSourceIPv6Address", ">u8", (2,)), ("postNATDestinationIPv6Address", ">u8", (2,))),
+}
+_NAT_PORTS: tuple[Field, ...] = (
+    ("postNAPTSourceTransportPort", ">u2"),
+    ("postNAPTDestinationTransportPort", ">u2"),
+)
+
+
+def _templates() -> Iterator[Template]:
+    for family, addresses in _ADDRESSES.items():
+        key = _ZONE_AND_PROTOCOL + addresses
+        nat = _NAT_ADDRESSES[family] + _NAT_PORTS
+        yield Template(f"tcp-{family}", key + _PORTS, _COMMON_STATE + _TCP_STATE)
+        yield Template(f"udp-{family}", key + _PORTS, _COMMON_STATE)
+        yield Template(f"icmp-{family}", key + _ICMP[family], _COMMON_STATE)
+        yield Template(f"tcp-nat-{family}", key + _PORTS, _COMMON_STATE + _TCP_STATE + nat)
+        yield Template(f"udp-nat-{family}", key + _PORTS, _COMMON_STATE + nat)
+
+
+TEMPLATES: dict[str, Template] = {template.name: template for template in _templates()}
+"""All flow templates by name. A flow of which the reply is not simply the original turned round is in a `nat` one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Flows, or names of flows, of one template; `rows` has the template's dtype and any length."""
+
+    template: Template
+    rows: Rows
+
+    def __post_init__(self) -> None:
+        # numpy.concatenate, of even one array, turns its fields to the machine's byte order; `joined` does not.
+        assert self.rows.dtype == self.template.dtype, f"{self.rows.dtype} are no rows of {self.template.name}"
+
+    @classmethod
+    def joined(cls, template: Template, parts: Sequence[Rows]) -> Batch:
+        """One batch of all rows, in order."""
+        rows = template.empty(sum(map(len, parts)))
+        if parts:
+            np.concatenate(parts, out=rows)
+        return cls(template, rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, which: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Batch:
+        return Batch(self.template, self.rows[which])
+
+    @property
+    def identities(self) -> Batch:
+        """The names of these flows, in the same order."""
+        if self.template.is_identity:
+            return self
+        rows = self.template.identity.empty(len(self.rows))
+        for field in (*(field[0] for field in self.template.key), "flowId"):
+            rows[field] = self.rows[field]
+        return Batch(self.template.identity, rows)
+
+    @property
+    def source_field(self) -> str:
+        return "sourceIPv6Address" if self.template.is_ipv6 else "sourceIPv4Address"
+
+    @property
+    def destination_field(self) -> str:
+        return "destinationIPv6Address" if self.template.is_ipv6 else "destinationIPv4Address"
+
+
+@dataclass(frozen=True, slots=True)
+class Omitted:
+    """Flows of the guest that a driver saw and cannot express: why, how many, and the first few by name."""
+
+    reason: str
+    count: int
+    examples: tuple[str, ...] = ()
+
+
+Addresses = tuple[netaddr.IPAddress, ...]
+
+
+def holds_any(column: npt.NDArray[np.generic], is_ipv6: bool, addresses: Addresses) -> npt.NDArray[np.bool_]:
+    """Which rows of an address column hold one of `addresses`; no address matches nothing.
+
+    `column` is an address field of a batch: shape (n,) for IPv4 and (n, 2) for IPv6.
+    """
+    found = np.zeros(len(column), bool)
+    for address in addresses:
+        if (address.version == 6) != is_ipv6:
+            continue
+        if is_ipv6:
+            high, low = divmod(int(address), 1 << 64)
+            found |= (column[:, 0] == np.uint64(high)) & (column[:, 1] == np.uint64(low))
+        else:
+            found |= column == np.uint32(int(address))
+    return found
+
+
+def has_end_in(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
+    """Which flows have one of `addresses` at either end, before or behind a translation."""
+    found = np.zeros(len(batch), bool)
+    family = "IPv6" if batch.template.is_ipv6 else "IPv4"
+    for place in ("source", "destination", "postNATSource", "postNATDestination"):
+        field = f"{place}{family}Address"
+        if field in batch.rows.dtype.fields:  # type: ignore[operator]
+            found |= holds_any(batch.rows[field], batch.template.is_ipv6, addresses)
+    return found
+
+
+def names(batch: Batch, limit: int = 20) -> tuple[str, ...]:
+    """The first `limit` flows for people: ``tcp 192.0.2.1:40000 > 198.51.100.2:443``."""
+    return tuple(_name(batch, row) for row in batch.rows[:limit])
+
+
+_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
+
+
+def _name(batch: Batch, row: np.void) -> str:
+    protocol = int(row["protocolIdentifier"])
+    source, destination = (_address(row[field]) for field in (batch.source_field, batch.destination_field))
+    if "sourceTransportPort" in row.dtype.fields:  # type: ignore[operator]
+        if batch.template.is_ipv6:
+            source, destination = f"[{source}]", f"[{destination}]"
+        source += f":{row['sourceTransportPort']}"
+        destination += f":{row['destinationTransportPort']}"
+        detail = ""
+    else:
+        family = "IPv6" if batch.template.is_ipv6 else "IPv4"
+        detail = f" type {row[f'icmpType{family}']} code {row[f'icmpCode{family}']} id {row['icmpIdentifier']}"
+    return f"{_PROTOCOLS.get(protocol, protocol)} {source} > {destination}{detail}"
+
+
+def _address(value: np.void) -> str:
+    if np.ndim(value):
+        return str(netaddr.IPAddress(int(value[0]) << 64 | int(value[1]), 6))
+    return str(netaddr.IPAddress(int(value), 4))

@@ -1,0 +1,139 @@
+"""What is said about a migration: by this host's hypervisor, and between the two hosts' agents."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NewType
+
+SessionId = NewType("SessionId", str)
+"""A UUID, made by the destination: one guest, one move."""
+
+PROTOCOL_VERSION = 1
+"""Version of the messages below. A change of their meaning counts it up and comes with a decision record."""
+
+
+class Phase(enum.Enum):
+    """What this host's hypervisor says of a guest, in libvirt's words."""
+
+    OUTGOING = "outgoing"
+    """Source: a job has begun that moves the guest away."""
+    PREPARE = "prepare"
+    """Destination: the guest is about to come."""
+    STARTED = "started"
+    """Destination: its empty shell runs; the tap is there or will be soon."""
+    SUSPENDED = "suspended"
+    """Source: the guest is paused for the last time."""
+    RESUMED = "resumed"
+    """The guest runs on this host: on the destination it has come, on the source it stays."""
+    STOPPED = "stopped"
+    """The guest is gone from this host: on the source it has left, on the destination it never came."""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationEvent:
+    """One such word about one guest. The same word may be said twice, by a hook and by an event."""
+
+    guest: str
+    phase: Phase
+    source: str | None = None
+    """Host name of the source, where the teller knows it."""
+    destination: str | None = None
+
+
+class Outcome(enum.Enum):
+    """How a session ended."""
+
+    MOVED = "moved"
+    STAYED = "stayed"
+    """The guest stays on the source, or so it must be taken: the source has kept every flow."""
+    LEFT_WITHOUT_ARRIVAL = "purged without arrival"
+    """The guest has left the source, and nobody said that it arrived."""
+    FAILED = "failed"
+    """The guest moved and its flows, or some of them, did not."""
+    UNCLEAR = "unclear"
+    """Nobody said where the guest is: every flow was kept. The operator decides."""
+
+
+# What the agents tell each other. Each is one numbered message of a session.
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Destination to source, first of all: this guest is coming here; what I can take."""
+
+    guest: str
+    destination: str
+    versions: tuple[int, ...]
+    templates: tuple[str, ...]
+    compressions: tuple[str, ...]
+    free: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Source to destination: agreed; the flows of so many ports follow."""
+
+    version: int
+    ports: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flows:
+    """Source to destination: some of what is there, an IPFIX payload."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class InSync:
+    """Source to destination: that was all there is; from here on only what changes."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowChanges:
+    """Source to destination: what changed, an IPFIX payload, removals first. The last one names the guest's pause."""
+
+    payload: bytes
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Destination to source: all of it is in the kernel here, read back and in the journal."""
+
+    imported: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Destination to source: the guest runs here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """Source to destination: what moved is gone here, proved by looking."""
+
+    removed: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stays:
+    """Either way: the guest stays on the source. What the destination has is discarded, the source keeps all."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GivesUp:
+    """Either way: I cannot go on carrying flows. Where the guest goes is another matter."""
+
+    reason: str
+
+
+Message = Open | Offer | Flows | InSync | FlowChanges | Complete | Arrived | Purged | Stays | GivesUp
+

@@ -1,0 +1,88 @@
+"""What is told of a migration afterwards: what moved, what did not and why, and when each step was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+NAMES_PER_REASON = 20
+"""How many flows of one reason a report names; the count tells how many there were."""
+
+
+@dataclass(slots=True)
+class Report:
+    """Collected by one session, from beginning to end."""
+
+    session: str
+    guest: str
+    role: str
+    host: str
+    peer: str
+    outcome: str = ""
+    reason: str = ""
+    flows: dict[str, int] = field(default_factory=dict)
+    """How many flows were exported, imported, degraded, refused, verified, purged, left, ..."""
+    named: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Per reason, how many flows and the names of the first of them."""
+    steps: list[tuple[str, float, float]] = field(default_factory=list)
+    """Step, wall clock in seconds since 1970, monotonic clock of the host in seconds."""
+    remarks: list[str] = field(default_factory=list)
+
+    def step(self, name: str, wall: float, monotonic: float) -> None:
+        """Notes when something happened; of what happens again and again, the first time."""
+        if all(name != known for known, _, _ in self.steps):
+            self.steps.append((name, wall, monotonic))
+
+    def milliseconds(self, since: str, until: str) -> float | None:
+        """Between two steps; None where one of them did not happen."""
+        at = {name: monotonic for name, _, monotonic in self.steps}
+        return (at[until] - at[since]) * 1000 if since in at and until in at else None
+
+    def name(self, reason: str, count: int, names: tuple[str, ...]) -> None:
+        entry = self.named.setdefault(reason, {"count": 0, "flows": []})
+        entry["count"] += count
+        entry["flows"] += names[: NAMES_PER_REASON - len(entry["flows"])]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the journal and for JSON output."""
+        return {
+            "session": self.session,
+            "guest": self.guest,
+            "role": self.role,
+            "host": self.host,
+            "peer": self.peer,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "flows": dict(self.flows),
+            "named": self.named,
+            "remarks": list(self.remarks),
+            "steps": [{"step": name, "at": wall, "monotonic": monotonic} for name, wall, monotonic in self.steps],
+            "milliseconds": {
+                f"{since} to {until}": round(took, 3)
+                for since, until in SPANS[self.role]
+                if (took := self.milliseconds(since, until)) is not None
+            },
+        }
+
+
+SPANS: dict[str, tuple[tuple[str, str], ...]] = {
+    "source": (
+        ("asked", "export began"),
+        ("export began", "export ended"),
+        ("suspended", "last changes sent"),
+        ("suspended", "complete"),
+        ("complete", "arrived"),
+        ("arrived", "purged"),
+        ("purged", "proved"),
+    ),
+    "destination": (
+        ("asked", "offered"),
+        ("first flows", "in sync"),
+        ("last changes came", "last changes applied"),
+        ("last changes applied", "complete"),
+        ("complete", "resumed"),
+        ("resumed", "complete"),
+        ("arrived", "source purged"),
+    ),
+}
+"""Which pairs of steps a report gives the time between."""

@@ -1,0 +1,125 @@
+"""What became of each flow that a driver was given."""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+import numpy.typing as npt
+
+from sami_plugin.model.flows import Batch, FlowStatus, Rows
+
+
+class Outcome(enum.IntEnum):
+    """What became of one flow. The first three mean that it is in the device now."""
+
+    IMPORTED = 0
+    DEGRADED = 1
+    """Imported, but the device keeps less than was asked; `lost` says which fields."""
+    PRESENT = 2
+    """It was there already and is not ours to replace: the other end is a local port's."""
+    REFUSED = 3
+    """Not in the device; `reason` says why."""
+    REMOVED = 4
+    ABSENT = 5
+    """A removal found nothing to remove, which is as good."""
+
+
+class Reason(enum.IntEnum):
+    """Why a flow was refused. Each has its own words in the report."""
+
+    NONE = 0
+    EXISTS = 1
+    NO_ENTRY = 2
+    NOT_SUPPORTED = 3
+    OUT_OF_MEMORY = 4
+    CHAIN_TOO_LONG = 5
+    BUSY = 6
+    INVALID = 7
+    TABLE_FULL = 8
+    NOT_PERMITTED = 9
+    DEVICE_ERROR = 10
+    FOREIGN_ADDRESS = 11
+    LOCAL_PORTS_OWN = 12
+    NOT_DECLARED = 13
+    VANISHED = 14
+    EXPIRED = 15
+
+
+WORDS: dict[Reason, str] = {
+    Reason.NONE: "",
+    Reason.EXISTS: "another entry of the same tuple is there and could not be replaced (EEXIST)",
+    Reason.NO_ENTRY: "the entry it depends on is not there (ENOENT)",
+    Reason.NOT_SUPPORTED: "the kernel does not support a part of it, such as its helper (ENOTSUP)",
+    Reason.OUT_OF_MEMORY: "the kernel has no memory for it (ENOMEM)",
+    Reason.CHAIN_TOO_LONG: "its hash chain is full; raise nf_conntrack_buckets (ENOSPC)",
+    Reason.BUSY: "the kernel does not take its status bits (EBUSY)",
+    Reason.INVALID: "the kernel finds it invalid (EINVAL)",
+    Reason.TABLE_FULL: "the conntrack table is full; raise nf_conntrack_max",
+    Reason.NOT_PERMITTED: "the agent may not change this firewall; it needs CAP_NET_ADMIN (EPERM)",
+    Reason.DEVICE_ERROR: "the device answered with an error that has no word of its own",
+    Reason.FOREIGN_ADDRESS: "neither end is an address of the port",
+    Reason.LOCAL_PORTS_OWN: "its other end is a local port of this host, which has no such flow",
+    Reason.NOT_DECLARED: "the driver of this host does not carry this kind of flow",
+    Reason.VANISHED: "the device took it, but it was not there when it was read back",
+    Reason.EXPIRED: "its own timeout ran out before it could be imported",
+}
+
+RESULT = np.dtype([("outcome", "u1"), ("reason", "u1"), ("lost", "u4")])
+"""One result per record, in the order of the batch; bit i of `lost` stands for field i of `template.state`."""
+
+Results = npt.NDArray[np.void]
+
+
+def results(count: int, outcome: Outcome = Outcome.IMPORTED, reason: Reason = Reason.NONE) -> Results:
+    """`count` equal results."""
+    made: Results = np.zeros(count, RESULT)
+    made["outcome"], made["reason"] = outcome, reason
+    return made
+
+
+def is_in_device(made: Results) -> npt.NDArray[np.bool_]:
+    """Which flows the device holds now."""
+    return made["outcome"] <= Outcome.PRESENT
+
+
+NOT_COMPARED = frozenset({"flowId", "remainingTimeoutSeconds"})
+"""Fields that differ by nature: each device gives its own ids, and timeouts run."""
+
+_STATUS = (
+    FlowStatus.EXPECTED
+    | FlowStatus.SEEN_REPLY
+    | FlowStatus.ASSURED
+    | FlowStatus.SRC_NAT
+    | FlowStatus.DST_NAT
+    | FlowStatus.SEQ_ADJUST
+    | FlowStatus.FIXED_TIMEOUT
+)
+COMPARED_BITS: dict[str, int] = {
+    # Of the other bits, the device's own bookkeeping sets some as it likes.
+    "conntrackStatus": int(_STATUS),
+    # 0x20 and 0x40 (a highest acknowledgement is known, a challenge ACK was seen) speak of sequence numbers, which no
+    # device can be given.
+    "tcpTrackingFlags": 0x9F,
+    "reverseTcpTrackingFlags": 0x9F,
+}
+"""Fields of bits: those that were sent have to be there, others may be there too."""
+
+
+def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint32]:
+    """Per flow, which state fields (bit i for field i) of `kept`, of the same template and order, differ from `sent`."""
+    lost = np.zeros(len(sent), np.uint32)
+    for position, field in enumerate(sent.template.state):
+        name = field[0]
+        if name in NOT_COMPARED:
+            continue
+        wanted, found = sent.rows[name], kept[name]
+        if name in COMPARED_BITS:
+            differs = (wanted & ~found & COMPARED_BITS[name]) != 0
+        else:
+            differs = wanted != found
+            if differs.ndim > 1:
+                differs = differs.any(axis=1)
+        lost |= np.where(differs, np.uint32(1 << position), np.uint32(0))
+    return lost
+
