@@ -1,0 +1,1 @@
+"""Firewall drivers. `base` is their contract, `loader` finds them by stevedore's name."""

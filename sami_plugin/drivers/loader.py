@@ -1,0 +1,51 @@
+"""Drivers by name, from the entry points of the namespace ``sami.drivers``."""
+
+from __future__ import annotations
+
+import logging
+from importlib import metadata
+from typing import Any
+
+from stevedore import driver as stevedore_driver
+from stevedore import exception as stevedore_errors
+
+from sami_plugin import errors
+from sami_plugin.drivers.base import FlowDriver
+
+NAMESPACE = "sami.drivers"
+
+LOG = logging.getLogger(__name__)
+
+
+def known_drivers() -> tuple[str, ...]:
+    """The names of all installed drivers, sorted. Loads none of them."""
+    return tuple(sorted({point.name for point in metadata.entry_points(group=NAMESPACE)}))
+
+
+def load_driver(name: str, **options: Any) -> FlowDriver:
+    """A new driver object, made with these options.
+
+    :raises ConfigurationError: no driver of this name is installed, or it does not take these options.
+    :raises NotAvailable: it is installed and cannot be loaded.
+    """
+    names = known_drivers()
+    if name not in names:
+        raise errors.ConfigurationError(
+            f"there is no driver named {name!r}; installed are: {', '.join(names) or 'none'}"
+        )
+    try:
+        factory = stevedore_driver.DriverManager(
+            NAMESPACE, name, invoke_on_load=False, on_load_failure_callback=_failed, warn_on_missing_entrypoint=False
+        ).driver
+    except stevedore_errors.NoMatches as error:
+        raise errors.NotAvailable(f"the driver {name!r} is installed but cannot be loaded: {error}") from error
+    if not (isinstance(factory, type) and issubclass(factory, FlowDriver)):
+        raise errors.NotAvailable(f"the entry point {name!r} of {NAMESPACE} is no FlowDriver but {factory!r}")
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise errors.ConfigurationError(f"the driver {name!r} does not take these options: {error}") from error
+
+
+def _failed(manager: object, entry_point: metadata.EntryPoint, error: Exception) -> None:
+    raise errors.NotAvailable(f"the driver {entry_point.name!r} cannot be loaded: {error}") from error
