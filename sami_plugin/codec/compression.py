@@ -1,0 +1,63 @@
+"""Smaller payloads. zstd where both hosts have it, zlib everywhere."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+from sami_plugin.errors import Malformed
+
+try:
+    import zstandard
+except ImportError:  # the extra "zstd" is not installed
+    zstandard = None  # type: ignore[assignment]
+
+ZSTD_LEVEL = 1
+ZLIB_LEVEL = 1
+MOST_OCTETS = 64 * 1024 * 1024
+"""What a payload may unpack to, so that a small message cannot fill the memory."""
+
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def available() -> tuple[str, ...]:
+    """What this host can unpack, best first."""
+    return ("zstd", "zlib") if zstandard is not None else ("zlib",)
+
+
+def choose(offered: Iterable[str]) -> str:
+    """The best of what the peer offers that is available here; zlib is always understood."""
+    offers = set(offered)
+    return next((name for name in available() if name in offers), "zlib")
+
+
+def compress(octets: bytes, how: str) -> bytes:
+    if how == "zstd":
+        packed: bytes = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(octets)
+        return packed
+    return zlib.compress(octets, ZLIB_LEVEL)
+
+
+def decompress(octets: bytes) -> bytes:
+    """What was compressed, in either way.
+
+    :raises Malformed: it is neither, is cut short, or would unpack to more than `MOST_OCTETS`.
+    """
+    if octets[:4] == _ZSTD_MAGIC:
+        if zstandard is None:
+            raise Malformed("compressed with zstd, which this host did not offer", "octet 0")
+        try:
+            if not 0 <= zstandard.frame_content_size(octets) <= MOST_OCTETS:
+                raise Malformed(f"unpacks to more than {MOST_OCTETS} octets or does not say to how many", "octet 4")
+            plain: bytes = zstandard.ZstdDecompressor().decompress(octets, max_output_size=MOST_OCTETS)
+        except zstandard.ZstdError as error:
+            raise Malformed(f"zstd: {error}", "octet 0") from error
+        return plain
+    unpacker = zlib.decompressobj()
+    try:
+        plain = unpacker.decompress(octets, MOST_OCTETS)
+    except zlib.error as error:
+        raise Malformed(f"zlib: {error}", "octet 0") from error
+    if not unpacker.eof:
+        raise Malformed(f"compressed data that is cut short or unpacks to more than {MOST_OCTETS} octets", "its end")
+    return plain

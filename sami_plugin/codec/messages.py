@@ -1,0 +1,75 @@
+"""What the agents say to each other, as bytes: msgpack maps with a version, a kind and the fields of the message.
+
+Unknown fields are skipped, so a newer peer may add some; a field that is missing or of another type is refused.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import MISSING, asdict, fields
+
+import msgpack
+
+from sami_plugin.errors import Malformed
+from sami_plugin.model import migration
+from sami_plugin.model.migration import PROTOCOL_VERSION, Message
+
+MOST_OCTETS = 16 * 1024 * 1024
+"""RabbitMQ 4 refuses more."""
+
+KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in typing.get_args(migration.Message)}
+_HINTS = {kind: typing.get_type_hints(kind) for kind in KINDS.values()}
+
+
+def encode(message: Message) -> bytes:
+    """The message as bytes."""
+    body = {"version": PROTOCOL_VERSION, "kind": type(message).__name__, **asdict(message)}
+    packed: bytes = msgpack.packb(body)
+    return packed
+
+
+def decode(octets: bytes) -> Message:
+    """The message that these bytes hold.
+
+    :raises Malformed: they hold none; names the kind and the field.
+    """
+    if len(octets) > MOST_OCTETS:
+        raise Malformed(f"a message of {len(octets)} octets is too long", f"octet {MOST_OCTETS}")
+    try:
+        body = msgpack.unpackb(octets, use_list=False, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise Malformed(f"not a message: {error or type(error).__name__}", "octet 0") from error
+    if not isinstance(body, dict):
+        raise Malformed("a message is a map", "octet 0")
+    kind = KINDS.get(body.get("kind")) if isinstance(body.get("kind"), str) else None
+    if kind is None:
+        raise Malformed(f"unknown kind of message {_short(body.get('kind'))}; upgrade this host", "field kind")
+    values = {}
+    for field in fields(kind):
+        place = f"{kind.__name__}.{field.name}"
+        if field.name not in body:
+            if field.default is MISSING:
+                raise Malformed("a field is missing", place)
+            continue
+        value = body[field.name]
+        if not _fits(value, _HINTS[kind][field.name]):
+            raise Malformed(f"{_short(value)} is no {_HINTS[kind][field.name]}", place)
+        values[field.name] = value
+    return kind(**values)
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _fits(value: object, hint: object) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(one, typing.get_args(hint)[0]) for one in value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, hint)  # type: ignore[arg-type]

@@ -1,0 +1,42 @@
+"""Hypothesis strategies of flows: any values that a record may have."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, TcpState, Template, ZoneRole
+
+PROTOCOLS = {"tcp": 6, "udp": 17, "icmp-ipv4": 1, "icmp-ipv6": 58}
+
+FLOW_TEMPLATES = tuple(TEMPLATES.values())
+# Names of translated flows are on the wire what names of others are, and come back as those.
+NAME_TEMPLATES = tuple(each.identity for each in FLOW_TEMPLATES if "-nat-" not in each.name)
+
+
+def protocol_of(template: Template) -> int:
+    return next(number for name, number in PROTOCOLS.items() if template.name.startswith(name))
+
+
+@st.composite
+def batches_of(draw: st.DrawFn, template: Template, most: int = 12) -> Batch:
+    count = draw(st.integers(1, most))
+    seed = draw(st.integers(0, 2**32 - 1))
+    generator = np.random.default_rng(seed)
+    rows = template.empty(count)
+    rows.view(np.uint8)[:] = generator.choice([0, 1, 2, 127, 128, 255, *range(3, 100)], rows.view(np.uint8).shape)
+    rows["protocolIdentifier"] = protocol_of(template)
+    rows["zoneRole"] = generator.choice(list(map(int, ZoneRole)), count)
+    for field, values in (
+        ("tcpConnectionState", TcpState),
+        ("tcpWindowScale", range(15)),
+        ("reverseTcpWindowScale", range(15)),
+        ("firewallEvent", FirewallEvent),
+    ):
+        if field in (rows.dtype.names or ()):
+            rows[field] = generator.choice(list(map(int, values)), count)
+    return Batch(template, rows)
+
+
+any_template = st.sampled_from(FLOW_TEMPLATES + NAME_TEMPLATES)
+any_batch = any_template.flatmap(batches_of)

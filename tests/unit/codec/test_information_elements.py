@@ -1,0 +1,96 @@
+"""The registry of elements, against IANA's numbers, the templates, and its own page."""
+
+import pytest
+
+from sami_plugin.codec import information_elements as elements
+from sami_plugin.model.flows import TEMPLATES
+from tools import element_reference
+
+# Written out from IANA's registry, not from the code.
+IANA_NUMBERS = {
+    "protocolIdentifier": (4, "unsigned8"),
+    "sourceTransportPort": (7, "unsigned16"),
+    "sourceIPv4Address": (8, "ipv4Address"),
+    "destinationTransportPort": (11, "unsigned16"),
+    "destinationIPv4Address": (12, "ipv4Address"),
+    "sourceIPv6Address": (27, "ipv6Address"),
+    "destinationIPv6Address": (28, "ipv6Address"),
+    "flowId": (148, "unsigned64"),
+    "icmpTypeIPv4": (176, "unsigned8"),
+    "icmpCodeIPv4": (177, "unsigned8"),
+    "icmpTypeIPv6": (178, "unsigned8"),
+    "icmpCodeIPv6": (179, "unsigned8"),
+    "postNATSourceIPv4Address": (225, "ipv4Address"),
+    "postNATDestinationIPv4Address": (226, "ipv4Address"),
+    "postNAPTSourceTransportPort": (227, "unsigned16"),
+    "postNAPTDestinationTransportPort": (228, "unsigned16"),
+    "firewallEvent": (233, "unsigned8"),
+    "tcpWindowScale": (238, "unsigned16"),
+    "postNATSourceIPv6Address": (281, "ipv6Address"),
+    "postNATDestinationIPv6Address": (282, "ipv6Address"),
+}
+SAMI_NUMBERS = {
+    "zoneRole": 0x4001,
+    "icmpIdentifier": 0x4002,
+    "conntrackStatus": 0x4003,
+    "remainingTimeoutSeconds": 4,
+    "flowMark": 5,
+    "tcpConnectionState": 0x4006,
+    "tcpTrackingFlags": 7,
+    "reverseTcpTrackingFlags": 0x2007,
+}
+
+
+def test_iana_elements_have_the_numbers_and_types_of_the_registry() -> None:
+    ours = {
+        each.name: (each.number, each.data_type.label)
+        for each in elements.ELEMENTS.values()
+        if each.origin is elements.Origin.IANA
+    }
+    assert ours == IANA_NUMBERS
+
+
+def test_numbers_of_our_own_never_change() -> None:
+    ours = {each.name: each.number for each in elements.ELEMENTS.values() if each.origin is elements.Origin.SAMI}
+    assert ours == SAMI_NUMBERS
+
+
+def test_reverse_of_an_iana_element_has_its_number_under_29305() -> None:
+    reverse = elements.ELEMENTS["reverseTcpWindowScale"]
+    assert reverse.enterprise_number(1) == 29305
+    assert reverse.number == elements.ELEMENTS["tcpWindowScale"].number
+
+
+def test_every_field_of_every_template_is_an_element_and_fits_it() -> None:
+    for template in TEMPLATES.values():
+        for each in (template, template.identity):
+            for name, (dtype, *_) in (each.dtype.fields or {}).items():
+                element = elements.ELEMENTS[name]
+                assert dtype.itemsize <= element.octets
+                assert dtype.itemsize == element.octets or element.may_be_reduced
+
+
+def test_no_element_goes_unused() -> None:
+    used = {name for each in TEMPLATES.values() for name in (*each.dtype.names, *each.identity.dtype.names)}
+    assert used == set(elements.ELEMENTS)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ((0, 4), "protocolIdentifier"),
+        ((29305, 238), "reverseTcpWindowScale"),
+        ((29305, 4), "reverseProtocolIdentifier"),
+        ((32473, 0x4001), "zoneRole"),
+        ((32473, 1), "element 1 of enterprise 32473"),
+        ((0, 1), "IANA's element 1"),
+        ((29305, 1), "the reverse of IANA's element 1"),
+        ((9, 9), "element 9 of enterprise 9"),
+    ],
+)
+def test_elements_are_called_by_name_where_they_have_one(key: tuple[int, int], name: str) -> None:
+    assert elements.name_of(*key, 32473) == name
+
+
+def test_reference_page_is_current() -> None:
+    assert element_reference.PAGE.read_text() == element_reference.page(), "run: python -m tools.element_reference"
