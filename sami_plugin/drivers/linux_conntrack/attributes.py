@@ -1,0 +1,118 @@
+"""Numbers of nfnetlink and ctnetlink, with what the kernel does about them.
+
+From include/uapi/linux/netfilter/{nfnetlink,nfnetlink_conntrack,nf_conntrack_tcp}.h; what the notes say was seen in
+net/netfilter/nf_conntrack_netlink.c. Integers in attributes are big-endian, those in headers are in host order.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+
+from sami_plugin.model.flows import FlowStatus, TcpState
+
+# --- netlink
+NETLINK_NETFILTER = 12
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLM_F_REQUEST = 0x01
+NLM_F_ACK = 0x04
+NLM_F_DUMP_INTR = 0x10  # shares its bit with no request flag
+NLM_F_DUMP = 0x300
+NLM_F_EXCL = 0x200
+NLM_F_CREATE = 0x400
+SOL_NETLINK = 270
+NETLINK_ADD_MEMBERSHIP = 1
+NETLINK_CAP_ACK = 10  # errors without a copy of the message they are about
+NETLINK_EXT_ACK = 11
+SO_ATTACH_FILTER = 26
+SO_SNDBUFFORCE = 32
+SO_RCVBUFFORCE = 33
+NLA_TYPE_MASK = 0x3FFF  # the two upper bits: nested, network byte order
+
+# --- the subsystem; its number is the upper octet of the message type
+CTNETLINK = 1
+CT_NEW = CTNETLINK << 8 | 0
+CT_GET = CTNETLINK << 8 | 1
+CT_DELETE = CTNETLINK << 8 | 2  # without any tuple this is a flush: never send it so
+CT_GET_STATS = CTNETLINK << 8 | 5
+GROUP_NEW, GROUP_UPDATE, GROUP_DESTROY = 1, 2, 3
+
+# --- attributes of an entry
+TUPLE_ORIG = 1
+TUPLE_REPLY = 2
+STATUS = 3  # on create CONFIRMED is needed; EXPECTED or DYING give EBUSY; others are set, ignored, never cleared
+PROTOINFO = 4  # not in DESTROY events, in UPDATE events only when changed, not for offloaded entries
+TIMEOUT = 7  # seconds; EINVAL without at create; not dumped for offloaded entries
+MARK = 8  # dumped only when not 0
+ID = 12  # on delete compared: another id gives ENOENT. A hash over the entry's address, unique while it lives
+ZONE = 18  # dumped only when not 0. In a dump request a filter since 6.8, where 0 means any; ignored before
+# --- inside a tuple
+TUPLE_IP = 1
+TUPLE_PROTO = 2
+TUPLE_ZONE = 3  # an entry whose zone counts in this direction only; such entries have no ZONE
+IP_V4_SRC, IP_V4_DST, IP_V6_SRC, IP_V6_DST = 1, 2, 3, 4
+PROTO_NUM = 1
+PROTO_SRC_PORT, PROTO_DST_PORT = 2, 3
+PROTO_ICMP_ID, PROTO_ICMP_TYPE, PROTO_ICMP_CODE = 4, 5, 6
+PROTO_ICMPV6_ID, PROTO_ICMPV6_TYPE, PROTO_ICMPV6_CODE = 7, 8, 9
+# --- inside protoinfo
+PROTOINFO_TCP = 1
+TCP_STATE = 1
+TCP_WSCALE_ORIGINAL, TCP_WSCALE_REPLY = 2, 3  # taken only if both directions' flags hold WINDOW_SCALE
+TCP_FLAGS_ORIGINAL, TCP_FLAGS_REPLY = 4, 5  # one octet of flags, one of mask: which flags to set or clear
+# --- of GET_STATS
+STATS_GLOBAL_ENTRIES, STATS_GLOBAL_MAX_ENTRIES = 1, 2
+
+PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58}
+
+FLAG_WINDOW_SCALE = 0x01
+FLAG_BE_LIBERAL = 0x08
+FLAG_MAXACK_SET = 0x20
+FLAG_CHALLENGE_ACK = 0x40
+FLAGS_CARRIED = 0xFF & ~(FLAG_MAXACK_SET | FLAG_CHALLENGE_ACK)
+"""The other two speak of sequence numbers, which ctnetlink neither tells nor takes."""
+
+STATUS_TAKEN = FlowStatus.SEEN_REPLY | FlowStatus.ASSURED | FlowStatus.CONFIRMED | FlowStatus.FIXED_TIMEOUT
+"""Status bits that an insert may hold. Others are ignored by the kernel or refused with EBUSY."""
+STATUS_OFFLOADED = FlowStatus.OFFLOAD | FlowStatus.HW_OFFLOAD
+
+AF_OF_FAMILY = {"ipv4": int(socket.AF_INET), "ipv6": int(socket.AF_INET6)}
+
+# enum tcp_conntrack in kernel order. Conntrack sits in the middle: it sees one FIN_WAIT where an end tells two apart.
+_KERNEL_STATES = (
+    TcpState.NONE,
+    TcpState.SYN_SENT,
+    TcpState.SYN_RECEIVED,
+    TcpState.ESTABLISHED,
+    TcpState.FIN_WAIT_1,
+    TcpState.CLOSE_WAIT,
+    TcpState.LAST_ACK,
+    TcpState.TIME_WAIT,
+    TcpState.CLOSED,
+    TcpState.SYN_SENT_SIMULTANEOUS,
+)
+NO_STATE = 0xFF
+
+STATE_FROM_KERNEL = np.zeros(256, np.uint8)
+"""Kernel's number of a TCP state to `TcpState`; 0 where there is none."""
+STATE_FROM_KERNEL[: len(_KERNEL_STATES)] = _KERNEL_STATES
+
+STATE_TO_KERNEL = np.full(256, NO_STATE, np.uint8)
+"""`TcpState` to the kernel's number; NO_STATE where it has none."""
+STATE_TO_KERNEL[list(_KERNEL_STATES)] = range(len(_KERNEL_STATES))
+# What another device may tell and conntrack does not tell apart: the nearest by the segments that were seen.
+# FIN_WAIT_2: one FIN, acknowledged. CLOSING: both FINs.
+STATE_TO_KERNEL[TcpState.FIN_WAIT_2] = STATE_TO_KERNEL[TcpState.CLOSE_WAIT]
+STATE_TO_KERNEL[TcpState.CLOSING] = STATE_TO_KERNEL[TcpState.LAST_ACK]
+
+ICMP_INVERSE = np.arange(256, dtype=np.uint8)
+"""Type of the answer to an ICMP type (nf_conntrack_proto_icmp.c)."""
+ICMPV6_INVERSE = np.arange(256, dtype=np.uint8)
+for _inverse, _pairs in (
+    (ICMP_INVERSE, ((8, 0), (13, 14), (15, 16), (17, 18))),
+    (ICMPV6_INVERSE, ((128, 129), (139, 140))),
+):
+    for _one, _other in _pairs:
+        _inverse[_one], _inverse[_other] = _other, _one

@@ -1,0 +1,415 @@
+"""Conntrack entries from ctnetlink messages, whole columns at a time.
+
+Entries of one kind lie in memory in one shape: the same attributes at the same offsets. So the first message of a kind
+is read attribute by attribute, and the shape found there is held against all others by one comparison of their
+attribute headers. Where it fits, each field is a column at a fixed offset. What does not fit is the next kind.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from sami_plugin import errors
+from sami_plugin.drivers.linux_conntrack import attributes as nl
+from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER_OCTETS, Messages, Offsets
+from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, Omitted, TcpState, Template, ZoneRole, holds_any
+
+Mask = npt.NDArray[np.bool_]
+
+# Attributes that are read: by type, a name and the payload's octets, or what is nested in it.
+_Known = Mapping[int, "tuple[str, int] | _Known"]
+_TUPLE: _Known = {
+    nl.TUPLE_IP: {
+        nl.IP_V4_SRC: ("source4", 4),
+        nl.IP_V4_DST: ("destination4", 4),
+        nl.IP_V6_SRC: ("source6", 16),
+        nl.IP_V6_DST: ("destination6", 16),
+    },
+    nl.TUPLE_PROTO: {
+        nl.PROTO_NUM: ("protocol", 1),
+        nl.PROTO_SRC_PORT: ("source_port", 2),
+        nl.PROTO_DST_PORT: ("destination_port", 2),
+        nl.PROTO_ICMP_ID: ("icmp_id", 2),
+        nl.PROTO_ICMP_TYPE: ("icmp_type", 1),
+        nl.PROTO_ICMP_CODE: ("icmp_code", 1),
+        nl.PROTO_ICMPV6_ID: ("icmp_id", 2),
+        nl.PROTO_ICMPV6_TYPE: ("icmp_type", 1),
+        nl.PROTO_ICMPV6_CODE: ("icmp_code", 1),
+    },
+    nl.TUPLE_ZONE: ("zone", 2),
+}
+_ENTRY: _Known = {
+    nl.TUPLE_ORIG: {kind: known for kind, known in _TUPLE.items()},
+    nl.TUPLE_REPLY: {kind: known for kind, known in _TUPLE.items()},
+    nl.STATUS: ("status", 4),
+    nl.TIMEOUT: ("timeout", 4),
+    nl.MARK: ("mark", 4),
+    nl.ID: ("id", 4),
+    nl.ZONE: ("zone", 2),
+    nl.PROTOINFO: {
+        nl.PROTOINFO_TCP: {
+            nl.TCP_STATE: ("tcp_state", 1),
+            nl.TCP_WSCALE_ORIGINAL: ("scale", 1),
+            nl.TCP_WSCALE_REPLY: ("reply_scale", 1),
+            nl.TCP_FLAGS_ORIGINAL: ("flags", 2),
+            nl.TCP_FLAGS_REPLY: ("reply_flags", 2),
+        }
+    },
+}
+_DIRECTIONS = {nl.TUPLE_ORIG: "orig.", nl.TUPLE_REPLY: "reply."}
+_BODY = HEADER_OCTETS + GENERIC_OCTETS
+_MOST_SHAPES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """What the kernel would give an entry that tells no timeout because its packets bypass conntrack, in seconds."""
+
+    tcp_established: int = 432_000
+    udp_stream: int = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Where the attributes of one kind of message are: offsets in octets from the message's beginning."""
+
+    length: int
+    family: int
+    protocol: int
+    fields: Mapping[str, int]
+    places: npt.NDArray[np.int64]
+    """Numbers of the 32-bit words that all messages of this shape have in common,"""
+    words: npt.NDArray[np.uint32]
+    masks: npt.NDArray[np.uint32]
+    """their values, and which bits of them count."""
+    template: Template | None = field(default=None)
+    """Of a flow that is not translated; None for what no template holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Entries of one template, and the number of the message that each came in."""
+
+    batch: Batch
+    numbers: npt.NDArray[np.intp]
+
+
+class Decoder:
+    """Turns messages about entries into batches. Remembers shapes; one thread at a time."""
+
+    def __init__(
+        self, zones: Mapping[ZoneRole, int], addresses: Addresses | None = None, timeouts: Timeouts = Timeouts()
+    ) -> None:
+        """Entries of other zones than these, and without one of `addresses` at an end, are left out (None: any)."""
+        self._roles = np.zeros(1 << 16, np.uint8)
+        for role, zone in sorted(zones.items(), reverse=True):
+            self._roles[zone] = role
+        self._addresses = addresses
+        self._timeouts = timeouts
+        self._shapes: dict[int, list[Shape]] = {}
+
+    def decode(self, messages: Messages) -> Iterator[Decoded | Omitted]:
+        """All entries of the decoder's zones; what no template holds is counted and named.
+
+        Fields that a message does not tell are 0.
+
+        :raises Malformed: a message is not what it claims to be.
+        """
+        wrong = (messages.lengths < _BODY) | (messages.lengths & 3 != 0)
+        if wrong.any():
+            raise errors.Malformed("no entry has a message of this length", f"octet {messages.starts[wrong][0]}")
+        for numbers, shape in self._by_shape(messages):
+            columns = _Columns(messages.octets, messages.starts[numbers], shape)
+            yield from self._entries(columns, numbers)
+
+    def _by_shape(self, messages: Messages) -> Iterator[tuple[npt.NDArray[np.intp], Shape]]:
+        words = messages.words
+        for length in np.unique(messages.lengths):
+            left = np.flatnonzero(messages.lengths == length)
+            known = self._shapes.setdefault(int(length), [])
+            for shape in list(known):
+                if not len(left):
+                    break
+                fits = _fits(words, messages.starts[left], shape)
+                if fits.any():
+                    yield left[fits], shape
+                    left = left[~fits]
+            while len(left):
+                shape = read_shape(messages.octets, int(messages.starts[left[0]]), int(length))
+                fits = _fits(words, messages.starts[left], shape)
+                if not fits[0]:  # cannot be; would not end
+                    raise errors.Malformed("a message does not fit its own shape", f"octet {messages.starts[left[0]]}")
+                if len(known) < _MOST_SHAPES:
+                    known.append(shape)
+                yield left[fits], shape
+                left = left[~fits]
+
+    def _entries(self, columns: _Columns, numbers: npt.NDArray[np.intp]) -> Iterator[Decoded | Omitted]:
+        shape = columns.shape
+        half = [name for name in ("orig.zone", "reply.zone") if name in shape.fields]
+        role = self._roles[columns.u2("zone")]
+        if half:
+            # An entry whose zone counts in one direction only cannot be named by a zone of ours.
+            for name in half:
+                role = role | self._roles[columns.u2(name)]
+        if self._addresses is not None:
+            role[~columns.has_end_in(self._addresses)] = 0
+        here = np.flatnonzero(role)
+        if not len(here):
+            return
+        if len(here) < len(role):
+            columns, numbers, role = columns.take(here), numbers[here], role[here]
+        if half:
+            yield _omit("its zone counts in one direction only", columns, len(here))
+            return
+        if shape.template is None:
+            yield _omit(_why_no_template(shape), columns, len(here))
+            return
+        is_plain = columns.is_plain()
+        if is_plain.all():
+            yield Decoded(self._rows(shape.template, columns, role), numbers)
+            return
+        for which, is_translated in ((is_plain, False), (~is_plain, True)):
+            at = np.flatnonzero(which)
+            if not len(at):
+                continue
+            template = _translated(shape.template) if is_translated else shape.template
+            if template is None:
+                yield _omit("address translation of ICMP is not carried", columns.take(at), len(at))
+            else:
+                yield Decoded(self._rows(template, columns.take(at), role[at]), numbers[at])
+
+    def _rows(self, template: Template, columns: _Columns, role: npt.NDArray[np.uint8]) -> Batch:
+        rows = template.empty(len(columns))
+        shape, family = columns.shape, "IPv6" if template.is_ipv6 else "IPv4"
+        rows["zoneRole"] = role
+        rows["protocolIdentifier"] = shape.protocol
+        rows[f"source{family}Address"] = columns.address("orig.source")
+        rows[f"destination{family}Address"] = columns.address("orig.destination")
+        rows["flowId"] = columns.u4("id")
+        rows["conntrackStatus"] = columns.u4("status")
+        rows["remainingTimeoutSeconds"] = columns.u4("timeout")
+        rows["flowMark"] = columns.u4("mark")
+        if shape.protocol in (nl.PROTOCOLS["icmp"], nl.PROTOCOLS["icmpv6"]):
+            rows[f"icmpType{family}"] = columns.u1("orig.icmp_type")
+            rows[f"icmpCode{family}"] = columns.u1("orig.icmp_code")
+            rows["icmpIdentifier"] = columns.u2("orig.icmp_id")
+        else:
+            rows["sourceTransportPort"] = columns.u2("orig.source_port")
+            rows["destinationTransportPort"] = columns.u2("orig.destination_port")
+        is_tcp = shape.protocol == nl.PROTOCOLS["tcp"]
+        if is_tcp and "tcp_state" in shape.fields:
+            rows["tcpConnectionState"] = nl.STATE_FROM_KERNEL[columns.u1("tcp_state")]
+            rows["tcpWindowScale"] = columns.u1("scale")
+            rows["reverseTcpWindowScale"] = columns.u1("reply_scale")
+            rows["tcpTrackingFlags"] = columns.u1("flags")
+            rows["reverseTcpTrackingFlags"] = columns.u1("reply_flags")
+        if "timeout" not in shape.fields:
+            self._complete_offloaded(rows, is_tcp)
+        if "postNATSource" + family + "Address" in template.dtype.names:  # type: ignore[operator]
+            rows[f"postNATSource{family}Address"] = columns.address("reply.destination")
+            rows[f"postNATDestination{family}Address"] = columns.address("reply.source")
+            rows["postNAPTSourceTransportPort"] = columns.u2("reply.destination_port")
+            rows["postNAPTDestinationTransportPort"] = columns.u2("reply.source_port")
+        return Batch(template, rows)
+
+    def _complete_offloaded(self, rows: npt.NDArray[np.void], is_tcp: bool) -> None:
+        # The kernel tells neither timeout nor TCP state of an entry whose packets bypass conntrack. Only established
+        # flows are offloaded, and nobody has looked at their windows since.
+        offloaded = rows["conntrackStatus"] & np.uint32(nl.STATUS_OFFLOADED) != 0
+        timeout = self._timeouts.tcp_established if is_tcp else self._timeouts.udp_stream
+        rows["remainingTimeoutSeconds"][offloaded] = timeout
+        if is_tcp:
+            rows["tcpConnectionState"][offloaded] = TcpState.ESTABLISHED
+            rows["tcpTrackingFlags"][offloaded] |= nl.FLAG_BE_LIBERAL
+            rows["reverseTcpTrackingFlags"][offloaded] |= nl.FLAG_BE_LIBERAL
+
+
+class _Columns:
+    """The fields of messages of one shape."""
+
+    def __init__(self, octets: npt.NDArray[np.uint8], starts: Offsets, shape: Shape) -> None:
+        self.shape = shape
+        self._octets = octets
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def take(self, which: npt.NDArray[np.intp]) -> _Columns:
+        return _Columns(self._octets, self._starts[which], self.shape)
+
+    def u1(self, name: str) -> npt.NDArray[np.uint8]:
+        at = self.shape.fields.get(name)
+        return np.zeros(len(self), np.uint8) if at is None else self._octets[self._starts + at]
+
+    def u2(self, name: str) -> npt.NDArray[np.uint16]:
+        return self._column(name, ">u2", 1)
+
+    def u4(self, name: str) -> npt.NDArray[np.uint32]:
+        return self._column(name, ">u4", 2)
+
+    def address(self, name: str) -> npt.NDArray[np.generic]:
+        """Of IPv4 shape (n,), of IPv6 shape (n, 2)."""
+        if f"{name}4" in self.shape.fields:
+            return self.u4(f"{name}4")
+        at = (self._starts + self.shape.fields[f"{name}6"]) >> 2
+        words = self._octets[: len(self._octets) & ~3].view(np.uint32)
+        return words[at[:, None] + np.arange(4)].view(">u8")
+
+    def has_end_in(self, addresses: Addresses) -> Mask:
+        """Which entries have one of `addresses` at an end, before or behind a translation."""
+        found = np.zeros(len(self), bool)
+        for direction in ("orig", "reply"):
+            for end in ("source", "destination"):
+                for is_ipv6 in (False, True):
+                    if f"{direction}.{end}{'6' if is_ipv6 else '4'}" in self.shape.fields:
+                        found |= holds_any(self.address(f"{direction}.{end}"), is_ipv6, addresses)
+        return found
+
+    def is_plain(self) -> Mask:
+        """Which entries' reply is the original turned round."""
+        same = np.ones(len(self), bool)
+        for one, other in (("orig.source", "reply.destination"), ("orig.destination", "reply.source")):
+            equal = self.address(one) == self.address(other)
+            same &= equal.all(axis=1) if equal.ndim > 1 else equal
+        if "orig.icmp_id" in self.shape.fields:
+            inverse = nl.ICMP_INVERSE if self.shape.protocol == nl.PROTOCOLS["icmp"] else nl.ICMPV6_INVERSE
+            same &= self.u2("orig.icmp_id") == self.u2("reply.icmp_id")
+            same &= inverse[self.u1("orig.icmp_type")] == self.u1("reply.icmp_type")
+            same &= self.u1("orig.icmp_code") == self.u1("reply.icmp_code")
+        else:
+            same &= self.u2("orig.source_port") == self.u2("reply.destination_port")
+            same &= self.u2("orig.destination_port") == self.u2("reply.source_port")
+        return same
+
+    def _column(self, name: str, dtype: str, shift: int) -> npt.NDArray[np.generic]:
+        at = self.shape.fields.get(name)
+        if at is None:
+            return np.zeros(len(self), dtype)
+        whole = self._octets[: len(self._octets) & ~3].view(dtype)
+        return whole[(self._starts + at) >> shift]
+
+
+def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
+    """The shape of the message at `start`, read attribute by attribute.
+
+    :raises Malformed: its attributes do not fill it exactly, or one that is known has another size.
+    """
+    raw = octets[start : start + length].tobytes()
+    places, fields = [1], {}
+
+    def walk(begin: int, end: int, known: _Known, prefix: str) -> None:
+        at = begin
+        while at < end:
+            size = int.from_bytes(raw[at : at + 2], _ORDER) if end - at >= 4 else 0
+            kind = int.from_bytes(raw[at + 2 : at + 4], _ORDER) & nl.NLA_TYPE_MASK
+            if size < 4 or at + size > end:
+                raise errors.Malformed("an attribute's length is wrong", f"octet {start + at}")
+            places.append(at >> 2)
+            meaning = known.get(kind)
+            if isinstance(meaning, tuple):
+                name, octets_ = meaning
+                if size != 4 + octets_:
+                    raise errors.Malformed(
+                        f"attribute {prefix}{name} has {size - 4} octets instead of {octets_}", f"octet {start + at}"
+                    )
+                fields[prefix + name] = at + 4
+            elif meaning is not None:
+                walk(at + 4, at + size, meaning, _DIRECTIONS[kind] if known is _ENTRY and kind in _DIRECTIONS else prefix)
+            at += (size + 3) & ~3
+
+    walk(_BODY, length, _ENTRY, "")
+    family, protocol = raw[HEADER_OCTETS], 0
+    words = np.frombuffer(raw[: length & ~3], np.uint32)
+    masks = np.full(len(places), 0xFFFFFFFF, np.uint32)
+    masks[0] = np.frombuffer(b"\xff\xff\0\0", np.uint32)[0]  # a message's type; its flags may differ
+    first_octet = np.frombuffer(b"\xff\0\0\0", np.uint32)[0]
+    extra = [HEADER_OCTETS]
+    for direction in ("orig.", "reply."):
+        if f"{direction}protocol" in fields:
+            extra.append(fields[f"{direction}protocol"])
+    if "orig.protocol" in fields:
+        protocol = raw[fields["orig.protocol"]]
+    places.extend(at >> 2 for at in extra)
+    masks = np.concatenate([masks, np.full(len(extra), first_octet, np.uint32)])
+    at = np.array(places, np.int64)
+    return Shape(length, family, protocol, fields, at, words[at] & masks, masks, _template(family, protocol, fields, raw, start))
+
+
+_ORDER = "little" if np.frombuffer(b"\1\0", np.uint16)[0] == 1 else "big"
+
+
+def _template(family: int, protocol: int, fields: Mapping[str, int], raw: bytes, start: int) -> Template | None:
+    needed = {"orig.protocol", "reply.protocol"}
+    names = {number: name for name, number in nl.PROTOCOLS.items()}
+    families = {number: name for name, number in nl.AF_OF_FAMILY.items()}
+    if family not in families or protocol not in names:
+        return None
+    version = families[family][-1]
+    for direction in ("orig.", "reply."):
+        needed |= {f"{direction}source{version}", f"{direction}destination{version}"}
+        if names[protocol].startswith("icmp"):
+            needed |= {f"{direction}icmp_{part}" for part in ("id", "type", "code")}
+        else:
+            needed |= {f"{direction}source_port", f"{direction}destination_port"}
+    missing = needed - fields.keys()
+    if "tcp_state" in fields:
+        missing |= {"scale", "reply_scale", "flags", "reply_flags"} - fields.keys()
+    if missing:
+        raise errors.Malformed(f"an entry lacks {', '.join(sorted(missing))}", f"octet {start}")
+    if raw[fields["reply.protocol"]] != protocol:
+        raise errors.Malformed("the two directions of an entry differ in protocol", f"octet {start}")
+    kind = "icmp" if names[protocol] == "icmpv6" else names[protocol]
+    if names[protocol] == ("icmp" if version == "6" else "icmpv6"):
+        return None
+    return TEMPLATES[f"{kind}-{families[family]}"]
+
+
+def _translated(template: Template) -> Template | None:
+    kind, family = template.name.split("-")
+    return TEMPLATES.get(f"{kind}-nat-{family}")
+
+
+def _fits(words: npt.NDArray[np.uint32], starts: Offsets, shape: Shape) -> Mask:
+    found = words[shape.places[:, None] + (starts >> 2)]
+    found &= shape.masks[:, None]
+    found ^= shape.words[:, None]
+    return np.bitwise_or.reduce(found, axis=0) == 0
+
+
+_PROTOCOL_NAMES = {2: "igmp", 33: "dccp", 47: "gre", 50: "esp", 51: "ah", 132: "sctp", 136: "udplite"}
+
+
+def _why_no_template(shape: Shape) -> str:
+    if shape.family not in nl.AF_OF_FAMILY.values():
+        return f"address family {shape.family} is not carried"
+    name = _PROTOCOL_NAMES.get(shape.protocol) or {n: s for s, n in nl.PROTOCOLS.items()}.get(shape.protocol)
+    return f"protocol {name or shape.protocol} is not carried"
+
+
+def _omit(reason: str, columns: _Columns, count: int, examples: int = 5) -> Omitted:
+    few = columns.take(np.arange(min(count, examples)))
+    return Omitted(reason, count, tuple(_names(few)))
+
+
+def _names(columns: _Columns) -> Iterator[str]:
+    shape = columns.shape
+    protocol = _PROTOCOL_NAMES.get(shape.protocol) or {n: s for s, n in nl.PROTOCOLS.items()}.get(shape.protocol)
+    for number in range(len(columns)):
+        one = columns.take(np.array([number]))
+        text = [str(protocol or f"protocol {shape.protocol}")]
+        for end in ("source", "destination"):
+            address = "?"
+            if f"orig.{end}4" in shape.fields or f"orig.{end}6" in shape.fields:
+                address = str(ipaddress.ip_address(one.address(f"orig.{end}").tobytes()))
+            if f"orig.{end}_port" in shape.fields:
+                address = f"[{address}]" if ":" in address else address
+                address += f":{one.u2(f'orig.{end}_port')[0]}"
+            text.append(address)
+        yield f"{text[0]} {text[1]} > {text[2]}"

@@ -1,0 +1,228 @@
+"""ctnetlink requests from rows of flows, whole columns at a time.
+
+A request is described once per template as a tree of attributes; of that come the octets that all messages have in
+common and a numpy dtype that puts the fields at their places. Messages then cost one copy of the former per row and one
+assignment per field and batch.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sami_plugin.drivers.linux_conntrack import attributes as nl
+from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER, HEADER_OCTETS, Octets
+from sami_plugin.model.flows import Batch, Template
+
+
+_NESTED = 0x8000
+
+
+class Request(enum.Enum):
+    """What is asked of the kernel about each flow."""
+
+    INSERT = "insert"
+    RENEW = "renew"
+    GET = "get"
+    DELETE = "delete"
+    DELETE_WITH_ID = "delete with id"
+
+
+_KINDS = {
+    # EXCL: without it an entry that is there is changed instead of refused.
+    Request.INSERT: (nl.CT_NEW, nl.NLM_F_REQUEST | nl.NLM_F_CREATE | nl.NLM_F_EXCL),
+    Request.RENEW: (nl.CT_NEW, nl.NLM_F_REQUEST),
+    Request.GET: (nl.CT_GET, nl.NLM_F_REQUEST),
+    Request.DELETE: (nl.CT_DELETE, nl.NLM_F_REQUEST),
+    Request.DELETE_WITH_ID: (nl.CT_DELETE, nl.NLM_F_REQUEST),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One kind of request: the octets that all have in common, and where the fields go."""
+
+    model: Octets
+    dtype: np.dtype[np.void]
+
+
+def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> Octets:
+    """One message per row, shape (n, octets); `zones` has the conntrack zone of each row.
+
+    Length and sequence number are left to the connection. INSERT takes flows, the others take identities as well;
+    RENEW needs `remainingTimeoutSeconds`, DELETE_WITH_ID an id.
+    """
+    made = layout(request, batch.template, bool(zones.any()))
+    octets = np.empty((len(batch), len(made.model)), np.uint8)
+    octets[:] = made.model
+    fields = octets.view(made.dtype)[:, 0]
+    rows, names = batch.rows, made.dtype.names or ()
+    if "zone" in names:
+        fields["zone"] = zones
+    for name in names:
+        if name in _ROW_FIELDS:
+            fields[name] = rows[_ROW_FIELDS[name]]
+    source, destination = rows[batch.source_field], rows[batch.destination_field]
+    protocol = rows["protocolIdentifier"]
+    for direction, ends in (("orig", (source, destination)), ("reply", (destination, source))):
+        if f"{direction}.source" not in names:
+            continue
+        fields[f"{direction}.source"], fields[f"{direction}.destination"] = ends
+        fields[f"{direction}.protocol"] = protocol
+    if "orig.source_port" in names:
+        ports = rows["sourceTransportPort"], rows["destinationTransportPort"]
+        fields["orig.source_port"], fields["orig.destination_port"] = ports
+        if "reply.source_port" in names:
+            fields["reply.destination_port"], fields["reply.source_port"] = ports
+    else:
+        family = "IPv6" if batch.template.is_ipv6 else "IPv4"
+        inverse = nl.ICMPV6_INVERSE if batch.template.is_ipv6 else nl.ICMP_INVERSE
+        kind = rows[f"icmpType{family}"]
+        for direction, of_direction in (("orig", kind), ("reply", inverse[kind])):
+            if f"{direction}.icmp_id" in names:
+                fields[f"{direction}.icmp_type"] = of_direction
+                fields[f"{direction}.icmp_code"] = rows[f"icmpCode{family}"]
+                fields[f"{direction}.icmp_id"] = rows["icmpIdentifier"]
+    if request is Request.INSERT:
+        # Bits that this kernel does not take at create; CONFIRMED it insists on.
+        status = rows["conntrackStatus"] & np.uint32(nl.STATUS_TAKEN)
+        fields["status"] = status | np.uint32(nl.FlowStatus.CONFIRMED)
+        if "tcp_state" in names:
+            fields["tcp_state"] = nl.STATE_TO_KERNEL[rows["tcpConnectionState"]]
+            # Without sequence numbers the kernel takes every segment as out of window and stalls the connection,
+            # unless it is told to be liberal in both directions.
+            fields["flags"] = rows["tcpTrackingFlags"] | np.uint8(nl.FLAG_BE_LIBERAL)
+            fields["reply_flags"] = rows["reverseTcpTrackingFlags"] | np.uint8(nl.FLAG_BE_LIBERAL)
+    return octets
+
+
+def turned_round(batch: Batch) -> Batch:
+    """The keys of the same flows as seen from the other end; the state fields are the same."""
+    rows = batch.rows.copy()
+    rows[batch.source_field], rows[batch.destination_field] = (
+        batch.rows[batch.destination_field],
+        batch.rows[batch.source_field],
+    )
+    if "sourceTransportPort" in (rows.dtype.names or ()):
+        rows["sourceTransportPort"] = batch.rows["destinationTransportPort"]
+        rows["destinationTransportPort"] = batch.rows["sourceTransportPort"]
+    else:
+        field, inverse = (
+            ("icmpTypeIPv6", nl.ICMPV6_INVERSE) if batch.template.is_ipv6 else ("icmpTypeIPv4", nl.ICMP_INVERSE)
+        )
+        rows[field] = inverse[batch.rows[field]]
+    return Batch(batch.template, rows)
+
+
+_ROW_FIELDS = {
+    "timeout": "remainingTimeoutSeconds",
+    "mark": "flowMark",
+    "id": "flowId",
+    "scale": "tcpWindowScale",
+    "reply_scale": "reverseTcpWindowScale",
+}
+
+
+@functools.cache
+def layout(request: Request, template: Template, has_zone: bool) -> Layout:
+    """Where the fields of such requests go."""
+    attributes = [(nl.TUPLE_ORIG, _tuple(template, "orig"), None)]
+    if request is Request.INSERT:
+        attributes.append((nl.TUPLE_REPLY, _tuple(template, "reply"), None))
+        attributes += [(nl.STATUS, "status", ">u4"), (nl.TIMEOUT, "timeout", ">u4"), (nl.MARK, "mark", ">u4")]
+        if "tcpConnectionState" in (template.dtype.names or ()):
+            attributes.append((nl.PROTOINFO, [(nl.PROTOINFO_TCP, _TCP, None)], None))
+    if request is Request.RENEW:
+        attributes.append((nl.TIMEOUT, "timeout", ">u4"))
+    if request is Request.DELETE_WITH_ID:
+        attributes.append((nl.ID, "id", ">u4"))
+    # A kernel built without zones refuses the attribute, even for zone 0.
+    if has_zone:
+        attributes.append((nl.ZONE, "zone", ">u2"))
+    return _lay_out(*_KINDS[request], nl.AF_OF_FAMILY["ipv6" if template.is_ipv6 else "ipv4"], attributes)
+
+
+def dump_request(zone: int | None) -> Octets:
+    """Asks for all entries of both families; kernels that can, leave out other zones (0 means any to them)."""
+    attributes: Sequence[Any] = [(nl.ZONE, "zone", ">u2")] if zone else []
+    made = _lay_out(nl.CT_GET, nl.NLM_F_REQUEST | nl.NLM_F_DUMP, 0, attributes)
+    octets = made.model.copy()
+    if zone:
+        octets.view(made.dtype)["zone"] = zone
+    return octets
+
+
+def stats_request() -> Octets:
+    """Asks for the number of entries and the limit of a namespace."""
+    return _lay_out(nl.CT_GET_STATS, nl.NLM_F_REQUEST, 0, []).model.copy()
+
+
+_TCP: list[Any] = [
+    (nl.TCP_STATE, "tcp_state", "u1"),
+    (nl.TCP_WSCALE_ORIGINAL, "scale", "u1"),
+    (nl.TCP_WSCALE_REPLY, "reply_scale", "u1"),
+    (nl.TCP_FLAGS_ORIGINAL, "flags", "flags"),
+    (nl.TCP_FLAGS_REPLY, "reply_flags", "flags"),
+]
+
+
+def _tuple(template: Template, direction: str) -> list[Any]:
+    if template.is_ipv6:
+        source, destination, address = nl.IP_V6_SRC, nl.IP_V6_DST, ">2u8"
+        icmp = nl.PROTO_ICMPV6_ID, nl.PROTO_ICMPV6_TYPE, nl.PROTO_ICMPV6_CODE
+    else:
+        source, destination, address = nl.IP_V4_SRC, nl.IP_V4_DST, ">u4"
+        icmp = nl.PROTO_ICMP_ID, nl.PROTO_ICMP_TYPE, nl.PROTO_ICMP_CODE
+    protocol: list[Any] = [(nl.PROTO_NUM, f"{direction}.protocol", "u1")]
+    if template.name.startswith("icmp"):
+        protocol += [
+            (icmp[0], f"{direction}.icmp_id", ">u2"),
+            (icmp[1], f"{direction}.icmp_type", "u1"),
+            (icmp[2], f"{direction}.icmp_code", "u1"),
+        ]
+    else:
+        protocol += [
+            (nl.PROTO_SRC_PORT, f"{direction}.source_port", ">u2"),
+            (nl.PROTO_DST_PORT, f"{direction}.destination_port", ">u2"),
+        ]
+    addresses = [(source, f"{direction}.source", address), (destination, f"{direction}.destination", address)]
+    return [(nl.TUPLE_IP, addresses, None), (nl.TUPLE_PROTO, protocol, None)]
+
+
+def _lay_out(kind: int, flags: int, family: int, attributes: Sequence[Any]) -> Layout:
+    names: list[str] = []
+    formats: list[Any] = []
+    offsets: list[int] = []
+
+    def build(attributes: Sequence[Any], begin: int) -> bytes:
+        made = bytearray()
+        for number, content, form in attributes:
+            at = begin + len(made)
+            if form is None:
+                payload, number = build(content, at + 4), number | _NESTED
+            elif form == "flags":
+                payload, form = bytes((0, nl.FLAGS_CARRIED)), "u1"
+            else:
+                payload = bytes(np.dtype(form).itemsize)
+            if isinstance(content, str):
+                names.append(content)
+                formats.append(form)
+                offsets.append(at + 4)
+            size = 4 + len(payload)
+            made += np.array([size, number], np.uint16).tobytes() + payload + bytes(-size % 4)
+        return bytes(made)
+
+    generic = bytes((family, 0, 0, 0))
+    body = build(attributes, HEADER_OCTETS + GENERIC_OCTETS)
+    header = np.zeros(1, HEADER)
+    header["length"] = HEADER_OCTETS + len(generic) + len(body)
+    header["type"], header["flags"] = kind, flags
+    model = np.frombuffer(header.tobytes() + generic + body, np.uint8)
+    dtype = np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": len(model)})
+    return Layout(model, dtype)
