@@ -1,0 +1,161 @@
+"""Traffic of real processes between a guest and the outside, or two guests.
+
+Every function starts its processes and returns once bytes flow; the processes end with their namespace.
+"""
+
+from __future__ import annotations
+
+import itertools
+import select
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lab import addresses, programs
+from lab.errors import DeadlinePassed, LabError
+from lab.guest import Guest
+from lab.lab import Lab
+from lab.verdict import Sample, parse_samples
+
+START_SECONDS = 20.0
+BYTES_PER_SECOND = 2e6
+_ports = itertools.count(7000)
+
+
+class Place(Protocol):
+    """Where a program can be started: a Guest, a Host, or the outside's Namespace."""
+
+    def start(self, argv: list[str], **options) -> subprocess.Popen: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """A running traffic: `log` grows at the end whose receiving counts. `port` is the server's."""
+
+    name: str
+    processes: tuple[subprocess.Popen, ...]
+    log: Path
+    port: int | None = None
+
+    def samples(self) -> list[Sample]:
+        """What was received up to now, by time."""
+        return parse_samples(self.log.read_text())
+
+    def stop(self) -> None:
+        """End the processes. Not while the guest is paused. May be repeated."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+def download(lab: Lab, guest: Guest, *, family: int = 4, rate: float = BYTES_PER_SECOND) -> Traffic:
+    """The guest connects and asks; then only the outside speaks, `rate` bytes a second. The guest's receiving counts."""
+    return tcp(lab, guest, family=family, ask=rate)
+
+
+def upload(lab: Lab, guest: Guest, *, family: int = 4, rate: float = BYTES_PER_SECOND) -> Traffic:
+    """The guest connects and sends `rate` bytes a second; the outside's receiving counts."""
+    return tcp(lab, guest, family=family, send=rate)
+
+
+def echo(lab: Lab, guest: Guest, *, family: int = 4, rate: float = BYTES_PER_SECOND) -> Traffic:
+    """As upload, but the outside sends all of it back and the guest's receiving counts."""
+    return tcp(lab, guest, family=family, send=rate, is_echo=True)
+
+
+def tcp(
+    lab: Lab, guest: Guest, *, family: int = 4, ask: float = 0.0, send: float = 0.0, is_echo: bool = False
+) -> Traffic:
+    """The guest's connection to the outside: it wants `ask` bytes a second and sends `send`."""
+    address, port, log = _outside(family), next(_ports), _log(lab, "tcp")
+    client_receives = bool(ask or is_echo)
+    server = _start(lab.outside, "tcp-serve", address, port, log=None if client_receives else log)
+    _ready(server)
+    more = ["--ask", str(ask), "--send", str(send), *(["--echo"] if is_echo else [])]
+    client = _start(guest, "tcp-connect", address, port, *more, log=log if client_receives else None)
+    _ready(client)
+    return Traffic("tcp", (server, client), log, port)
+
+
+def serve(
+    lab: Lab, guest: Guest, port: int, *, family: int = 4, rate: float = BYTES_PER_SECOND, client: Guest | None = None
+) -> Traffic:
+    """The outside (or another guest) connects to the guest's `port`, which an ingress rule must admit, and downloads
+    `rate` bytes a second; the client's receiving counts."""
+    log = _log(lab, "serve")
+    place: Place = client or lab.outside
+    server = _start(guest, "tcp-serve", guest.address(family), port)
+    _ready(server)
+    asking = _start(place, "tcp-connect", guest.address(family), port, "--ask", str(rate), log=log)
+    _ready(asking)
+    return Traffic("serve", (server, asking), log, port)
+
+
+def udp_echo(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 50.0) -> Traffic:
+    """The guest sends `packets` a second, the outside sends each back; the guest's receiving counts."""
+    return _udp(lab, guest, family, packets, 0.0)
+
+
+def udp_stream(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 50.0) -> Traffic:
+    """The guest and the outside each send `packets` a second, the guest first; the guest's receiving counts."""
+    return _udp(lab, guest, family, packets, packets)
+
+
+def icmp_echo(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 20.0) -> Traffic:
+    """The guest sends `packets` echo requests a second with one identifier; the answers count."""
+    log = _log(lab, "icmp")
+    sender = _start(guest, "icmp-echo", _outside(family), 0, "--send", str(packets), log=log)
+    _ready(sender)
+    return Traffic("icmp", (sender,), log)
+
+
+def flows(lab: Lab, guest: Guest, *, family: int = 4, count: int = 100_000, new_per_second: float = 1000.0) -> Traffic:
+    """The guest begins `count` UDP flows as fast as it can; from the return on `new_per_second` more.
+
+    The outside drops them in silence. The log's totals are flows begun. Each lives as long as nf_conntrack_udp_timeout.
+    """
+    log = _log(lab, "flows")
+    more = ["--count", str(count), "--send", str(new_per_second)]
+    sender = _start(guest, "udp-flows", _outside(family), 0, *more, log=log)
+    _ready(sender, 60.0)
+    return Traffic("flows", (sender,), log)
+
+
+def _udp(lab: Lab, guest: Guest, family: int, packets: float, answers: float) -> Traffic:
+    address, port, log = _outside(family), next(_ports), _log(lab, "udp")
+    server = _start(lab.outside, "udp-serve", address, port, "--send", str(answers))
+    _ready(server)
+    client = _start(guest, "udp-stream", address, port, "--send", str(packets), log=log)
+    _ready(client)
+    return Traffic("udp", (server, client), log, port)
+
+
+def _outside(family: int) -> str:
+    return addresses.OUTSIDE_V6 if family == 6 else addresses.OUTSIDE_V4
+
+
+def _log(lab: Lab, name: str) -> Path:
+    return lab.folder / f"{name}-{next(_ports)}.log"
+
+
+def _start(
+    place: Place, program: str, address: str, port: int, *more: str, log: Path | None = None
+) -> subprocess.Popen:
+    # -I -S: the program starts in 20 ms and can import the standard library only.
+    argv = [sys.executable, "-I", "-S", programs.__file__, program, "--address", address, "--port", str(port), *more]
+    if log is not None:
+        argv += ["--log", str(log)]
+    return place.start(argv, stdout=subprocess.PIPE)
+
+
+def _ready(process: subprocess.Popen, seconds: float = START_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    readable, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+    if not readable:
+        raise DeadlinePassed(f"{' '.join(process.args[4:])} to be ready", seconds)
+    if process.stdout.readline() != b"ready\n":
+        raise LabError(f"{' '.join(process.args[4:])} ended with {process.wait()}; its reason is on stderr")
