@@ -1,0 +1,49 @@
+"""Who lays claim to an entry that is not one guest's alone.
+
+In a zone that several ports share, a flow between two guests of one host is one entry. Each session that exported or
+imported it claims it; it goes only with the last claim, and only if a session put it there. What was there before any
+session is nobody's to discard. The caller holds one lock around each decision and the removal that follows from it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sami_plugin.model.flows import Batch
+from sami_plugin.model.keys import FlowTable
+from sami_plugin.model.scope import Scope
+
+Place = tuple[str | None, tuple[tuple[int, int], ...]]
+"""A device's table: its namespace and its zones."""
+
+
+def place_of(scope: Scope) -> Place:
+    return scope.namespace, tuple(sorted((int(role), zone) for role, zone in scope.zones.items()))
+
+
+class Claims:
+    """The claims of all sessions of one role on this host. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._claimed: dict[Place, dict[str, FlowTable]] = {}
+
+    def claim(self, session: str, scope: Scope, batch: Batch) -> None:
+        """The session exported these flows or put them in. May be repeated."""
+        if scope.is_shared:
+            self._claimed.setdefault(place_of(scope), {}).setdefault(session, FlowTable()).put(batch.identities)
+
+    def unclaimed_by_others(self, session: str, scope: Scope, batch: Batch) -> Batch:
+        """Those of the flows that no other session claims."""
+        if not scope.is_shared:
+            return batch
+        others = np.zeros(len(batch), bool)
+        for name, table in self._claimed.get(place_of(scope), {}).items():
+            if name != session:
+                others |= table.find(batch)[0]
+        return batch.take(~others)
+
+    def release(self, session: str) -> None:
+        """The session claims nothing any more. May be repeated."""
+        for place in [place for place, tables in self._claimed.items() if tables.pop(session, None) is not None]:
+            if not self._claimed[place]:
+                del self._claimed[place]

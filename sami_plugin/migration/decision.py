@@ -1,0 +1,213 @@
+"""What both roles' decisions are made of.
+
+A decision is a plain function: what is known, what happened, what time it is; out comes what is known now and what to
+do, in order. Nothing is done here, no clock is read. `handover.py` writes the decision into the journal and then does
+it. An input that a state's table does not list changes nothing: from the peer it raises `IllegalMessage`, from this
+host's hypervisor or clock it means nothing in that state (hooks and events say the same thing twice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sami_plugin.errors import IllegalMessage
+from sami_plugin.model.migration import Message, MigrationEvent, Outcome, Phase
+
+# What happens to a session.
+
+
+@dataclass(frozen=True, slots=True)
+class GuestDid:
+    """This host's hypervisor said something of the guest."""
+
+    event: MigrationEvent
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSaid:
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """An action is finished. `what` is the action's class name, `count` the flows it concerned."""
+
+    what: str
+    count: int = 0
+    refused: int = 0
+    is_all: bool = True
+    """False: there is more of the same to do (another batch to export, a scope that is not known yet)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActionFailed:
+    """An action could not be done; `reason` is for the operator."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """A message could not be delivered within its lifetime."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """The time that an action `WakeAt` asked for has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """Another migration of the same guest has begun on this host."""
+
+
+Event = GuestDid | PeerSaid | Done | ActionFailed | PeerLost | TimePassed | Superseded
+
+
+# What a session does about it.
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Send a message to the peer. Where `is_durable`, the disk has the decision first."""
+
+    message: Message
+    is_durable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StartExport:
+    """Begin to watch, then to export: the scope's flows, as they are while the guest runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportNext:
+    """Send the next batch of the export."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportChanges:
+    """Send what changed since the last time."""
+
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """Export again and send the differences: changes may have been missed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Purge:
+    """Remove at the source what was exported, by name, and prove that it is gone. Waits for the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """Put these flows in and take these out, in order, as soon as the scope is known."""
+
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FindScope:
+    """Ask where the port's state lives here, and import what waited for the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Read back what was imported since the last time, and compare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Keep what was imported from running out of time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Remove at the destination what this session put in, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Send `TimePassed` at this time, instead of at any other asked for before."""
+
+    when: float
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    outcome: Outcome
+    reason: str = ""
+
+
+Action = (
+    Say
+    | StartExport
+    | ExportNext
+    | ExportChanges
+    | Resync
+    | Purge
+    | Import
+    | FindScope
+    | Verify
+    | Renew
+    | Discard
+    | WakeAt
+    | End
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The operator's limits that decisions depend on, in seconds."""
+
+    delta_seconds: float = 0.1
+    resync_seconds: float = 10.0
+    hold_seconds: int = 30
+    open_seconds: float = 30.0
+    zone_seconds: float = 30.0
+    arrival_seconds: float = 60.0
+    session_seconds: float = 3600.0
+
+
+SessionT = TypeVar("SessionT")
+Cause = type[Message] | Phase | str | type[TimePassed]
+"""What a table lists: a kind of message, a word of the hypervisor, the name of a finished action, the clock."""
+
+Handler = Callable[[SessionT, Event, float], tuple[SessionT, list[Action]]]
+Table = Mapping[object, Mapping[Cause, Handler[SessionT]]]
+
+
+def cause_of(event: Event) -> Cause:
+    """Under which heading of a table an event stands."""
+    match event:
+        case GuestDid(event=told):
+            return told.phase
+        case PeerSaid(message=message):
+            return type(message)
+        case Done(what=what):
+            return what
+        case TimePassed():
+            return TimePassed
+        case ActionFailed() | PeerLost() | Superseded():
+            return type(event).__name__
+
+
+def step(table: Table[SessionT], state: object, session: SessionT, event: Event, now: float) -> tuple[SessionT, list[Action]]:
+    """Looks the event up in the state's row and asks its handler.
+
+    :raises IllegalMessage: the peer said what the state's row does not list.
+    """
+    handler = table.get(state, {}).get(cause_of(event))
+    if handler is not None:
+        return handler(session, event, now)
+    if isinstance(event, PeerSaid):
+        raise IllegalMessage(f"{type(event.message).__name__} may not be said in state {state}")
+    return session, []

@@ -1,0 +1,337 @@
+"""What the host does that a guest comes to.
+
+ASKED       the source has been asked for the guest's flows
+RECEIVING   flows come; they go into the device as soon as the port's scope is known here
+COMPLETE    all of it is in the device, read back and journaled; the guest is not here yet
+ARRIVED     the guest runs here and the source has been told; it purges now
+ORPHANED    the source gave up; still to be seen is whether the guest comes
+ENDED
+
+Whatever ends a session before the guest runs here, everything that it put in is discarded: the source has it all.
+After the guest has run here nothing is discarded any more.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, replace
+
+from sami_plugin.migration import decision
+from sami_plugin.migration.decision import (
+    Action,
+    ActionFailed,
+    Discard,
+    Done,
+    End,
+    Event,
+    FindScope,
+    Import,
+    Limits,
+    PeerLost,
+    PeerSaid,
+    Renew,
+    Say,
+    TimePassed,
+    Verify,
+    WakeAt,
+)
+from sami_plugin.model.migration import (
+    Arrived,
+    Complete,
+    FlowChanges,
+    Flows,
+    GivesUp,
+    InSync,
+    Offer,
+    Open,
+    Outcome,
+    Phase,
+    Purged,
+    Stays,
+)
+
+ZONE_POLL_SECONDS = 0.02
+
+
+class State(enum.Enum):
+    ASKED = "asked"
+    RECEIVING = "receiving"
+    COMPLETE = "complete"
+    ARRIVED = "arrived"
+    ORPHANED = "orphaned"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """All that a decision of the destination depends on."""
+
+    limits: Limits
+    deadline: float
+    """While ASKED, the time until which the source has to answer; afterwards that at which the session ends."""
+    session_deadline: float
+    state: State = State.ASKED
+    is_started: bool = False
+    has_scope: bool = False
+    zone_deadline: float = 0.0
+    renew_at: float = math.inf
+    has_last: bool = False
+    runs_here: bool = False
+    imported: int = 0
+    refused: int = 0
+    reason: str = ""
+
+
+Decision = tuple[Destination, list[Action]]
+
+
+def begin(limits: Limits, offer_to_take: Open, now: float) -> Decision:
+    """A guest is about to come."""
+    session = Destination(limits, now + limits.open_seconds, now + limits.session_seconds)
+    return session, [Say(offer_to_take), WakeAt(session.deadline)]
+
+
+def step(session: Destination, event: Event, now: float) -> Decision:
+    """:raises IllegalMessage: the peer said what may not be said now; nothing has changed."""
+    return decision.step(TABLE, session.state, session, event, now)
+
+
+def _offered(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, PeerSaid) and isinstance(event.message, Offer)
+    session = replace(
+        session,
+        state=State.RECEIVING,
+        deadline=session.session_deadline,
+        renew_at=now + session.limits.hold_seconds / 3,
+        has_scope=session.has_scope or event.message.ports == 0,
+    )
+    return session, [_next_wake(session, now)]
+
+
+def _started(session: Destination, event: Event, now: float) -> Decision:
+    if session.is_started:
+        return session, []
+    session = replace(session, is_started=True, zone_deadline=now + session.limits.zone_seconds)
+    return session, [FindScope()]
+
+
+def _scope_asked(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, Done)
+    if event.is_all:
+        session = replace(session, has_scope=True)
+        return session, [Verify(), _next_wake(session, now)]
+    if now < session.zone_deadline:
+        return session, [_next_wake(session, now)]
+    return _give_up(session, "the port's zone did not appear within zone_seconds; is the network's agent running?")
+
+
+def _received(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, PeerSaid) and isinstance(event.message, Flows)
+    return session, [Import(event.message.payload)]
+
+
+def _in_sync(session: Destination, event: Event, now: float) -> Decision:
+    return session, [Verify()] if session.has_scope else []
+
+
+def _changed(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, PeerSaid) and isinstance(event.message, FlowChanges)
+    actions: list[Action] = [Import(event.message.payload)]
+    if event.message.is_last:
+        session = replace(session, has_last=True)
+        if session.has_scope:
+            actions.append(Verify())
+    return session, actions
+
+
+def _verified(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, Done)
+    session = replace(session, imported=event.count, refused=event.refused)
+    if not (session.has_last and session.has_scope):
+        return session, []
+    session = replace(session, state=State.COMPLETE)
+    actions: list[Action] = [Say(Complete(session.imported, session.refused), is_durable=True)]
+    if session.runs_here:
+        session, more = _tell_arrival(session, now)
+        actions += more
+    return session, actions
+
+
+def _runs(session: Destination, event: Event, now: float) -> Decision:
+    return replace(session, runs_here=True), []
+
+
+def _runs_complete(session: Destination, event: Event, now: float) -> Decision:
+    return _tell_arrival(replace(session, runs_here=True), now)
+
+
+def _tell_arrival(session: Destination, now: float) -> Decision:
+    actions: list[Action] = [Say(Arrived(), is_durable=True), WakeAt(now + session.limits.arrival_seconds)]
+    return replace(session, state=State.ARRIVED), actions
+
+
+def _tick(session: Destination, event: Event, now: float) -> Decision:
+    """The zone is asked for until it is there, what waits is kept from running out, and nothing lasts for ever."""
+    if now >= session.deadline:
+        if session.state is State.ASKED:
+            return _give_up(session, "the source did not answer; is its agent running?")
+        return _give_up(session, "the migration took longer than session_seconds")
+    actions: list[Action] = []
+    if session.is_started and not session.has_scope:
+        actions.append(FindScope())
+    if now >= session.renew_at and not session.runs_here:
+        session = replace(session, renew_at=now + session.limits.hold_seconds / 3)
+        actions.append(Renew())
+    return session, [*actions, _next_wake(session, now)]
+
+
+def _next_wake(session: Destination, now: float) -> WakeAt:
+    times = [session.deadline]
+    if session.is_started and not session.has_scope:
+        times.append(now + ZONE_POLL_SECONDS)
+    if not session.runs_here:
+        times.append(session.renew_at)
+    return WakeAt(max(now, min(times)))
+
+
+def _never_came(session: Destination, event: Event, now: float) -> Decision:
+    if session.runs_here:  # it came, ran, and is gone again: another story than this session's
+        return replace(session, state=State.ENDED), [End(Outcome.UNCLEAR, "the guest came and ended")]
+    reason = "the guest did not come"
+    return replace(session, state=State.ENDED), [Discard(), Say(Stays(reason)), End(Outcome.STAYED, reason)]
+
+
+def _source_says_it_stays(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, PeerSaid) and isinstance(event.message, Stays)
+    if session.runs_here:
+        return replace(session, state=State.ENDED), [End(Outcome.UNCLEAR, "both hosts say that the guest runs there")]
+    return replace(session, state=State.ENDED), [Discard(), End(Outcome.STAYED, event.message.reason)]
+
+
+def _purged(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, PeerSaid) and isinstance(event.message, Purged)
+    if event.message.left:
+        return _end(session, Outcome.FAILED, f"{event.message.left} flows are left at the source")
+    return _end(session, Outcome.MOVED, session.reason)
+
+
+def _purge_unheard(session: Destination, event: Event, now: float) -> Decision:
+    return _end(session, Outcome.MOVED, "the source did not say that it purged")
+
+
+def _end(session: Destination, outcome: Outcome, reason: str) -> Decision:
+    return replace(session, state=State.ENDED), [End(outcome, reason)]
+
+
+def _failed(session: Destination, event: Event, now: float) -> Decision:
+    match event:
+        case ActionFailed(reason=reason) | PeerLost(reason=reason):
+            return _give_up(session, reason)
+        case PeerSaid(message=GivesUp(reason=reason)):
+            session, actions = _give_up(session, f"the source gave up: {reason}")
+            return session, [action for action in actions if not isinstance(action, Say)]  # it knows
+        case _:
+            raise AssertionError(event)
+
+
+def _give_up(session: Destination, reason: str) -> Decision:
+    if session.runs_here:
+        return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
+    session = replace(session, state=State.ORPHANED, reason=reason)
+    return session, [Discard(), Say(GivesUp(reason)), WakeAt(session.session_deadline)]
+
+
+def _peer_lost_after_complete(session: Destination, event: Event, now: float) -> Decision:
+    """Everything is in the device: it stays there until the hypervisor says where the guest is."""
+    return session, []
+
+
+def _came_without(session: Destination, event: Event, now: float) -> Decision:
+    return _end(replace(session, runs_here=True), Outcome.FAILED, session.reason)
+
+
+def _stayed_without(session: Destination, event: Event, now: float) -> Decision:
+    return _end(session, Outcome.STAYED, session.reason)
+
+
+def _orphan_ends(session: Destination, event: Event, now: float) -> Decision:
+    return _end(session, Outcome.FAILED, session.reason)
+
+
+def _superseded(session: Destination, event: Event, now: float) -> Decision:
+    actions: list[Action] = [] if session.runs_here else [Discard()]
+    actions.append(End(Outcome.UNCLEAR, session.reason or "another migration of the guest began"))
+    return replace(session, state=State.ENDED), actions
+
+
+def _ignore(session: Destination, event: Event, now: float) -> Decision:
+    return session, []
+
+
+_WHEN_IT_FAILS: dict[decision.Cause, decision.Handler[Destination]] = {
+    "ActionFailed": _failed,
+    "PeerLost": _failed,
+    GivesUp: _failed,
+    Stays: _source_says_it_stays,
+    Phase.STOPPED: _never_came,
+    "Superseded": _superseded,
+}
+
+TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
+    State.ASKED: {
+        Offer: _offered,
+        Phase.STARTED: _started,
+        "FindScope": _scope_asked,
+        Phase.RESUMED: _runs,
+        TimePassed: _tick,
+        **_WHEN_IT_FAILS,
+    },
+    State.RECEIVING: {
+        Flows: _received,
+        InSync: _in_sync,
+        FlowChanges: _changed,
+        "Verify": _verified,
+        Phase.STARTED: _started,
+        "FindScope": _scope_asked,
+        Phase.RESUMED: _runs,
+        TimePassed: _tick,
+        **_WHEN_IT_FAILS,
+    },
+    State.COMPLETE: {
+        Phase.RESUMED: _runs_complete,
+        TimePassed: _tick,
+        **_WHEN_IT_FAILS,
+        "PeerLost": _peer_lost_after_complete,
+        GivesUp: _peer_lost_after_complete,
+    },
+    State.ARRIVED: {
+        Purged: _purged,
+        TimePassed: _purge_unheard,
+        "PeerLost": _purge_unheard,
+        GivesUp: _purge_unheard,
+        "Superseded": _purge_unheard,
+    },
+    State.ORPHANED: {
+        Phase.RESUMED: _came_without,
+        Phase.STOPPED: _stayed_without,
+        TimePassed: _orphan_ends,
+        Offer: _ignore,
+        Flows: _ignore,
+        InSync: _ignore,
+        FlowChanges: _ignore,
+        Purged: _ignore,
+        GivesUp: _ignore,
+        Stays: _stayed_without,
+        "Superseded": _superseded,
+    },
+    State.ENDED: {
+        Flows: _ignore,
+        InSync: _ignore,
+        FlowChanges: _ignore,
+        Purged: _ignore,
+        GivesUp: _ignore,
+        Stays: _ignore,
+    },
+}
+"""What each state answers to. What is not listed changes nothing; from the peer it is refused."""

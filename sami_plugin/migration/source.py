@@ -1,0 +1,328 @@
+"""What the host does that a guest leaves.
+
+WAITING     the destination asked; this host's hypervisor has not said yet that the guest leaves
+COPYING     the guest runs here; what there is is being sent
+FOLLOWING   the guest runs here; only what changes is being sent
+DRAINED     the guest is paused and the last change is sent; nothing may be purged yet
+PURGING     the destination has it all and the guest runs there, or the guest has left and nobody spoke
+ABANDONED   nothing is carried any more; still to be seen is whether the guest leaves
+ENDED
+
+Nothing is removed here before the destination has said both COMPLETE and ARRIVED and this host's hypervisor has not
+taken the guest back; or the guest has been gone for `arrival_seconds` by the hypervisor's own word.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+
+from sami_plugin.errors import IllegalMessage
+from sami_plugin.migration import decision
+from sami_plugin.migration.decision import (
+    Action,
+    ActionFailed,
+    Done,
+    End,
+    Event,
+    ExportChanges,
+    ExportNext,
+    Limits,
+    PeerLost,
+    PeerSaid,
+    Purge,
+    Resync,
+    Say,
+    StartExport,
+    TimePassed,
+    WakeAt,
+)
+from sami_plugin.model.migration import (
+    PROTOCOL_VERSION,
+    Arrived,
+    Complete,
+    GivesUp,
+    InSync,
+    Offer,
+    Open,
+    Outcome,
+    Phase,
+    Purged,
+    Stays,
+)
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    COPYING = "copying"
+    FOLLOWING = "following"
+    DRAINED = "drained"
+    PURGING = "purging"
+    ABANDONED = "abandoned"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """All that a decision of the source depends on."""
+
+    limits: Limits
+    deadline: float
+    state: State = State.WAITING
+    is_asked: bool = False
+    is_outgoing: bool = False
+    is_suspended: bool = False
+    has_complete: bool = False
+    has_arrived: bool = False
+    is_gone: bool = False
+    exported: int = 0
+    resync_at: float = 0.0
+    reason: str = ""
+
+
+Decision = tuple[Source, list[Action]]
+
+
+def step(session: Source, event: Event, now: float) -> Decision:
+    """:raises IllegalMessage: the peer said what may not be said now; nothing has changed."""
+    return decision.step(TABLE, session.state, session, event, now)
+
+
+def _asked(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, PeerSaid) and isinstance(event.message, Open)
+    if session.is_asked:
+        raise IllegalMessage("this session was opened before")
+    if PROTOCOL_VERSION not in event.message.versions:
+        reason = f"this host speaks version {PROTOCOL_VERSION}, the destination {event.message.versions}; upgrade one"
+        return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
+    session = replace(session, is_asked=True)
+    return _begin(session) if session.is_outgoing else (session, [WakeAt(now + session.limits.open_seconds)])
+
+
+def _leaves(session: Source, event: Event, now: float) -> Decision:
+    session = replace(session, is_outgoing=True)
+    return _begin(session) if session.is_asked else (session, [])
+
+
+def _begin(session: Source) -> Decision:
+    return replace(session, state=State.COPYING), [StartExport()]
+
+
+def _never_left(session: Source, event: Event, now: float) -> Decision:
+    reason = "this host's hypervisor does not say that the guest leaves"
+    return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.STAYED, reason)]
+
+
+def _nothing_sent_yet(session: Source, event: Event, now: float) -> Decision:
+    reason = event.message.reason if isinstance(event, PeerSaid) else event.reason  # type: ignore[union-attr]
+    return replace(session, state=State.ENDED), [End(Outcome.FAILED, reason)]
+
+
+def _started(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, Done)
+    return session, [Say(Offer(PROTOCOL_VERSION, event.count)), ExportNext()]
+
+
+def _copied(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, Done)
+    session = replace(session, exported=session.exported + event.count)
+    if not event.is_all:
+        return session, [ExportNext()]
+    in_sync = Say(InSync(session.exported))
+    if session.is_suspended:
+        return replace(session, state=State.DRAINED), [in_sync, ExportChanges(is_last=True)]
+    session = replace(session, state=State.FOLLOWING, resync_at=now + session.limits.resync_seconds)
+    return session, [in_sync, WakeAt(now + session.limits.delta_seconds)]
+
+
+def _paused_while_copying(session: Source, event: Event, now: float) -> Decision:
+    return replace(session, is_suspended=True), []
+
+
+def _follow(session: Source, event: Event, now: float) -> Decision:
+    if now >= session.deadline:
+        return _abandon(session, "the migration took longer than session_seconds")
+    if now >= session.resync_at:
+        return replace(session, resync_at=now + session.limits.resync_seconds), [Resync()]
+    return session, [ExportChanges(is_last=False)]
+
+
+def _followed(session: Source, event: Event, now: float) -> Decision:
+    return session, [WakeAt(now + session.limits.delta_seconds)]
+
+
+def _resynced(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, Done)
+    if event.is_all:
+        return replace(session, resync_at=now + session.limits.resync_seconds), [ExportChanges(is_last=False)]
+    return session, [Resync()]
+
+
+def _paused(session: Source, event: Event, now: float) -> Decision:
+    return replace(session, state=State.DRAINED, is_suspended=True), [ExportChanges(is_last=True)]
+
+
+def _drained(session: Source, event: Event, now: float) -> Decision:
+    return session, [WakeAt(session.deadline)]
+
+
+def _complete(session: Source, event: Event, now: float) -> Decision:
+    return _purge_when_arrived(replace(session, has_complete=True))
+
+
+def _arrived(session: Source, event: Event, now: float) -> Decision:
+    return _purge_when_arrived(replace(session, has_arrived=True))
+
+
+def _purge_when_arrived(session: Source) -> Decision:
+    if session.has_complete and session.has_arrived:
+        return replace(session, state=State.PURGING), [Purge()]
+    return session, []
+
+
+def _comes_back(session: Source, event: Event, now: float) -> Decision:
+    reason = "the guest runs on the source again"
+    return replace(session, state=State.ENDED), [Say(Stays(reason)), End(Outcome.STAYED, reason)]
+
+
+def _resumed(session: Source, event: Event, now: float) -> Decision:
+    """While copying, RESUMED means something only after the guest was paused for the move."""
+    return _comes_back(session, event, now) if session.is_suspended else (session, [])
+
+
+def _peer_says_it_stays(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, PeerSaid) and isinstance(event.message, Stays)
+    return replace(session, state=State.ENDED), [End(Outcome.STAYED, event.message.reason)]
+
+
+def _gone(session: Source, event: Event, now: float) -> Decision:
+    return replace(session, is_gone=True), [WakeAt(now + session.limits.arrival_seconds)]
+
+
+def _gone_unnoticed(session: Source, event: Event, now: float) -> Decision:
+    session, actions = _abandon(session, "the guest was gone before its last changes were sent")
+    session, more = _gone(session, event, now)
+    return session, actions + more
+
+
+def _nobody_spoke(session: Source, event: Event, now: float) -> Decision:
+    if session.is_gone:
+        return replace(session, state=State.PURGING), [Purge()]
+    if now < session.deadline:
+        return session, [WakeAt(session.deadline)]
+    reason = session.reason or "nobody said where the guest is"
+    return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.UNCLEAR, reason)]
+
+
+def _purged(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, Done)
+    if not session.has_arrived:
+        outcome = Outcome.LEFT_WITHOUT_ARRIVAL
+    elif event.refused:
+        outcome = Outcome.FAILED
+    else:
+        outcome = Outcome.MOVED
+    said = Say(Purged(event.count, event.refused), is_durable=True)
+    return replace(session, state=State.ENDED), [said, End(outcome, session.reason)]
+
+
+def _purge_failed(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, ActionFailed)
+    return replace(session, state=State.ENDED), [End(Outcome.FAILED, event.reason)]
+
+
+def _failed(session: Source, event: Event, now: float) -> Decision:
+    match event:
+        case PeerSaid(message=GivesUp(reason=reason)):
+            session, actions = _abandon(session, f"the destination gave up: {reason}")
+            actions = actions[1:]  # it knows
+        case ActionFailed(reason=reason) | PeerLost(reason=reason):
+            session, actions = _abandon(session, reason)
+        case _:
+            raise AssertionError(event)
+    return session, actions
+
+
+def _abandon(session: Source, reason: str) -> Decision:
+    return replace(session, state=State.ABANDONED, reason=reason), [Say(GivesUp(reason)), WakeAt(session.deadline)]
+
+
+def _superseded(session: Source, event: Event, now: float) -> Decision:
+    reason = "another migration of the guest began"
+    return replace(session, state=State.ENDED), [End(Outcome.UNCLEAR, session.reason or reason)]
+
+
+def _ignore(session: Source, event: Event, now: float) -> Decision:
+    return session, []
+
+
+_WHEN_IT_FAILS: dict[decision.Cause, decision.Handler[Source]] = {
+    "ActionFailed": _failed,
+    "PeerLost": _failed,
+    GivesUp: _failed,
+    Stays: _peer_says_it_stays,
+    "Superseded": _superseded,
+}
+
+TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
+    State.WAITING: {
+        Open: _asked,
+        Phase.OUTGOING: _leaves,
+        Phase.STOPPED: _gone_unnoticed,
+        TimePassed: _never_left,
+        "ActionFailed": _nothing_sent_yet,
+        "PeerLost": _nothing_sent_yet,
+        GivesUp: _nothing_sent_yet,
+        Stays: _peer_says_it_stays,
+        "Superseded": _superseded,
+    },
+    State.COPYING: {
+        "StartExport": _started,
+        "ExportNext": _copied,
+        Phase.SUSPENDED: _paused_while_copying,
+        Phase.RESUMED: _resumed,
+        Phase.STOPPED: _gone_unnoticed,
+        **_WHEN_IT_FAILS,
+    },
+    State.FOLLOWING: {
+        TimePassed: _follow,
+        "ExportChanges": _followed,
+        "Resync": _resynced,
+        Phase.SUSPENDED: _paused,
+        Phase.STOPPED: _gone_unnoticed,
+        **_WHEN_IT_FAILS,
+    },
+    State.DRAINED: {
+        "ExportChanges": _drained,
+        Complete: _complete,
+        Arrived: _arrived,
+        Phase.RESUMED: _comes_back,
+        Phase.STOPPED: _gone,
+        TimePassed: _nobody_spoke,
+        **_WHEN_IT_FAILS,
+    },
+    State.PURGING: {
+        "Purge": _purged,
+        "ActionFailed": _purge_failed,
+        Complete: _ignore,
+        Arrived: _ignore,
+        GivesUp: _ignore,
+    },
+    State.ABANDONED: {
+        Phase.RESUMED: _comes_back,
+        Phase.STOPPED: _gone,
+        TimePassed: _nobody_spoke,
+        Complete: _ignore,
+        Arrived: _ignore,
+        GivesUp: _ignore,
+        Stays: _peer_says_it_stays,
+        "Superseded": _superseded,
+    },
+    State.ENDED: {
+        Complete: _ignore,
+        Arrived: _ignore,
+        GivesUp: _ignore,
+        Stays: _ignore,
+    },
+}
+"""What each state answers to. What is not listed changes nothing; from the peer it is refused."""
