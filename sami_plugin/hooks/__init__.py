@@ -1,0 +1,1 @@
+"""What tells the agent that a guest moves."""

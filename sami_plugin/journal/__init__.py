@@ -1,0 +1,1 @@
+"""What this host decided and did, on its disk."""

@@ -1,0 +1,166 @@
+"""The journal: one SQLite file per host.
+
+Every decision is a row, written before its actions are done: what happened, the state it led to, and what is to be
+done. Payloads of flows are kept as they were sent or received, so that a later start can name what was put in or has to
+go. Only what is marked as durable waits for the disk; the rest is in the file system's hands at once and on the disk a
+little later, because a disk takes longer than a guest is paused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sami_plugin.errors import JournalError
+
+FORMAT_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS sessions (
+    session     TEXT PRIMARY KEY,
+    guest       TEXT NOT NULL,
+    role        TEXT NOT NULL,
+    peer        TEXT NOT NULL,
+    state       TEXT NOT NULL,
+    started_at  REAL NOT NULL,
+    ended_at    REAL,
+    outcome     TEXT,
+    report      TEXT
+);
+CREATE TABLE IF NOT EXISTS decisions (
+    session     TEXT NOT NULL,
+    number      INTEGER NOT NULL,
+    at          REAL NOT NULL,
+    event       TEXT NOT NULL,
+    state       TEXT NOT NULL,
+    actions     TEXT NOT NULL,
+    PRIMARY KEY (session, number)
+);
+CREATE TABLE IF NOT EXISTS payloads (
+    session     TEXT NOT NULL,
+    number      INTEGER NOT NULL,
+    payload     BLOB NOT NULL,
+    PRIMARY KEY (session, number)
+);
+"""
+
+
+class Journal:
+    """Thread-safe. A file that cannot be used raises `JournalError`, which tells the path and the reason."""
+
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        try:
+            if read_only:
+                self._db = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, check_same_thread=False)
+            else:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+                self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
+                self._db.execute("PRAGMA journal_mode=WAL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, FORMAT_VERSION) or (read_only and version == 0):
+                raise JournalError(f"{self.path} is no journal of format {FORMAT_VERSION} (it says {version})")
+            if not read_only:
+                self._db.executescript(_SCHEMA)
+                self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+        except (OSError, sqlite3.Error) as error:
+            raise JournalError(f"cannot use the journal {self.path}: {error}") from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def begin(self, session: str, guest: str, role: str, peer: str, state: str) -> None:
+        self._write(
+            "INSERT INTO sessions (session, guest, role, peer, state, started_at) VALUES (?, ?, ?, ?, ?, ?)",
+            (session, guest, role, peer, state, time.time()),
+        )
+
+    def record(
+        self, session: str, number: int, event: str, state: str, actions: list[str], *, is_durable: bool
+    ) -> None:
+        """Writes one decision. Where `is_durable`, returns only when the disk has it and all before it."""
+        self._write(
+            "INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?)",
+            (session, number, time.time(), event, state, json.dumps(actions)),
+            is_durable=is_durable,
+        )
+
+    def keep_payload(self, session: str, number: int, payload: bytes) -> None:
+        self._write("INSERT OR REPLACE INTO payloads VALUES (?, ?, ?)", (session, number, payload))
+
+    def end(self, session: str, state: str, outcome: str, report: dict[str, Any]) -> None:
+        """Closes a session and drops its payloads: the flows are where they belong now."""
+        with self._lock, self._failing():
+            self._db.execute("BEGIN")
+            self._db.execute(
+                "UPDATE sessions SET state = ?, outcome = ?, report = ?, ended_at = ? WHERE session = ?",
+                (state, outcome, json.dumps(report), time.time(), session),
+            )
+            self._db.execute("DELETE FROM payloads WHERE session = ?", (session,))
+            self._db.execute("COMMIT")
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """All sessions, newest first."""
+        return self._read("SELECT * FROM sessions ORDER BY started_at DESC, rowid DESC", ())
+
+    def session(self, prefix: str) -> dict[str, Any]:
+        """The session whose id begins so, its report unpacked.
+
+        :raises JournalError: there is none, or more than one.
+        """
+        found = [row for row in self.sessions() if row["session"].startswith(prefix)] if prefix else []
+        if len(found) != 1:
+            what = "no session" if not found else f"{len(found)} sessions"
+            raise JournalError(f"{what} in {self.path} begin with {prefix!r}; `sami session list` shows them")
+        row = found[0]
+        row["report"] = json.loads(row["report"]) if row["report"] else {}
+        return row
+
+    def decisions(self, session: str) -> list[dict[str, Any]]:
+        """What was decided in a session, in order."""
+        rows = self._read("SELECT * FROM decisions WHERE session = ? ORDER BY number", (session,))
+        for row in rows:
+            row["actions"] = json.loads(row["actions"])
+        return rows
+
+    def payloads(self, session: str) -> Iterator[bytes]:
+        for row in self._read("SELECT payload FROM payloads WHERE session = ? ORDER BY number", (session,)):
+            yield row["payload"]
+
+    def _read(self, query: str, values: tuple[object, ...]) -> list[dict[str, Any]]:
+        with self._lock, self._failing():
+            cursor = self._db.execute(query, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def _write(self, query: str, values: tuple[object, ...], *, is_durable: bool = False) -> None:
+        with self._lock, self._failing():
+            # In WAL mode FULL syncs this commit and with it everything written before; NORMAL leaves it to checkpoints.
+            self._db.execute(f"PRAGMA synchronous={'FULL' if is_durable else 'NORMAL'}")
+            self._db.execute(query, values)
+
+    def _failing(self) -> _Failing:
+        return _Failing(self.path)
+
+
+class _Failing:
+    """Turns what SQLite raises into `JournalError`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        if isinstance(error, sqlite3.Error):
+            raise JournalError(f"cannot use the journal {self._path}: {error}") from error

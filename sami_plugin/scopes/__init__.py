@@ -1,0 +1,1 @@
+"""Scope finders: where a port's state lives on this host."""

@@ -1,0 +1,28 @@
+"""The contract of scope finders (stevedore namespace `sami.scopes`)."""
+
+from __future__ import annotations
+
+import abc
+
+from sami_plugin.model.flows import Addresses
+from sami_plugin.model.scope import Scope
+
+
+class ScopeFinder(abc.ABC):
+    """Answers from what this host knows; what came with a guest from elsewhere is nobody's knowledge."""
+
+    @abc.abstractmethod
+    def find(self, guest: str) -> tuple[Scope, ...]:
+        """The scopes of the guest's ports that are on this host now; none while they are not known yet.
+
+        Does not block for long and may be asked again and again.
+
+        :raises ConfigurationError: the answer cannot be read; the message says where.
+        """
+
+    @abc.abstractmethod
+    def neighbours(self, scope: Scope) -> Addresses:
+        """Addresses of the other ports that are on this host now and have their state in the same zone.
+
+        :raises ConfigurationError: as `find`.
+        """

@@ -1,0 +1,72 @@
+"""Scopes from a file that the operator, or what sets the ports up, keeps.
+
+    {"ports": [{"port": "tap-web", "guest": "6ac3...", "namespace": "/run/netns/fw", "zone": 4097,
+                "shared": false, "addresses": ["192.0.2.7", "2001:db8::7"]}]}
+
+`namespace` may be left out: the agent's own. Replace the file by renaming: it is read at each question.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import netaddr
+
+from sami_plugin.errors import ConfigurationError
+from sami_plugin.model.flows import Addresses, ZoneRole
+from sami_plugin.model.scope import Scope
+from sami_plugin.scopes.base import ScopeFinder
+
+
+class StaticScopes(ScopeFinder):
+    """Reads the file `scope_file`."""
+
+    def __init__(self, scope_file: str | Path) -> None:
+        self._file = Path(scope_file)
+
+    def find(self, guest: str) -> tuple[Scope, ...]:
+        return tuple(self._scope(port) for port in self._read() if port["guest"] == guest)
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            ports = json.loads(self._file.read_text())["ports"]
+            return [self._checked(port) for port in ports]
+        except (OSError, ValueError, KeyError, TypeError, netaddr.AddrFormatError) as error:
+            raise ConfigurationError(f"scope_file {self._file}: {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def _checked(port: dict[str, Any]) -> dict[str, Any]:
+        zone = port["zone"]
+        if type(zone) is not int or not 0 <= zone <= 0xFFFF:
+            raise ValueError(f"zone {zone!r} of port {port['port']!r} is no number from 0 to 65535")
+        addresses = tuple(netaddr.IPAddress(address) for address in port["addresses"])
+        return {
+            "port": str(port["port"]),
+            "guest": str(port["guest"]),
+            "namespace": port.get("namespace"),
+            "zone": zone,
+            "shared": bool(port.get("shared", False)),
+            "addresses": addresses,
+        }
+
+    def neighbours(self, scope: Scope) -> Addresses:
+        place = (scope.namespace, scope.zones[ZoneRole.PORT])
+        return tuple(
+            address
+            for port in self._read()
+            if (port["namespace"], port["zone"]) == place and port["port"] != scope.port
+            for address in port["addresses"]
+        )
+
+    @staticmethod
+    def _scope(port: dict[str, Any]) -> Scope:
+        return Scope(
+            port=port["port"],
+            guest=port["guest"],
+            zones={ZoneRole.PORT: port["zone"]},
+            addresses=port["addresses"],
+            namespace=port["namespace"],
+            is_shared=port["shared"],
+        )

@@ -1,0 +1,1 @@
+"""Carries numbered, opaque messages from agent to agent."""

@@ -1,0 +1,200 @@
+"""Messages over oslo.messaging RPC.
+
+Each agent is an RPC server named after its host; a message is one call of the peer's `deliver`. The call returns when
+the peer has the message in its memory, which says nothing about what became of it: acknowledgements that matter are
+messages of their own. A call that is not answered is repeated with the same bytes, and the receiver's numbering makes
+the repetition harmless.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import netaddr
+import oslo_messaging
+from oslo_config import cfg
+from oslo_messaging.rpc import dispatcher
+
+from sami_plugin.errors import ConfigurationError, PeerUnreachable, SamiError
+
+LOG = logging.getLogger(__name__)
+
+TOPIC = "sami"
+VERSION = "1.0"
+
+Deliver = Callable[[str, str, int, bytes], None]
+"""Called with sender, session, number and payload of each message, from any thread; may raise `SamiError`."""
+
+
+class Endpoint:
+    """What a peer may call. Nothing else is exposed."""
+
+    target = oslo_messaging.Target(version=VERSION)
+
+    def __init__(self, deliver: Deliver) -> None:
+        self._deliver = deliver
+
+    @oslo_messaging.expose
+    def deliver(self, context: object, sender: str, session: str, number: int, payload: str) -> str:
+        """Takes one message. Answers "taken", or why not in words: exceptions do not travel well over RPC."""
+        try:
+            if not (isinstance(sender, str) and isinstance(session, str) and type(number) is int):
+                return "sender, session and number have to be a text, a text and a number"
+            octets = base64.b64decode(payload, validate=True)
+            self._deliver(sender, session, number, octets)
+        except (binascii.Error, TypeError, ValueError):
+            return "the payload is no base64"
+        except SamiError as error:
+            LOG.warning("%s: message %s from %s refused: %s", session, number, sender, error)
+            return str(error) or type(error).__name__
+        return "taken"
+
+
+def refuse_foreign_broker(url: str) -> None:
+    """Flows travel unauthenticated in this version, so only a broker of this machine is taken.
+
+    :raises ConfigurationError: it is another one.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "fake":
+        return
+    if parts.scheme != "rabbit":
+        raise ConfigurationError(f"transport_url: {parts.scheme or url!r} is not supported; use rabbit:// or fake://")
+    hosts = [place.rpartition("@")[2] for place in parts.netloc.split(",")]
+    for host in hosts:
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        try:
+            is_local = netaddr.IPAddress(name).is_loopback()
+        except (netaddr.AddrFormatError, ValueError):
+            is_local = name == "localhost"
+        if not is_local:
+            raise ConfigurationError(
+                f"transport_url: the broker {name or '(none)'} is not on this machine, and this version does not "
+                "authenticate the other host yet; use a broker on a loopback address"
+            )
+
+
+class Transport:
+    """One agent's end of the broker."""
+
+    def __init__(self, conf: cfg.ConfigOpts, host: str, deliver: Deliver, url: str | None = None) -> None:
+        """Does not connect yet. Without `url`, the option `transport_url` says where the broker is.
+
+        :raises ConfigurationError: the URL is not one that this version may use.
+        """
+        self.host = host
+        try:
+            self._transport = oslo_messaging.get_rpc_transport(conf, url=url)
+            refuse_foreign_broker(conf.transport_url if url is None else url)
+        except (oslo_messaging.InvalidTransportURL, oslo_messaging.DriverLoadFailure) as error:
+            raise ConfigurationError(f"transport_url: {error}") from error
+        self._server = oslo_messaging.get_rpc_server(
+            self._transport,
+            oslo_messaging.Target(topic=TOPIC, server=host),
+            [Endpoint(deliver)],
+            executor="threading",
+            access_policy=dispatcher.ExplicitRPCAccessPolicy,
+        )
+        # Zed's oslo.messaging has no get_rpc_client.
+        make_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
+        self._client = make_client(self._transport, oslo_messaging.Target(topic=TOPIC, version=VERSION))
+
+    def start(self) -> None:
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+        self._server.wait()
+        self._transport.cleanup()
+
+    def call(self, peer: str, session: str, number: int, octets: bytes, timeout_seconds: float) -> str:
+        """One try to hand a message over. Blocks up to `timeout_seconds`.
+
+        :returns: "taken", or the peer's words why not.
+        :raises PeerUnreachable: nobody answered.
+        """
+        try:
+            answer = self._client.prepare(server=peer, timeout=timeout_seconds, retry=0).call(
+                {},
+                "deliver",
+                sender=self.host,
+                session=session,
+                number=number,
+                payload=base64.b64encode(octets).decode("ascii"),
+            )
+        except (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, OSError) as error:
+            raise PeerUnreachable(f"{peer} does not answer: {error or type(error).__name__}") from error
+        return str(answer)
+
+
+class Sender:
+    """Sends the messages of one session, a window of them at a time, each until it is taken or its lifetime is over.
+
+    `send` blocks while the window is full: that is what slows an export down to what the other side takes.
+    """
+
+    RETRY_PAUSE_SECONDS = 0.2
+
+    def __init__(
+        self,
+        transport: Transport,
+        peer: str,
+        session: str,
+        *,
+        window: int,
+        call_seconds: float,
+        lifetime_seconds: float,
+        lost: Callable[[str], None],
+    ) -> None:
+        self._transport = transport
+        self._peer = peer
+        self._session = session
+        self._call_seconds = call_seconds
+        self._lifetime_seconds = lifetime_seconds
+        self._lost = lost
+        self._room = threading.BoundedSemaphore(window)
+        self._pool = ThreadPoolExecutor(window, thread_name_prefix=f"sami-send-{session[:8]}")
+        self._closed = threading.Event()
+
+    def send(self, number: int, octets: bytes) -> None:
+        self._room.acquire()
+        try:
+            self._pool.submit(self._deliver, number, octets)
+        except RuntimeError:  # closed meanwhile
+            self._room.release()
+
+    def close(self) -> None:
+        """No more repetitions; what is under way ends by itself. Does not block."""
+        self._closed.set()
+        self._pool.shutdown(wait=False)
+
+    def _deliver(self, number: int, octets: bytes) -> None:
+        try:
+            failure = self._try_until_taken(number, octets)
+        except Exception as error:  # of the messaging library: in a pool's thread nobody else would hear of it
+            LOG.exception("%s: message %s could not be sent", self._session, number)
+            failure = f"{type(error).__name__}: {error}"
+        finally:
+            self._room.release()
+        if failure:
+            self._lost(failure)
+
+    def _try_until_taken(self, number: int, octets: bytes) -> str | None:
+        until = time.monotonic() + self._lifetime_seconds
+        while True:
+            try:
+                answer = self._transport.call(self._peer, self._session, number, octets, self._call_seconds)
+                return None if answer == "taken" else f"{self._peer} refused message {number}: {answer}"
+            except PeerUnreachable as error:
+                if time.monotonic() > until:
+                    return str(error)
+                LOG.info("%s: message %s is repeated: %s", self._session, number, error)
+            if self._closed.wait(self.RETRY_PAUSE_SECONDS):
+                return None
