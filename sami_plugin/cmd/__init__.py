@@ -1,0 +1,1 @@
+"""Start-up of the commands, and nothing else."""

@@ -1,0 +1,175 @@
+"""The agent's options. They are read once, in `agent.py`, and passed on as plain values."""
+
+from __future__ import annotations
+
+import socket
+
+from oslo_config import cfg
+
+from sami_plugin.migration.decision import Limits
+from sami_plugin.session import Settings
+
+_DEFAULTS = Settings()
+_LIMITS = Limits()
+
+AGENT = cfg.OptGroup("agent", title="The agent of this host")
+MIGRATION = cfg.OptGroup("migration", title="How a guest's flows are carried")
+
+AGENT_OPTIONS = [
+    cfg.HostAddressOpt(
+        "host",
+        default=socket.gethostname(),
+        sample_default="<the host's name>",
+        help="Name of this host among the agents. Has to be the name that the hypervisors call it by; in OpenStack the "
+        "same as [DEFAULT] host of nova.conf.",
+    ),
+    cfg.StrOpt(
+        "driver",
+        default="linux_conntrack",
+        help="Firewall driver, a name of the entry points `sami.drivers`; `sami driver list` shows them. Change it "
+        "when the guests' firewall of this host is not the kernel's.",
+    ),
+    cfg.StrOpt(
+        "scopes",
+        default="static",
+        help="Scope finder, a name of the entry points `sami.scopes`: what knows where a port's state lives here.",
+    ),
+    cfg.StrOpt(
+        "scope_file",
+        default="/etc/sami/ports.json",
+        help="For the scope finder `static`: a JSON file that lists the ports of this host. Replace it by renaming.",
+    ),
+    cfg.StrOpt(
+        "journal",
+        default="/var/lib/sami/journal.sqlite",
+        help="Path of the journal. It has to be on a disk that survives a restart of the host.",
+    ),
+    cfg.StrOpt(
+        "socket",
+        default="/run/sami/agent.sock",
+        help="Path of the unix socket on which this host's hooks tell of migrations. Created with mode 0600.",
+    ),
+    cfg.IntOpt(
+        "enterprise_number",
+        default=_DEFAULTS.enterprise,
+        min=1,
+        max=0xFFFFFFFF,
+        help="IANA private enterprise number under which our own information elements travel. Equal on all hosts. The "
+        "default is the number that RFC 5612 reserves for documentation; change it to your own to write files that "
+        "other software keeps apart.",
+    ),
+]
+
+MIGRATION_OPTIONS = [
+    cfg.FloatOpt(
+        "delta_seconds",
+        default=_LIMITS.delta_seconds,
+        min=0.01,
+        help="Seconds between two looks for changes while memory is copied. Less makes the last look, in the guest's "
+        "pause, smaller; more costs less processor time.",
+    ),
+    cfg.FloatOpt(
+        "resync_seconds",
+        default=_LIMITS.resync_seconds,
+        min=1.0,
+        help="Seconds between two whole exports while memory is copied. They find changes of entries that are older "
+        "than the agent's start, which the kernel does not tell. Raise it when guests have hundreds of thousands of "
+        "flows.",
+    ),
+    cfg.IntOpt(
+        "hold_seconds",
+        default=_LIMITS.hold_seconds,
+        min=3,
+        help="Seconds that an imported flow is kept at least while its guest is still on the way; renewed at a third "
+        "of it. A flow may outlive its own timeout by this much after the guest's arrival.",
+    ),
+    cfg.FloatOpt(
+        "open_seconds",
+        default=_LIMITS.open_seconds,
+        min=0.1,
+        help="Seconds that the destination waits for the source's answer, and the source for its hypervisor's word "
+        "that the guest leaves.",
+    ),
+    cfg.FloatOpt(
+        "zone_seconds",
+        default=_LIMITS.zone_seconds,
+        min=0.1,
+        help="Seconds that the destination waits for the port's zone after the guest's start there. Raise it where "
+        "the network's agent is slow.",
+    ),
+    cfg.FloatOpt(
+        "arrival_limit",
+        default=_LIMITS.arrival_seconds,
+        min=1.0,
+        help="Seconds after which the source purges the flows of a guest that left although nobody said that it "
+        "arrived. Raise it where the agents' broker may be away for longer.",
+    ),
+    cfg.FloatOpt(
+        "session_seconds",
+        default=_LIMITS.session_seconds,
+        min=10.0,
+        help="Seconds after which a migration's session ends whatever state it is in. Longer than your longest "
+        "migration.",
+    ),
+    cfg.IntOpt(
+        "batch_flows",
+        default=_DEFAULTS.batch_flows,
+        min=1,
+        max=1_000_000,
+        help="Flows in one message of the bulk copy; about 35 octets each for IPv4 before compression.",
+    ),
+    cfg.IntOpt(
+        "window",
+        default=_DEFAULTS.window,
+        min=1,
+        max=64,
+        help="Messages of one session that are under way at a time. More hides the broker's latency and costs memory.",
+    ),
+    cfg.FloatOpt(
+        "call_seconds",
+        default=_DEFAULTS.call_seconds,
+        min=0.1,
+        help="Seconds to wait for the other agent to take a message before it is sent again.",
+    ),
+    cfg.FloatOpt(
+        "message_seconds",
+        default=_DEFAULTS.message_seconds,
+        min=0.1,
+        help="Seconds during which a message that is not taken is sent again; then the session counts its peer as "
+        "lost.",
+    ),
+]
+
+
+def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
+    """For oslo-config-generator."""
+    return [(AGENT, AGENT_OPTIONS), (MIGRATION, MIGRATION_OPTIONS)]
+
+
+def register(conf: cfg.ConfigOpts) -> None:
+    """Makes the options known to `conf`."""
+    for group, options in list_opts():
+        conf.register_group(group)
+        conf.register_opts(options, group)
+
+
+def settings(conf: cfg.ConfigOpts) -> Settings:
+    """The options of a migration as plain values."""
+    values = conf.migration
+    limits = Limits(
+        delta_seconds=values.delta_seconds,
+        resync_seconds=values.resync_seconds,
+        hold_seconds=values.hold_seconds,
+        open_seconds=values.open_seconds,
+        zone_seconds=values.zone_seconds,
+        arrival_seconds=values.arrival_limit,
+        session_seconds=values.session_seconds,
+    )
+    return Settings(
+        limits=limits,
+        batch_flows=values.batch_flows,
+        window=values.window,
+        call_seconds=values.call_seconds,
+        message_seconds=values.message_seconds,
+        enterprise=conf.agent.enterprise_number,
+    )

@@ -1,0 +1,319 @@
+"""One guest, one move, one thread: decide, record, act.
+
+Whatever happens to a session (a word of the hypervisor, a message, the end of an action, the clock) goes into its queue
+and is handled in order. The decision is asked of `migration`, written into the journal, and only then is anything done.
+What there is to do is in `handover`.
+"""
+
+from __future__ import annotations
+
+import abc
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from sami_plugin.channel.ordering import Inbox, Outbox
+from sami_plugin.codec import messages
+from sami_plugin.drivers.base import FlowDriver
+from sami_plugin.errors import IllegalMessage, JournalError, SamiError
+from sami_plugin.journal.journal import Journal
+from sami_plugin.migration.claims import Claims
+from sami_plugin.migration.decision import (
+    Action,
+    ActionFailed,
+    Done,
+    End,
+    Event,
+    GuestDid,
+    Limits,
+    PeerLost,
+    PeerSaid,
+    Purge,
+    Say,
+    Superseded,
+    TimePassed,
+    WakeAt,
+)
+from sami_plugin.model.migration import Message, MigrationEvent, Outcome
+from sami_plugin.model.report import Report
+from sami_plugin.scopes.base import ScopeFinder
+from sami_plugin.transport.rpc import Sender, Transport
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The operator's choices, read once."""
+
+    limits: Limits = field(default_factory=Limits)
+    batch_flows: int = 16384
+    window: int = 4
+    call_seconds: float = 10.0
+    message_seconds: float = 120.0
+    enterprise: int = 32473
+
+
+@dataclass(slots=True)
+class Host:
+    """What all sessions of this host share."""
+
+    name: str
+    settings: Settings
+    driver: FlowDriver
+    scopes: ScopeFinder
+    journal: Journal
+    transport: Transport
+    leaving: Claims = field(default_factory=Claims)
+    arriving: Claims = field(default_factory=Claims)
+    arriving_guests: set[str] = field(default_factory=set)
+    """Guests that are being received and do not run here yet."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held from deciding whose an entry is to removing it."""
+
+
+class Session(abc.ABC):
+    """Runs one session in a thread of its own. Subclasses know how to decide and how to act."""
+
+    role: ClassVar[str]
+
+    def __init__(self, host: Host, session: str, guest: str, peer: str, ended: Callable[[Session], None]) -> None:
+        self.host = host
+        self.id = session
+        self.guest = guest
+        self.peer = peer
+        self.report = Report(session, guest, self.role, host.name, peer)
+        self._ended = ended
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._finished: deque[Done | ActionFailed] = deque()
+        self._wake_at: float | None = None
+        self._inbox = Inbox()
+        self._inbox_lock = threading.Lock()
+        self._outbox = Outbox()
+        self._decisions = 0
+        self._payloads = 0
+        self._is_over = False
+        self._journal_works = True
+        self._sender = Sender(
+            host.transport,
+            peer,
+            session,
+            window=host.settings.window,
+            call_seconds=host.settings.call_seconds,
+            lifetime_seconds=host.settings.message_seconds,
+            lost=lambda reason: self._events.put(PeerLost(reason)),
+        )
+        self._thread = threading.Thread(target=self._run, name=f"sami-{self.role}-{session[:8]}", daemon=True)
+
+    # From any thread.
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def tell(self, event: MigrationEvent) -> None:
+        """This host's hypervisor said something of the guest."""
+        LOG.debug("%s: %s on %s", self.id, event.phase.value, self.host.name)
+        self._note_phase(event)
+        self._events.put(GuestDid(event))
+
+    def deliver(self, number: int, octets: bytes) -> None:
+        """A message of the peer, in any order.
+
+        :raises IllegalMessage: its number was used for other bytes, or is out of the window.
+        :raises RepresentationError: it is no message.
+        """
+        with self._inbox_lock:
+            for ready in self._inbox.accept(number, octets):
+                self._events.put(PeerSaid(messages.decode(ready)))
+
+    def supersede(self) -> None:
+        """Another migration of the guest has begun here."""
+        self._events.put(Superseded())
+
+    def stop(self) -> None:
+        """Ends the thread; what the session was about is left as it is. Waits for the action under way."""
+        self._events.put(None)
+        self._thread.join()
+        self._sender.close()
+
+    # In the session's own thread.
+
+    def _run(self) -> None:
+        try:
+            self.host.journal.begin(self.id, self.guest, self.role, self.peer, self._state())
+        except JournalError as error:
+            self._lose_journal(error)
+        self._begin()
+        while not self._is_over:
+            event = self._next_event()
+            if event is None:
+                return
+            try:
+                self._decide(event)
+            except IllegalMessage as error:
+                LOG.warning("%s: %s said: %s", self.id, self.peer, error)
+                self.report.remarks.append(f"refused: {error}")
+
+    def _next_event(self) -> Event | None:
+        if self._finished:
+            return self._finished.popleft()
+        while True:
+            wait = None if self._wake_at is None else max(0.0, self._wake_at - time.monotonic())
+            try:
+                return self._events.get(timeout=wait)
+            except queue.Empty:
+                self._wake_at = None
+                return TimePassed()
+
+    def _decide(self, event: Event) -> None:
+        before = self._state()
+        actions = self._step(event, time.monotonic())
+        if self._state() != before:
+            LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, self._state(), _label(event))
+        if actions:
+            self._enact(_label(event), actions)
+
+    def _enact(self, label: str, actions: list[Action]) -> None:
+        """Records a decision, then does it, in order."""
+        self._record(label, actions)
+        for action in actions:
+            if not self._act_safely(action):
+                break
+
+    def _record(self, label: str, actions: list[Action]) -> None:
+        if not self._journal_works:
+            return
+        is_durable = any(isinstance(action, Purge) or (isinstance(action, Say) and action.is_durable) for action in actions)
+        self._decisions += 1
+        try:
+            self.host.journal.record(
+                self.id, self._decisions, label, self._state(), [_label(one) for one in actions], is_durable=is_durable
+            )
+        except JournalError as error:
+            self._lose_journal(error)
+
+    def _lose_journal(self, error: JournalError) -> None:
+        """The migration goes on, but nothing is purged that the disk does not know of: a restart could not finish it."""
+        LOG.error("%s: %s; flows are carried, nothing is purged", self.id, error)
+        self.report.remarks.append(str(error))
+        self._journal_works = False
+
+    def _act_safely(self, action: Action) -> bool:
+        """Whether the actions behind this one may follow. The one broad catch: a failure ends this session alone."""
+        try:
+            if isinstance(action, Purge) and not self._journal_works:
+                raise JournalError("the journal does not work, so nothing is purged; mend it and remove the flows by hand")
+            done = self._act(action)
+        except SamiError as error:
+            LOG.error("%s: %s: %s", self.id, type(action).__name__, error)
+            self._finished.append(ActionFailed(type(action).__name__, str(error)))
+            return False
+        except Exception as error:
+            LOG.exception("%s: %s failed", self.id, type(action).__name__)
+            self._finished.append(ActionFailed(type(action).__name__, f"{type(error).__name__}: {error}"))
+            return False
+        if done is not None:
+            # What is only a part of the whole goes behind what happened meanwhile: the guest's pause does not wait.
+            if done.is_all:
+                self._finished.append(done)
+            else:
+                self._events.put(done)
+        return True
+
+    def _act(self, action: Action) -> Done | None:
+        match action:
+            case Say(message=message):
+                self._say(message)
+            case WakeAt(when=when):
+                self._wake_at = when
+            case End(outcome=outcome, reason=reason):
+                self._end(outcome, reason)
+            case _:
+                return self._actions()[type(action)](action)
+        return None
+
+    def _say(self, message: Message) -> None:
+        self._sender.send(self._outbox.number(), messages.encode(message))
+
+    def _end(self, outcome: Outcome, reason: str) -> None:
+        self._clean_up()
+        self.note("ended")
+        self.report.outcome, self.report.reason = outcome.value, reason
+        self.report.flows = self._counts()
+        log = LOG.info if outcome in (Outcome.MOVED, Outcome.STAYED) else LOG.warning
+        log("%s: guest %s: %s %s %s", self.id, self.guest, outcome.value, reason, self.report.flows)
+        if self._journal_works:
+            try:
+                self.host.journal.end(self.id, self._state(), outcome.value, self.report.as_dict())
+            except JournalError as error:
+                self._lose_journal(error)
+        self._is_over = True
+        self._ended(self)
+
+    def note(self, step: str) -> None:
+        """Puts a step on the report's time line."""
+        self.report.step(step, time.time(), time.monotonic())
+
+    def keep_payload(self, payload: bytes) -> None:
+        """Journals flows before they are sent or imported."""
+        self._payloads += 1
+        if self._journal_works:
+            try:
+                self.host.journal.keep_payload(self.id, self._payloads, payload)
+            except JournalError as error:
+                self._lose_journal(error)
+
+    # What a role adds.
+
+    @abc.abstractmethod
+    def _state(self) -> str:
+        """The state's name, for the journal and the log."""
+
+    @abc.abstractmethod
+    def _begin(self) -> None:
+        """What the session does before anything happens to it."""
+
+    @abc.abstractmethod
+    def _step(self, event: Event, now: float) -> list[Action]:
+        """Asks the role's decision and keeps what is known now."""
+
+    @abc.abstractmethod
+    def _actions(self) -> Mapping[type[Action], Callable[[Any], Done | None]]:
+        """How each of the role's actions is done."""
+
+    @abc.abstractmethod
+    def _note_phase(self, event: MigrationEvent) -> None:
+        """Puts the hypervisor's word on the time line, at once."""
+
+    @abc.abstractmethod
+    def _counts(self) -> dict[str, int]:
+        """The report's figures."""
+
+    @abc.abstractmethod
+    def _clean_up(self) -> None:
+        """Lets go of what the session held."""
+
+
+def _label(item: Event | Action) -> str:
+    """A short name for the journal; what flows there are is in the payloads."""
+    match item:
+        case GuestDid(event=told):
+            return f"guest {told.phase.value}"
+        case PeerSaid(message=message):
+            return f"peer said {type(message).__name__}"
+        case Say(message=message):
+            return f"say {type(message).__name__}"
+        case Done(what=what, count=count):
+            return f"{what} done ({count})"
+        case ActionFailed(what=what, reason=reason):
+            return f"{what} failed: {reason}"
+        case PeerLost(reason=reason):
+            return f"peer lost: {reason}"
+        case End(outcome=outcome):
+            return f"end: {outcome.value}"
+    return type(item).__name__

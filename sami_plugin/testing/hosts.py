@@ -1,0 +1,94 @@
+"""Hosts in memory: real agents, decisions, codec and journal; firewalls and hypervisors that only pretend.
+
+The agents talk through oslo.messaging's ``fake://`` transport, which delivers within the process.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from oslo_config import cfg
+
+from sami_plugin.agent import Agent
+from sami_plugin.drivers.base import FlowDriver
+from sami_plugin.journal.journal import Journal
+from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.scopes.static import StaticScopes
+from sami_plugin.session import Settings
+
+
+class Hosts:
+    """Agents of some hosts in this process. A context manager: its threads end with it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        names: tuple[str, ...],
+        make_driver: Callable[[str], FlowDriver],
+        *,
+        settings: Settings | None = None,
+        scope_files: dict[str, Path] | None = None,
+        transport_url: str = "fake://",
+    ) -> None:
+        self._ports: dict[str, list[dict[str, object]]] = {name: [] for name in names}
+        self._scope_files = scope_files or {name: folder / f"{name}-ports.json" for name in names}
+        self.drivers = {name: make_driver(name) for name in names}
+        self.agents: dict[str, Agent] = {}
+        for name in names:
+            if scope_files is None:
+                self._write(name)
+            self.agents[name] = Agent(
+                cfg.CONF,
+                name=name,
+                driver=self.drivers[name],
+                scopes=StaticScopes(self._scope_files[name]),
+                journal=Journal(folder / f"{name}-journal.sqlite"),
+                settings=settings or Settings(),
+                transport_url=transport_url,
+            )
+
+    def __enter__(self) -> Hosts:
+        for agent in self.agents.values():
+            agent.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for agent in self.agents.values():
+            agent.stop()
+            agent.host.journal.close()
+
+    def plug(self, host: str, guest: str, zone: int, *addresses: str, shared: bool = False) -> None:
+        """The guest's port is on the host from now on."""
+        self._ports[host].append(
+            {"port": f"tap-{guest[:8]}", "guest": guest, "zone": zone, "shared": shared, "addresses": addresses}
+        )
+        self._write(host)
+
+    def unplug(self, host: str, guest: str) -> None:
+        self._ports[host] = [port for port in self._ports[host] if port["guest"] != guest]
+        self._write(host)
+
+    def say(self, host: str, phase: Phase, guest: str, source: str | None = None) -> None:
+        """The host's hypervisor says something of the guest."""
+        self.agents[host].tell(MigrationEvent(guest, phase, source))
+
+    def reports(self, host: str, guest: str) -> list[dict[str, object]]:
+        """Reports of the ended sessions of a guest on a host, newest first."""
+        journal = self.agents[host].host.journal
+        rows = [row for row in journal.sessions() if row["guest"] == guest and row["report"]]
+        return [json.loads(row["report"]) for row in rows]
+
+    def _write(self, host: str) -> None:
+        path = self._scope_files[host]
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps({"ports": self._ports[host]}))
+        new.rename(path)
+
+
+def new_guest() -> str:
+    """A guest's UUID."""
+    return str(uuid.uuid4())

@@ -1,0 +1,241 @@
+"""The whole path between two agents of this process, with firewalls in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.migration.decision import Limits
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
+from sami_plugin.model.migration import Phase
+from sami_plugin.model.scope import Scope
+from sami_plugin.session import Settings
+from sami_plugin.testing.hosts import Hosts, new_guest
+
+ZONES = {"host-a": 4097, "host-b": 5201, "host-c": 6305}
+GUEST_ADDRESS = "192.0.2.7"
+SETTINGS = Settings(Limits(delta_seconds=0.02, resync_seconds=0.5, open_seconds=5.0, arrival_seconds=0.5), batch_flows=40)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    with Hosts(tmp_path, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=SETTINGS) as made:
+        yield made
+
+
+def tcp_flows(count: int, source: str = GUEST_ADDRESS, first_port: int = 1000) -> Batch:
+    template = TEMPLATES["tcp-ipv4"]
+    rows = template.empty(count)
+    rows["zoneRole"] = ZoneRole.PORT
+    rows["protocolIdentifier"] = 6
+    rows["sourceIPv4Address"] = int.from_bytes(map(int, source.split(".")), "big")
+    rows["destinationIPv4Address"] = 0xC6336401
+    rows["sourceTransportPort"] = np.arange(first_port, first_port + count)
+    rows["destinationTransportPort"] = 443
+    rows["conntrackStatus"] = FlowStatus.CONFIRMED | FlowStatus.SEEN_REPLY | FlowStatus.ASSURED
+    rows["remainingTimeoutSeconds"] = 432000
+    rows["tcpConnectionState"] = TcpState.ESTABLISHED
+    return Batch(template, rows)
+
+
+def scope(hosts: Hosts, host: str, guest: str) -> Scope:
+    (found,) = hosts.agents[host].host.scopes.find(guest)
+    return found
+
+
+def zone_scope(host: str) -> Scope:
+    return Scope("any", "any", {ZoneRole.PORT: ZONES[host]}, ())
+
+
+def held(hosts: Hosts, host: str) -> set[tuple[int, int]]:
+    """Source port and mark of each flow in the host's zone."""
+    found = set()
+    for batch in hosts.drivers[host].export(zone_scope(host)):
+        assert not isinstance(batch, Omitted)
+        found |= {(int(row["sourceTransportPort"]), int(row["flowMark"])) for row in batch.rows}
+    return found
+
+
+def until_idle(hosts: Hosts) -> None:
+    for name, agent in hosts.agents.items():
+        assert agent.wait_until_idle(20), f"{name} still has sessions"
+
+
+def begin(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
+    hosts.say(source, Phase.OUTGOING, guest)
+    hosts.say(destination, Phase.PREPARE, guest, source)
+    hosts.plug(destination, guest, ZONES[destination], GUEST_ADDRESS)
+    hosts.say(destination, Phase.STARTED, guest)
+    wait_for_step(hosts, destination, guest, "in sync")
+
+
+def wait_for_step(hosts: Hosts, host: str, guest: str, step: str) -> None:
+    for session in list(hosts.agents[host]._sessions.values()):
+        if session.guest == guest:
+            for _ in range(1000):
+                if any(name == step for name, _, _ in session.report.steps):
+                    return
+                session._thread.join(0.01)
+    raise AssertionError(f"{host} never came to {step!r}")
+
+
+def finish(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
+    hosts.say(source, Phase.SUSPENDED, guest)
+    hosts.unplug(source, guest)
+    hosts.say(destination, Phase.RESUMED, guest)
+    hosts.say(source, Phase.STOPPED, guest)
+
+
+@pytest.fixture
+def guest(hosts: Hosts) -> str:
+    """A guest on host-a with 100 flows."""
+    guest = new_guest()
+    hosts.plug("host-a", guest, ZONES["host-a"], GUEST_ADDRESS)
+    hosts.drivers["host-a"].insert(scope(hosts, "host-a", guest), tcp_flows(100))
+    return guest
+
+
+def test_every_flow_is_where_the_guest_is_and_nowhere_else(hosts: Hosts, guest: str) -> None:
+    before = held(hosts, "host-a")
+    begin(hosts, guest)
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-b") == before
+    assert held(hosts, "host-a") == set()
+    (source,) = hosts.reports("host-a", guest)
+    (destination,) = hosts.reports("host-b", guest)
+    assert (source["outcome"], destination["outcome"]) == ("moved", "moved")
+    assert source["flows"]["exported"] == source["flows"]["purged"] == destination["flows"]["imported"] == 100
+    assert source["flows"]["left_behind"] == 0
+
+
+def test_what_changes_during_the_copy_arrives_as_it_was_at_the_pause(hosts: Hosts, guest: str) -> None:
+    here = scope(hosts, "host-a", guest)
+    driver = hosts.drivers["host-a"]
+    begin(hosts, guest)
+    new = tcp_flows(10, first_port=5000)
+    driver.insert(here, new)
+    marked = tcp_flows(5)
+    marked.rows["flowMark"] = 7
+    driver.remove(here, tcp_flows(20).identities)
+    driver.insert(here, marked)
+    at_pause = held(hosts, "host-a")
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-b") == at_pause
+    assert held(hosts, "host-a") == set()
+
+
+def test_source_keeps_everything_and_destination_nothing_when_the_guest_comes_back(hosts: Hosts, guest: str) -> None:
+    before = held(hosts, "host-a")
+    begin(hosts, guest)
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    wait_for_step(hosts, "host-a", guest, "complete")
+    assert held(hosts, "host-b") == before
+    hosts.say("host-a", Phase.RESUMED, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-a") == before
+    assert held(hosts, "host-b") == set()
+    assert hosts.reports("host-a", guest)[0]["outcome"] == "stayed"
+
+
+def test_abort_while_copying_leaves_nothing_at_the_destination(hosts: Hosts, guest: str) -> None:
+    before = held(hosts, "host-a")
+    begin(hosts, guest)
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-a") == before
+    assert held(hosts, "host-b") == set()
+
+
+def test_what_the_destination_had_before_survives_a_roll_back(hosts: Hosts, guest: str) -> None:
+    other = zone_scope("host-b")
+    hosts.drivers["host-b"].insert(
+        Scope("p", "g", other.zones, tuple(scope(hosts, "host-a", guest).addresses)), tcp_flows(3, first_port=9000)
+    )
+    before = held(hosts, "host-b")
+    begin(hosts, guest)
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-b") == before
+
+
+def test_source_purges_without_arrival_only_after_its_own_hypervisor_says_that_the_guest_left(
+    hosts: Hosts, guest: str
+) -> None:
+    begin(hosts, guest)
+    hosts.agents["host-b"].host.transport.stop()  # ARRIVED will never be heard
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    wait_for_step(hosts, "host-a", guest, "last changes sent")
+    assert len(held(hosts, "host-a")) == 100
+    hosts.unplug("host-a", guest)
+    hosts.say("host-a", Phase.STOPPED, guest)
+    assert hosts.agents["host-a"].wait_until_idle(20)
+    assert held(hosts, "host-a") == set()
+    assert hosts.reports("host-a", guest)[0]["outcome"] == "purged without arrival"
+
+
+def test_a_guest_that_comes_back_has_all_its_flows_again(hosts: Hosts, guest: str) -> None:
+    before = held(hosts, "host-a")
+    for source, destination in (("host-a", "host-b"), ("host-b", "host-a")):
+        begin(hosts, guest, source, destination)
+        finish(hosts, guest, source, destination)
+    until_idle(hosts)
+    assert held(hosts, "host-a") == before
+    assert held(hosts, "host-b") == set()
+
+
+def test_two_guests_in_opposite_directions_do_not_see_each_other(hosts: Hosts, guest: str) -> None:
+    other = new_guest()
+    zone_b, zone_a = 5999, 4999
+    hosts.plug("host-b", other, zone_b, "192.0.2.8")
+    hosts.drivers["host-b"].insert(scope(hosts, "host-b", other), tcp_flows(50, "192.0.2.8"))
+    begin(hosts, guest)
+    hosts.say("host-b", Phase.OUTGOING, other)
+    hosts.say("host-a", Phase.PREPARE, other, "host-b")
+    hosts.plug("host-a", other, zone_a, "192.0.2.8")
+    hosts.say("host-a", Phase.STARTED, other)
+    wait_for_step(hosts, "host-a", other, "in sync")
+    finish(hosts, guest)
+    finish(hosts, other, "host-b", "host-a")
+    until_idle(hosts)
+    assert len(held(hosts, "host-b")) == 100
+    there = list(hosts.drivers["host-a"].export(Scope("p", other, {ZoneRole.PORT: zone_a}, ())))
+    assert sum(len(batch) for batch in there if isinstance(batch, Batch)) == 50
+    assert held(hosts, "host-a") == set()
+
+
+def test_flows_of_foreign_addresses_are_refused_by_name(hosts: Hosts, guest: str) -> None:
+    hosts.drivers["host-a"].insert(
+        Scope("p", "g", {ZoneRole.PORT: ZONES["host-a"]}, ()), tcp_flows(1)
+    )
+    foreign = tcp_flows(2, "203.0.113.9")
+    source_scope = scope(hosts, "host-a", guest)
+    wider = Scope("p", guest, source_scope.zones, (*source_scope.addresses, *_address("203.0.113.9")))
+    hosts.drivers["host-a"].insert(wider, foreign)
+    begin(hosts, guest)
+    finish(hosts, guest)
+    until_idle(hosts)
+    (report,) = hosts.reports("host-b", guest)
+    assert report["flows"]["refused"] == 2
+    named = report["named"]["refused: neither end is an address of the port"]
+    assert named["flows"][0] == "tcp 203.0.113.9:1000 > 198.51.100.1:443"
+
+
+def _address(text: str) -> tuple[object, ...]:
+    import netaddr
+
+    return (netaddr.IPAddress(text),)
+
+
+def test_a_guest_without_ports_moves(hosts: Hosts) -> None:
+    guest = new_guest()
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    finish(hosts, guest)
+    assert hosts.agents["host-a"].wait_until_idle(20)
