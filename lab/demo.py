@@ -73,7 +73,8 @@ class Demo:
         self._run_some(alone, 1)
 
     def _run_some(self, jobs: list[Job], side_by_side: int) -> None:
-        waiting, running = list(jobs), {}
+        waiting = list(jobs)
+        running: dict[Job, Running] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < side_by_side:
@@ -105,7 +106,7 @@ class Demo:
         return Running(process, time.monotonic(), report, words)
 
     def _is_over(self, job: Job, running: Running) -> bool:
-        code = running.process.poll()
+        code: int | str | None = running.process.poll()
         if code is None:
             if time.monotonic() - running.began_at < RUN_SECONDS:
                 return False

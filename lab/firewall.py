@@ -44,5 +44,9 @@ class Firewall(ABC):
             self._apply(list(self._ports.values()))
 
     @abstractmethod
+    def set_up(self) -> None:
+        """Drop everything. Call once, first."""
+
+    @abstractmethod
     def _apply(self, ports: list[Port]) -> None:
         """Replace the kernel's rules by those for `ports`, atomically in each family."""

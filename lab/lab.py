@@ -132,7 +132,8 @@ class Lab:
     ) -> Record:
         """Move a guest as libvirt would and return when it is over; see `lab.migration`. Call it in a thread of its own
         to have several at once. The destination knows the port from `started` on, unless `is_port_early` is False: then
-        only when the guest is there, as where a network's agent is slow. Raises IllegalMove when the guest is not on `source` or already migrates."""
+        only when the guest is there, as where a network's agent is slow. Raises IllegalMove when the guest is not on
+        `source` or already migrates."""
         move = Migration(
             fabric=self.fabric,
             guest=guest,

@@ -60,7 +60,7 @@ class Crash:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Call function(). What it raises comes out of migrate(), after an Abort, or from `resumed` on after the arrival."""
+    """Call function(). What it raises comes out of migrate(): after an Abort, or once `resumed` after the arrival."""
 
     function: Callable[[], object]
 

@@ -37,7 +37,7 @@ def draw(reports: dict[tuple[str, str], dict[str, Any]], titles: dict[str, str],
         axis.set_ylabel("MB received", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, loc="upper left", framealpha=0.85, edgecolor="none")
+        axis.legend(fontsize=8, loc="best", framealpha=0.6, edgecolor="none")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

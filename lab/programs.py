@@ -40,12 +40,21 @@ class Log:
     def __init__(self, path):
         self._file = open(path, "a", buffering=1) if path else None  # noqa: SIM115, open as long as the process
         self.total = 0
+        self._grown_at = None
         self._due = 0.0
+
+    def add(self, count):
+        self.total += count
+        self._grown_at = time.monotonic()
 
     def write(self):
         now = time.monotonic()
         if self._file and now >= self._due:
-            self._file.write(f"{now:.6f} {self.total}\n")
+            # The time of the bytes, not of the writing: a process that is stopped between the two would else seem to
+            # have received at the moment it goes on, and a stall would look shorter than it was.
+            at = now if self._grown_at is None else self._grown_at
+            self._file.write(f"{at:.6f} {self.total}\n")
+            self._grown_at = None
             self._due = now + SAMPLE_SECONDS
 
 
@@ -90,7 +99,7 @@ def pump(connection, rate, log, is_echo=False):
             if readable:
                 data = connection.recv(CHUNK_BYTES)
                 is_open = bool(data)
-                log.total += len(data)
+                log.add(len(data))
                 to_echo += len(data)
             if writable:
                 sent = connection.send(CHUNK[:due])
@@ -136,7 +145,7 @@ def tcp_connect(options):
     if options.ask or options.echo:
         if options.send:
             connection.send(CHUNK[: min(1000, int(options.send))])
-        log.total += len(connection.recv(CHUNK_BYTES))
+        log.add(len(connection.recv(CHUNK_BYTES)))
     ready()
     pump(connection, options.send, log)
 
@@ -152,7 +161,7 @@ def udp_serve(options):
         try:
             if readable:
                 data, peer = server.recvfrom(CHUNK_BYTES)
-                log.total += len(data)
+                log.add(len(data))
                 if not options.send:
                     server.sendto(data, peer)
             elif peer:
@@ -172,7 +181,7 @@ def udp_stream(options):
     log = Log(options.log)
     client.settimeout(10)
     client.send(CHUNK[: options.size])
-    log.total += len(client.recv(CHUNK_BYTES))
+    log.add(len(client.recv(CHUNK_BYTES)))
     ready()
     client.setblocking(False)
     pace = Pace(options.send)
@@ -180,7 +189,7 @@ def udp_stream(options):
         readable, _, _ = select.select([client], [], [], 0.005)
         try:
             if readable:
-                log.total += len(client.recv(CHUNK_BYTES))
+                log.add(len(client.recv(CHUNK_BYTES)))
             for _ in range(pace.due()):
                 pace.did(1)
                 client.send(CHUNK[: options.size])
@@ -207,7 +216,7 @@ def icmp_echo(options):
                 data = data if v6 else data[(data[0] & 15) * 4 :]
                 kind, _, _, answered = struct.unpack_from("!BBHH", data)
                 if (kind, answered) == (reply, identifier):
-                    log.total += len(data)
+                    log.add(len(data))
                     if not is_ready:
                         is_ready = True
                         ready()
@@ -260,14 +269,14 @@ def udp_flows(options):
 
     for number in range(options.count):
         begin(number)
-    log.total = options.count
+    log.add(options.count)
     ready()
     pace = Pace(options.send)
     while True:
         time.sleep(0.005)
         for _ in range(pace.due()):
             begin(log.total)
-            log.total += 1
+            log.add(1)
             pace.did(1)
         log.write()
 

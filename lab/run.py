@@ -68,10 +68,11 @@ def run_case(case: Case, kind: str, carrier: Carrier) -> Report:
             left = judge.table(lab.hosts[here], guest, lab.folder / f"left-{number}").of(guest.addresses)
             _count(report, "missing", len(judge.missing(before.table(), after.table())))
             _count(report, "left_behind", len(left))
+        until = record.cut_over_at + verdict.WATCHED_SECONDS
         samples = watched.samples()
-        report.samples = [tuple(sample) for sample in samples]
+        report.samples = [(time, total) for time, total in samples if time <= until]
         report.survived = verdict.has_survived(samples, record.cut_over_at)
-        report.longest_stall_seconds = round(verdict.longest_stall_seconds(samples, record.paused_at), 3)
+        report.longest_stall_seconds = round(verdict.longest_stall_seconds(samples, record.paused_at, until), 3)
         return report
 
 
@@ -132,7 +133,7 @@ def _count(report: Report, name: str, number: int) -> None:
 
 
 def load_carrier(name: str | None) -> Carrier:
-    """What MODULE:NAME returns, called without arguments; None carries nothing. May raise ImportError, AttributeError."""
+    """What MODULE:NAME returns, called without arguments; None carries nothing. Raises ImportError, AttributeError."""
     if name is None:
         return NoCarrier()
     module, _, attribute = name.partition(":")

@@ -53,7 +53,7 @@ class Traffic:
 
 
 def download(lab: Lab, guest: Guest, *, family: int = 4, rate: float = BYTES_PER_SECOND) -> Traffic:
-    """The guest connects and asks; then only the outside speaks, `rate` bytes a second. The guest's receiving counts."""
+    """The guest connects and asks; then only the outside speaks, `rate` bytes a second. What the guest gets counts."""
     return tcp(lab, guest, family=family, ask=rate)
 
 

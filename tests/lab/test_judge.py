@@ -3,14 +3,22 @@ import pytest
 from lab.judge import Flow, Table, missing, parse
 
 LINES = [
-    "ipv4     2 tcp      6 431999 ESTABLISHED src=10.92.0.11 dst=10.92.0.254 sport=4 dport=80 "
-    "src=10.92.0.254 dst=10.92.0.11 sport=80 dport=4 [ASSURED] mark=0 zone=4097 use=1 id=17\n",
-    "ipv4     2 udp      17 3 src=10.92.0.11 dst=10.92.0.254 sport=5 dport=53 packets=1 bytes=32 [UNREPLIED] "
-    "src=10.92.0.254 dst=10.92.0.11 sport=53 dport=5 packets=0 bytes=0 mark=0 zone=4097 use=1 id=18\n",
-    "ipv6     10 icmpv6   58 29 src=fd92::b dst=fd92::fe type=128 code=0 id=57 "
-    "src=fd92::fe dst=fd92::b type=129 code=0 id=57 mark=0 zone=4097 use=1 id=19\n",
-    "ipv4     2 tcp      6 src=10.92.0.11 dst=10.92.0.254 sport=6 dport=80 "
-    "src=10.92.0.254 dst=10.92.0.77 sport=80 dport=6 [OFFLOAD] mark=0 use=1\n",
+    (
+        "ipv4     2 tcp      6 431999 ESTABLISHED src=10.92.0.11 dst=10.92.0.254 sport=4 dport=80 "
+        "src=10.92.0.254 dst=10.92.0.11 sport=80 dport=4 [ASSURED] mark=0 zone=4097 use=1 id=17\n"
+    ),
+    (
+        "ipv4     2 udp      17 3 src=10.92.0.11 dst=10.92.0.254 sport=5 dport=53 packets=1 bytes=32 [UNREPLIED] "
+        "src=10.92.0.254 dst=10.92.0.11 sport=53 dport=5 packets=0 bytes=0 mark=0 zone=4097 use=1 id=18\n"
+    ),
+    (
+        "ipv6     10 icmpv6   58 29 src=fd92::b dst=fd92::fe type=128 code=0 id=57 "
+        "src=fd92::fe dst=fd92::b type=129 code=0 id=57 mark=0 zone=4097 use=1 id=19\n"
+    ),
+    (
+        "ipv4     2 tcp      6 src=10.92.0.11 dst=10.92.0.254 sport=6 dport=80 "
+        "src=10.92.0.254 dst=10.92.0.77 sport=80 dport=6 [OFFLOAD] mark=0 use=1\n"
+    ),
 ]
 TCP = Flow("ipv4", "tcp", "10.92.0.11", "10.92.0.254", ("4", "80"))
 UDP = Flow("ipv4", "udp", "10.92.0.11", "10.92.0.254", ("5", "53"))

@@ -12,7 +12,7 @@ from lab.errors import IllegalMove
 from lab.lab import KINDS, Lab
 from lab.migration import Abort, Call, Crash, Delay
 from lab.traffic import Traffic
-from lab.verdict import has_survived
+from lab.verdict import growth_times, has_survived
 from tests.lab.hand_carrier import HandCarrier
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -176,7 +176,8 @@ def test_nothing_of_the_guest_runs_in_the_pause():
     assert record.times["resumed"] - record.times["paused"] >= 0.6
 
 
-def test_the_scope_file_follows_the_guest():
+@pytest.mark.parametrize("is_port_early", [True, False])
+def test_the_scope_file_follows_the_guest(is_port_early):
     ports = {}
     with Lab() as lab:
         guest = lab.add_guest("g", "a")
@@ -187,7 +188,7 @@ def test_the_scope_file_follows_the_guest():
                 for each in lab.hosts.values()
             ]
 
-        lab.migrate(guest, "a", "b", look, copy_seconds=0)
+        lab.migrate(guest, "a", "b", look, copy_seconds=0, is_port_early=is_port_early)
         (entry,) = json.loads(lab.hosts["b"].scope_file.read_text())["ports"]
         assert entry == {
             "port": guest.port.id,
@@ -198,7 +199,8 @@ def test_the_scope_file_follows_the_guest():
             "addresses": list(guest.addresses),
         }
     there, gone = [guest.port.id], []
-    assert ports["suspended"] == [there, gone]
+    assert ports["prepare"] == [there, gone]
+    assert ports["suspended"] == [there, there if is_port_early else gone]
     assert ports["resumed"] == [gone, there]
 
 
@@ -257,3 +259,17 @@ def test_a_hundred_thousand_flows_are_judged_in_seconds():
         table = judge.table(lab.hosts["a"], guest, lab.folder / "entries")
         assert len(table.of(guest.addresses)) == 100_000
         assert time.monotonic() - began_at < 5.0
+
+
+def test_no_byte_is_logged_at_a_time_in_the_pause_or_before_the_link_is_up():
+    with Lab() as lab:
+        guest = lab.add_guest("g", "a")
+        flow = traffic.download(lab, guest)
+        for here, there in (("a", "b"), ("b", "a")) * 3:
+            carrier = HandCarrier()
+            carrier.start(lab)
+            flows_on(flow)
+            record = lab.migrate(guest, here, there, carrier.tell, copy_seconds=0)
+            flows_on(flow)
+            times = growth_times(flow.samples())
+            assert not [time for time in times if record.times["paused"] < time < record.times["running"] - 0.003]

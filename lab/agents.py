@@ -1,0 +1,97 @@
+"""Real `sami-agent` processes, one per host, joined by a broker and told of migrations on their unix sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lab.deadline import wait_until
+from sami_plugin.errors import JournalError, OperatorError
+from sami_plugin.hooks import local_socket
+from sami_plugin.journal.journal import Journal
+from sami_plugin.model.migration import MigrationEvent, Phase
+
+START_SECONDS = 30.0
+
+
+class AgentProcess:
+    """One agent. A context manager."""
+
+    def __init__(self, folder: Path, name: str, scope_file: Path, transport_url: str, **migration: object) -> None:
+        """`migration` are options of the group [migration]."""
+        self.name = name
+        self._folder = folder / f"agent-{name}"
+        self._folder.mkdir(parents=True)
+        self.socket = self._folder / "agent.sock"
+        self.journal = self._folder / "journal.sqlite"
+        self.log = self._folder / "log"
+        self._config = self._folder / "sami-agent.conf"
+        options = "".join(f"{option} = {value}\n" for option, value in migration.items())
+        self._config.write_text(
+            f"[DEFAULT]\ntransport_url = {transport_url}\n"
+            f"[agent]\nhost = {name}\nscope_file = {scope_file}\njournal = {self.journal}\nsocket = {self.socket}\n"
+            f"[migration]\n{options}"
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Blocks until the agent listens."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "sami_plugin.cmd.agent", "--config-file", str(self._config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        wait_until(self._listens, f"agent {self.name} to listen", START_SECONDS)
+
+    def stop(self, with_signal: int = signal.SIGTERM) -> None:
+        """May be repeated, and followed by `start`."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(with_signal)
+            process.wait(30)
+
+    def tell(self, phase: Phase, guest: str, source: str | None = None) -> None:
+        """What this host's hypervisor says of a guest."""
+        local_socket.send(self.socket, MigrationEvent(guest, phase, source))
+
+    def reports(self, guest: str) -> list[dict[str, Any]]:
+        """Reports of the guest's ended sessions here, newest first."""
+        journal = Journal(self.journal, read_only=True)
+        try:
+            return [json.loads(row["report"]) for row in journal.sessions() if row["guest"] == guest and row["report"]]
+        finally:
+            journal.close()
+
+    def ended(self, guest: str) -> int:
+        """How many sessions of the guest have ended here."""
+        try:
+            return len(self.reports(guest))
+        except JournalError:  # nothing was written yet
+            return 0
+
+    def __enter__(self) -> AgentProcess:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def _listens(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise OperatorError(f"agent {self.name} ended: {self.log.read_text()[-2000:]}")
+        return self.socket.exists()

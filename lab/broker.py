@@ -1,0 +1,96 @@
+"""A real RabbitMQ of the lab's own: Debian's package, started by hand on the lab's loopback, gone with the lab."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from types import TracebackType
+
+from lab.deadline import wait_until
+from lab.errors import LabUnavailable
+
+PORT = 5672
+START_SECONDS = 60.0
+
+
+class Broker:
+    """A context manager; `url` is what agents of the same lab use."""
+
+    def __init__(self, folder: Path, port: int = PORT) -> None:
+        """Its files stand below `folder`. Raises LabUnavailable when RabbitMQ is not installed."""
+        found = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))
+        if not found:
+            raise LabUnavailable("RabbitMQ is not installed; apt-get install rabbitmq-server")
+        # Debian's wrapper in PATH changes the user and finds its folders in /var; this is the script behind it.
+        self._server = found[-1]
+        self._folder = folder / f"rabbitmq-{port}"
+        self._port = port
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"rabbit://guest:guest@127.0.0.1:{port}/"
+
+    def start(self) -> None:
+        """Blocks until it takes connections."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"sami{self._port}@localhost"
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self._folder),
+            "LANG": "C.UTF-8",
+            "RABBITMQ_NODENAME": name,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self._port),
+            "RABBITMQ_DIST_PORT": str(self._port + 20000),
+            "ERL_EPMD_PORT": str(self._port + 10000),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_MNESIA_BASE": str(self._folder / "data"),
+            "RABBITMQ_LOG_BASE": str(self._folder / "log"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self._folder / "plugins"),
+            "RABBITMQ_CONF_ENV_FILE": str(self._folder / "none"),
+            "RABBITMQ_CONFIG_FILE": str(self._folder / "rabbitmq"),
+            # Two cores are shared with what is measured: idle schedulers must not spin.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
+        }
+        (self._folder / "plugins").write_text("[].\n")
+        (self._folder / "rabbitmq.conf").write_text("loopback_users.guest = true\n")
+        with (self._folder / "out").open("wb") as out:
+            self._process = subprocess.Popen(
+                [self._server],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                cwd=self._folder,
+            )
+        wait_until(self._is_up, "RabbitMQ to take connections", START_SECONDS)
+
+    def stop(self) -> None:
+        """Ends the server and what it started. May be repeated, and followed by `start`."""
+        process, self._process = self._process, None
+        if process is not None:
+            # epmd leaves the process group; it ends with the lab's namespaces, and until then serves the next start.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def __enter__(self) -> Broker:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _is_up(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise LabUnavailable(f"RabbitMQ ended: {(self._folder / 'out').read_text()[-2000:]}")
+        try:
+            with socket.create_connection(("127.0.0.1", self._port), timeout=1) as connection:
+                connection.sendall(b"AMQP\x00\x00\x09\x01")
+                return connection.recv(1) == b"\x01"
+        except OSError:
+            return False

@@ -1,0 +1,1 @@
+"""All tests; see doc/source/contributor/architecture.rst for what goes where."""
