@@ -55,19 +55,23 @@ class Agent:
         self._idle = threading.Condition(self._lock)
 
     def start(self) -> None:
+        """:raises SamiError: the firewall or the broker cannot be used."""
+        for namespace in self.host.scopes.namespaces():
+            self.host.driver.attend(namespace)
         self.host.transport.start()
         LOG.info("%s: agent is running, driver %s", self.host.name, type(self.host.driver).__name__)
 
     def stop(self) -> None:
         """Ends all threads. Sessions under way are left as they are; the journal has them."""
         self.host.transport.stop()
-        with self._lock:
-            sessions = list(self._sessions.values())
-        for session in sessions:
+        for session in self.sessions():
             session.stop()
 
     def tell(self, event: MigrationEvent) -> None:
         """This host's hypervisor said something of a guest. The same may be said twice.
+
+        Returns at once, but for `prepare`: there it waits up to `verdict_seconds` for the source's answer, so that the
+        guest does not leave before its flows begin to.
 
         :raises OperatorError: something is missing in what was said.
         """
@@ -103,6 +107,11 @@ class Agent:
             raise NotAuthorised(f"session {session_id} is not with {sender}")
         session.deliver(number, octets)
 
+    def sessions(self) -> list[Session]:
+        """Those under way, oldest first."""
+        with self._lock:
+            return list(self._sessions.values())
+
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Whether all sessions ended within the time."""
         with self._idle:
@@ -113,9 +122,12 @@ class Agent:
             raise OperatorError("source: has to be told with `prepare`")
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
-        if self._newest(event.guest, DestinationSession) is not None:
-            return
-        self._add(DestinationSession(self.host, str(uuid.uuid4()), event.guest, event.source, self._forget))
+        session = self._newest(event.guest, DestinationSession)
+        if session is None:
+            session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, event.source, self._forget)
+            self._add(session)
+        if not session.has_answer.wait(self.host.settings.verdict_seconds):
+            LOG.warning("%s: %s has not answered yet; the migration goes on", session.id, event.source)
 
     def _open(self, sender: str, session_id: str, number: int, octets: bytes) -> Session:
         said = messages.decode(octets)
@@ -151,8 +163,7 @@ class Agent:
             session.tell(event)
 
     def _newest(self, guest: str, kind: type[Session]) -> Session | None:
-        with self._lock:
-            found = [one for one in self._sessions.values() if one.guest == guest and isinstance(one, kind)]
+        found = [one for one in self.sessions() if one.guest == guest and isinstance(one, kind)]
         return found[-1] if found else None
 
     def _forget(self, session: Session) -> None:

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.drivers.base import Watch
@@ -156,7 +158,7 @@ class SourceSession(Session):
         return Done("ExportNext", sent, is_all=is_all)
 
     def _claim(self, port: _Leaving, batch: Batch) -> None:
-        with self.host.lock:
+        with self.host.deciding(port.scope):
             self.host.leaving.claim(self.id, port.scope, batch)
 
     def _export_changes(self, action: ExportChanges) -> Done:
@@ -231,7 +233,7 @@ class SourceSession(Session):
     def _purge(self, action: Purge) -> Done:
         """Removes what was exported, except what a guest that stays still needs, and looks whether it is gone."""
         for port in self._ports:
-            with self.host.lock:
+            with self.host.deciding(port.scope):
                 stay = self.host.scopes.neighbours(port.scope)
                 for batch in port.exported.batches():
                     victims = self._ours_alone(port, batch, stay)
@@ -240,6 +242,7 @@ class SourceSession(Session):
                     self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
                 self.note("purged")
                 self._prove(port, stay)
+                self.host.leaving.release(self.id, port.scope)
         self.note("proved")
         return Done("Purge", self._removed, refused=self._left)
 
@@ -280,8 +283,8 @@ class SourceSession(Session):
     def _clean_up(self) -> None:
         for port in self._ports:
             port.watch.close()
-        with self.host.lock:
-            self.host.leaving.release(self.id)
+            with self.host.deciding(port.scope):
+                self.host.leaving.release(self.id, port.scope)
 
 
 class _Sweep:
@@ -350,6 +353,29 @@ def _merged(pieces: Iterable[tuple[_Leaving, Batch]]) -> Iterator[tuple[_Leaving
 # -------------------------------------------------------------------------------------------------- the guest comes
 
 
+@dataclass(frozen=True, slots=True)
+class _Unverified:
+    """Flows that were put in, what the device answered, and what it holds: looked up while more is being put in."""
+
+    port: _Arriving
+    batch: Batch
+    made: Results
+    look: Future[tuple[Batch, npt.NDArray[np.bool_]]]
+    """Rows and presence of each flow of `batch`."""
+
+    def without(self, gone: Batch) -> _Unverified:
+        """Without the flows that are named."""
+        if self.batch.template.key != gone.template.key:
+            return self
+        table = FlowTable()
+        table.put(gone)
+        stays = ~table.find(self.batch)[0]
+        found, is_there = self.look.result()
+        look: Future[tuple[Batch, npt.NDArray[np.bool_]]] = Future()
+        look.set_result((found.take(stays), is_there[stays]))
+        return _Unverified(self.port, self.batch.take(stays), self.made[stays], look)
+
+
 @dataclass(slots=True)
 class _Arriving:
     """One port of the guest that comes, and what was put in for it."""
@@ -368,7 +394,8 @@ class DestinationSession(Session):
         super().__init__(host, session, guest, peer, ended)
         self._ports: list[_Arriving] = []
         self._waiting: list[bytes] = []
-        self._unverified: list[tuple[_Arriving, Batch, Results]] = []
+        self._unverified: list[_Unverified] = []
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix=f"sami-look-{session[:8]}")
         self._refused: dict[Reason, FlowTable] = {}
         self._degraded: dict[str, FlowTable] = {}
         self._present = FlowTable()
@@ -472,16 +499,13 @@ class DestinationSession(Session):
             known, ids = port.held.find(gone)
             named = gone.take(known)
             named.rows["flowId"] = ids[known]
-            with self.host.lock:
+            with self.host.deciding(port.scope):
                 named = self.host.arriving.unclaimed_by_others(self.id, port.scope, named)
                 self.host.driver.remove(port.scope, named)
             port.held.discard(gone)
         for table in self._tables():
             table.discard(gone)
-        self._unverified = [
-            (port, *_without(batch, made, gone)) if batch.template.key == gone.template.key else (port, batch, made)
-            for port, batch, made in self._unverified
-        ]
+        self._unverified = [part.without(gone) for part in self._unverified]
 
     def _put_in(self, batch: Batch) -> None:
         # Nothing tells this host that traffic renews the source's timeout: what is held here must not run out before
@@ -493,13 +517,14 @@ class DestinationSession(Session):
             here = has_end_in(batch, port.scope.addresses) & homeless
             homeless &= ~here
             mine = batch.take(here) if not here.all() else batch
-            with self.host.lock:
+            with self.host.deciding(port.scope):
                 made = self.host.driver.insert(self._with_neighbours(port.scope), mine)
                 self.host.arriving.claim(self.id, port.scope, mine.take(made["outcome"] == Outcome.IMPORTED))
-            self._unverified.append((port, mine, made))
+            look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
+            self._unverified.append(_Unverified(port, mine, made, look))
         if homeless.any():
             foreign = batch.take(homeless)
-            self._unverified.append((_Arriving(_NOWHERE), foreign, results(len(foreign), Outcome.REFUSED, Reason.FOREIGN_ADDRESS)))
+            self._settle(_Arriving(_NOWHERE), foreign, results(len(foreign), Outcome.REFUSED, Reason.FOREIGN_ADDRESS))
 
     def _with_neighbours(self, scope: Scope) -> Scope:
         """The scope with the ports whose guests run here: flows with them are this host's own business."""
@@ -515,34 +540,31 @@ class DestinationSession(Session):
         return Scope(scope.port, scope.guest, scope.zones, scope.addresses, scope.namespace, True, running)
 
     def _verify(self, action: Verify) -> Done:
-        """Reads back what was put in since the last time. What counts is what the device holds, not what it answered."""
+        """Compares what was put in since the last time. What counts is what the device holds, not what it answered."""
         unverified, self._unverified = self._unverified, []
-        for port, batch, made in _merged_results(unverified):
-            found = self._read_back(port, batch, made)
-            self._settle(port, batch, made, found)
+        for part in _merged_parts(unverified):
+            self._settle(part.port, part.batch, part.made, self._corrected(part))
         return Done("Verify", self._held_count(), refused=sum(map(len, self._refused.values())))
 
-    def _read_back(self, port: _Arriving, batch: Batch, made: Results) -> Batch:
-        """Corrects the results by what the device holds; returns what it holds thanks to us."""
-        at = np.flatnonzero(is_in_device(made))
-        if not len(at):
-            return batch.take(at)
-        sent = batch.take(at)
-        found, is_there = self.host.driver.read_back(port.scope, sent)
-        self._verified += int(np.count_nonzero(is_there))
-        made["outcome"][at[~is_there]], made["reason"][at[~is_there]] = Outcome.REFUSED, Reason.VANISHED
-        is_ours = is_there & (made["outcome"][at] == Outcome.IMPORTED)
-        lost = np.where(is_ours, lost_fields(sent, found.rows), np.uint32(0))
-        made["lost"][at] = lost
-        made["outcome"][at[lost != 0]] = Outcome.DEGRADED
+    def _corrected(self, part: _Unverified) -> Batch:
+        """Corrects the answers by what the device holds; returns what it holds thanks to us."""
+        found, is_there = part.look.result()
+        made = part.made
+        has_vanished = is_in_device(made) & ~is_there
+        made["outcome"][has_vanished], made["reason"][has_vanished] = Outcome.REFUSED, Reason.VANISHED
+        is_ours = made["outcome"] == Outcome.IMPORTED
+        made["lost"][is_ours] = lost_fields(part.batch.take(is_ours), found.rows[is_ours])
+        made["outcome"][made["lost"] != 0] = Outcome.DEGRADED
+        self._verified += int(np.count_nonzero(is_in_device(made)))
         return found.take(is_ours)
 
-    def _settle(self, port: _Arriving, batch: Batch, made: Results, found: Batch) -> None:
+    def _settle(self, port: _Arriving, batch: Batch, made: Results, found: Batch | None = None) -> None:
         """Files each flow under what became of it last."""
         identities = batch.identities
         for table in (port.held, *self._tables()):
             table.discard(identities)
-        port.held.put(found)
+        if found is not None:
+            port.held.put(found)
         self._present.put(batch.take(made["outcome"] == Outcome.PRESENT))
         for code in np.unique(made["reason"][made["outcome"] == Outcome.REFUSED]):
             self._refused.setdefault(Reason(int(code)), FlowTable()).put(batch.take(made["reason"] == code))
@@ -574,11 +596,12 @@ class DestinationSession(Session):
         self._waiting = []
         self._verify(Verify())
         for port in self._ports:
-            with self.host.lock:
+            with self.host.deciding(port.scope):
                 for batch in port.held.batches():
                     victims = self.host.arriving.unclaimed_by_others(self.id, port.scope, batch)
                     removed = self.host.driver.remove(port.scope, victims.identities)
                     self._discarded += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
+                self.host.arriving.release(self.id, port.scope)
             port.held = FlowTable()
         self.note("discarded")
         return Done("Discard", self._discarded)
@@ -603,8 +626,11 @@ class DestinationSession(Session):
         }
 
     def _clean_up(self) -> None:
+        self._looker.shutdown(wait=False)
+        for port in self._ports:
+            with self.host.deciding(port.scope):
+                self.host.arriving.release(self.id, port.scope)
         with self.host.lock:
-            self.host.arriving.release(self.id)
             self.host.arriving_guests.discard(self.guest)
 
 
@@ -620,21 +646,21 @@ def _distinct(tables: Iterable[FlowTable]) -> int:
     return len(union)
 
 
-def _without(batch: Batch, made: Results, gone: Batch) -> tuple[Batch, Results]:
-    table = FlowTable()
-    table.put(gone)
-    stays = ~table.find(batch)[0]
-    return batch.take(stays), made[stays]
-
-
-def _merged_results(parts: Iterable[tuple[_Arriving, Batch, Results]]) -> Iterator[tuple[_Arriving, Batch, Results]]:
-    """One batch per port and template: reading back costs by the call. Of a flow that came twice, the last counts."""
-    groups: dict[tuple[int, str], list[tuple[_Arriving, Batch, Results]]] = {}
+def _merged_parts(parts: Iterable[_Unverified]) -> Iterator[_Unverified]:
+    """One part per port and template. Of a flow that came twice, the last counts."""
+    groups: dict[tuple[int, str], list[_Unverified]] = {}
     for part in parts:
-        groups.setdefault((id(part[0]), part[1].template.name), []).append(part)
+        groups.setdefault((id(part.port), part.batch.template.name), []).append(part)
     for group in groups.values():
-        batch = Batch.joined(group[0][1].template, [batch.rows for _, batch, _ in group])
-        made = np.concatenate([made for _, _, made in group])
+        if len(group) == 1:
+            yield group[0]
+            continue
+        template = group[0].batch.template
+        batch = Batch.joined(template, [part.batch.rows for part in group])
+        looks = [part.look.result() for part in group]
         last = last_of_each_key(batch)
-        yield group[0][0], batch.take(last), made[last]
-
+        look: Future[tuple[Batch, npt.NDArray[np.bool_]]] = Future()
+        found = Batch.joined(template, [found.rows for found, _ in looks])
+        look.set_result((found.take(last), np.concatenate([is_there for _, is_there in looks])[last]))
+        made = np.concatenate([part.made for part in group])[last]
+        yield _Unverified(group[0].port, batch.take(last), made, look)

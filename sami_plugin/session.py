@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -41,6 +42,7 @@ from sami_plugin.migration.decision import (
 )
 from sami_plugin.model.migration import Message, MigrationEvent, Outcome
 from sami_plugin.model.report import Report
+from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.transport.rpc import Sender, Transport
 
@@ -56,6 +58,7 @@ class Settings:
     window: int = 4
     call_seconds: float = 10.0
     message_seconds: float = 120.0
+    verdict_seconds: float = 5.0
     enterprise: int = 32473
 
 
@@ -74,7 +77,10 @@ class Host:
     arriving_guests: set[str] = field(default_factory=set)
     """Guests that are being received and do not run here yet."""
     lock: threading.RLock = field(default_factory=threading.RLock)
-    """Held from deciding whose an entry is to removing it."""
+
+    def deciding(self, scope: Scope) -> AbstractContextManager[object]:
+        """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""
+        return self.lock if scope.is_shared else nullcontext()
 
 
 class Session(abc.ABC):
@@ -99,6 +105,8 @@ class Session(abc.ABC):
         self._payloads = 0
         self._is_over = False
         self._journal_works = True
+        self.has_answer = threading.Event()
+        """Set when the peer has answered, or will not."""
         self._sender = Sender(
             host.transport,
             peer,
@@ -173,6 +181,8 @@ class Session(abc.ABC):
     def _decide(self, event: Event) -> None:
         before = self._state()
         actions = self._step(event, time.monotonic())
+        if isinstance(event, PeerSaid):
+            self.has_answer.set()
         if self._state() != before:
             LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, self._state(), _label(event))
         if actions:
@@ -253,6 +263,7 @@ class Session(abc.ABC):
             except JournalError as error:
                 self._lose_journal(error)
         self._is_over = True
+        self.has_answer.set()
         self._ended(self)
 
     def note(self, step: str) -> None:

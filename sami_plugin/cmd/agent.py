@@ -4,33 +4,78 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
+from typing import TYPE_CHECKING
 
-import oslo_messaging
-from oslo_config import cfg
-from oslo_log import log
+if TYPE_CHECKING:
+    from oslo_config import cfg
 
-from sami_plugin import agent
-from sami_plugin import conf as options
-from sami_plugin.errors import SamiError
-from sami_plugin.version import release
-
-
+DESCRIPTION = "Carries the firewall state of this host's guests along when they move. Ends on SIGTERM or Ctrl-C."
 def main(arguments: list[str] | None = None) -> int:
-    """Runs until SIGTERM or SIGINT. Exits with 1 and one line on stderr if it cannot start."""
+    """Runs until SIGTERM or SIGINT. 1: it cannot start, told in one line on stderr; 2: wrong usage."""
+    try:
+        # oslo.messaging imports eventlet through oslo.service, whether anybody uses it or not.
+        warnings.filterwarnings("ignore", message=r"\s*Eventlet is deprecated")
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # before the signals are ours
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    from oslo_config import cfg
+    from oslo_log import log
+
+    from sami_plugin import agent
+    from sami_plugin.cli.configuration import words
+    from sami_plugin.errors import SamiError
+
+    try:
+        conf = _configured(arguments)
+        log.setup(conf, "sami")
+        signals = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        agent.run(conf, lambda: signal.sigwait(signals))
+    except (SamiError, cfg.Error, log.LogConfigError, OSError) as error:
+        print(f"sami-agent: {words(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _configured(arguments: list[str]) -> cfg.ConfigOpts:
+    """The options of the command line and of the configuration files, each of ours looked at once.
+
+    :raises cfg.Error: a file is not there, or holds what is no value of its option.
+    """
+    import oslo_messaging
+    from oslo_config import cfg
+    from oslo_log import log
+
+    from sami_plugin import conf as options
+    from sami_plugin.version import release
+
     conf = cfg.ConfigOpts()
     log.register_options(conf)
     options.register(conf)
     oslo_messaging.set_transport_defaults("sami")
-    conf(sys.argv[1:] if arguments is None else arguments, project="sami", prog="sami-agent", version=release())
-    log.setup(conf, "sami")
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        agent.run(conf, lambda: signal.sigwait(signals))
-    except SamiError as error:
-        print(f"sami-agent: {error}", file=sys.stderr)
-        return 1
-    return 0
+    conf(arguments, project="sami", prog="sami-agent", version=release(), description=DESCRIPTION, epilog=_epilog())
+    for group, opts in options.list_opts():
+        for option in opts:  # a wrong value is told now, not in the middle of a migration
+            conf[group.name][option.dest]
+    return conf
+
+
+def _epilog() -> str:
+    from sami_plugin import conf as options
+
+    known = "; ".join(
+        f"[{group.name}] {', '.join(f'{option.name} = {option.sample_default or option.default}' for option in opts)}"
+        for group, opts in options.list_opts()
+    )
+    return (
+        "All else stands in the configuration: the files that --config-file names, or else /etc/sami/sami-agent.conf. "
+        f"Its options and their defaults: {known}; the broker is transport_url in [DEFAULT]. sami-agent.conf.sample "
+        "tells what each does, and `sami doctor` what this host lacks."
+    )
 
 
 if __name__ == "__main__":

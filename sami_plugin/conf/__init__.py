@@ -91,6 +91,13 @@ MIGRATION_OPTIONS = [
         "that the guest leaves.",
     ),
     cfg.FloatOpt(
+        "verdict_seconds",
+        default=_DEFAULTS.verdict_seconds,
+        min=0.0,
+        help="Seconds that a migration's beginning waits on the destination for the source's answer. Without an answer "
+        "the migration goes on, and the flows follow as soon as they can.",
+    ),
+    cfg.FloatOpt(
         "zone_seconds",
         default=_LIMITS.zone_seconds,
         min=0.1,
@@ -171,5 +178,6 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         window=values.window,
         call_seconds=values.call_seconds,
         message_seconds=values.message_seconds,
+        verdict_seconds=values.verdict_seconds,
         enterprise=conf.agent.enterprise_number,
     )

@@ -86,6 +86,12 @@ class FlowDriver(abc.ABC):
         :raises NotPermitted, NotAvailable: the device cannot be used at all; the message says why and the mend.
         """
 
+    def attend(self, namespace: str | None) -> None:
+        """The agent runs and will have to tell changes of this namespace's flows one day: prepare what that takes.
+
+        Called when the agent starts, long before a guest moves. May be repeated; nothing to do for most devices.
+        """
+
     @abc.abstractmethod
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
         """The scope's flows, in batches as the device gives them, while it goes on changing.

@@ -34,11 +34,12 @@ def load_driver(name: str, **options: Any) -> FlowDriver:
             f"there is no driver named {name!r}; installed are: {', '.join(names) or 'none'}"
         )
     try:
-        factory = stevedore_driver.DriverManager(
-            NAMESPACE, name, invoke_on_load=False, on_load_failure_callback=_failed, warn_on_missing_entrypoint=False
-        ).driver
+        manager: Any = stevedore_driver.DriverManager(
+            NAMESPACE, name, invoke_on_load=False, on_load_failure_callback=_failed
+        )
     except stevedore_errors.NoMatches as error:
         raise errors.NotAvailable(f"the driver {name!r} is installed but cannot be loaded: {error}") from error
+    factory = manager.driver
     if not (isinstance(factory, type) and issubclass(factory, FlowDriver)):
         raise errors.NotAvailable(f"the entry point {name!r} of {NAMESPACE} is no FlowDriver but {factory!r}")
     try:
@@ -47,5 +48,5 @@ def load_driver(name: str, **options: Any) -> FlowDriver:
         raise errors.ConfigurationError(f"the driver {name!r} does not take these options: {error}") from error
 
 
-def _failed(manager: object, entry_point: metadata.EntryPoint, error: Exception) -> None:
+def _failed(manager: object, entry_point: metadata.EntryPoint, error: BaseException) -> None:
     raise errors.NotAvailable(f"the driver {entry_point.name!r} cannot be loaded: {error}") from error

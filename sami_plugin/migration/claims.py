@@ -42,8 +42,10 @@ class Claims:
                 others |= table.find(batch)[0]
         return batch.take(~others)
 
-    def release(self, session: str) -> None:
-        """The session claims nothing any more. May be repeated."""
-        for place in [place for place, tables in self._claimed.items() if tables.pop(session, None) is not None]:
-            if not self._claimed[place]:
-                del self._claimed[place]
+    def release(self, session: str, scope: Scope) -> None:
+        """The session claims nothing there any more. May be repeated."""
+        if scope.is_shared:
+            tables = self._claimed.get(place_of(scope), {})
+            tables.pop(session, None)
+            if not tables:
+                self._claimed.pop(place_of(scope), None)

@@ -163,7 +163,7 @@ def _paused(session: Source, event: Event, now: float) -> Decision:
 
 
 def _drained(session: Source, event: Event, now: float) -> Decision:
-    return session, [WakeAt(session.deadline)]
+    return session, [WakeAt(now + session.limits.arrival_seconds if session.is_gone else session.deadline)]
 
 
 def _complete(session: Source, event: Event, now: float) -> Decision:
@@ -197,6 +197,13 @@ def _peer_says_it_stays(session: Source, event: Event, now: float) -> Decision:
 
 def _gone(session: Source, event: Event, now: float) -> Decision:
     return replace(session, is_gone=True), [WakeAt(now + session.limits.arrival_seconds)]
+
+
+def _gone_while_copying(session: Source, event: Event, now: float) -> Decision:
+    """The guest was faster than its flows: they are still here, and go on their way."""
+    if session.is_suspended:
+        return replace(session, is_gone=True), []
+    return _gone_unnoticed(session, event, now)
 
 
 def _gone_unnoticed(session: Source, event: Event, now: float) -> Decision:
@@ -268,6 +275,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
     State.WAITING: {
         Open: _asked,
         Phase.OUTGOING: _leaves,
+        Phase.SUSPENDED: _paused_while_copying,
         Phase.STOPPED: _gone_unnoticed,
         TimePassed: _never_left,
         "ActionFailed": _nothing_sent_yet,
@@ -281,7 +289,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         "ExportNext": _copied,
         Phase.SUSPENDED: _paused_while_copying,
         Phase.RESUMED: _resumed,
-        Phase.STOPPED: _gone_unnoticed,
+        Phase.STOPPED: _gone_while_copying,
         **_WHEN_IT_FAILS,
     },
     State.FOLLOWING: {

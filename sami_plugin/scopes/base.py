@@ -26,3 +26,10 @@ class ScopeFinder(abc.ABC):
 
         :raises ConfigurationError: as `find`.
         """
+
+    @abc.abstractmethod
+    def namespaces(self) -> tuple[str | None, ...]:
+        """The network namespaces that hold firewalls of this host's ports; None is the agent's own.
+
+        :raises ConfigurationError: as `find`.
+        """

@@ -60,6 +60,9 @@ class StaticScopes(ScopeFinder):
             for address in port["addresses"]
         )
 
+    def namespaces(self) -> tuple[str | None, ...]:
+        return tuple({port["namespace"]: None for port in self._read()})
+
     @staticmethod
     def _scope(port: dict[str, Any]) -> Scope:
         return Scope(

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from oslo_config import cfg
 
@@ -76,7 +77,15 @@ class Hosts:
         """The host's hypervisor says something of the guest."""
         self.agents[host].tell(MigrationEvent(guest, phase, source))
 
-    def reports(self, host: str, guest: str) -> list[dict[str, object]]:
+    def has_step(self, host: str, guest: str, step: str) -> bool:
+        """Whether the newest session of the guest on the host has come to this step of its report."""
+        sessions = [one for one in self.agents[host].sessions() if one.guest == guest]
+        if sessions:
+            return any(name == step for name, _, _ in sessions[-1].report.steps)
+        reports = self.reports(host, guest)
+        return bool(reports) and any(known["step"] == step for known in reports[0]["steps"])
+
+    def reports(self, host: str, guest: str) -> list[dict[str, Any]]:
         """Reports of the ended sessions of a guest on a host, newest first."""
         journal = self.agents[host].host.journal
         rows = [row for row in journal.sessions() if row["guest"] == guest and row["report"]]

@@ -43,10 +43,12 @@ GROUP_NEW, GROUP_UPDATE, GROUP_DESTROY = 1, 2, 3
 TUPLE_ORIG = 1
 TUPLE_REPLY = 2
 STATUS = 3  # on create CONFIRMED is needed; EXPECTED or DYING give EBUSY; others are set, ignored, never cleared
-PROTOINFO = 4  # not in DESTROY events, in UPDATE events only when changed, not for offloaded entries
+PROTOINFO = 4  # of DESTROY events only the TCP state, in UPDATE events when changed, not for offloaded entries
 TIMEOUT = 7  # seconds; EINVAL without at create; not dumped for offloaded entries
 MARK = 8  # dumped only when not 0
-ID = 12  # on delete compared: another id gives ENOENT. A hash over the entry's address, unique while it lives
+# On delete compared: another id gives ENOENT. A hash over the entry's place in memory and its tuple: unique while the
+# entry lives, but an entry made again at once often gets the same place and the same id.
+ID = 12
 ZONE = 18  # dumped only when not 0. In a dump request a filter since 6.8, where 0 means any; ignored before
 # --- inside a tuple
 TUPLE_IP = 1

@@ -8,8 +8,10 @@ attribute headers. Where it fits, each field is a column at a fixed offset. What
 from __future__ import annotations
 
 import ipaddress
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +46,8 @@ _TUPLE: _Known = {
     nl.TUPLE_ZONE: ("zone", 2),
 }
 _ENTRY: _Known = {
-    nl.TUPLE_ORIG: {kind: known for kind, known in _TUPLE.items()},
-    nl.TUPLE_REPLY: {kind: known for kind, known in _TUPLE.items()},
+    nl.TUPLE_ORIG: _TUPLE,
+    nl.TUPLE_REPLY: _TUPLE,
     nl.STATUS: ("status", 4),
     nl.TIMEOUT: ("timeout", 4),
     nl.MARK: ("mark", 4),
@@ -254,13 +256,14 @@ class _Columns:
     def u4(self, name: str) -> npt.NDArray[np.uint32]:
         return self._column(name, ">u4", 2)
 
-    def address(self, name: str) -> npt.NDArray[np.generic]:
+    def address(self, name: str) -> npt.NDArray[Any]:
         """Of IPv4 shape (n,), of IPv6 shape (n, 2)."""
         if f"{name}4" in self.shape.fields:
             return self.u4(f"{name}4")
         at = (self._starts + self.shape.fields[f"{name}6"]) >> 2
         words = self._octets[: len(self._octets) & ~3].view(np.uint32)
-        return words[at[:, None] + np.arange(4)].view(">u8")
+        halves: npt.NDArray[Any] = words[at[:, None] + np.arange(4)].view(">u8")
+        return halves
 
     def has_end_in(self, addresses: Addresses) -> Mask:
         """Which entries have one of `addresses` at an end, before or behind a translation."""
@@ -288,12 +291,13 @@ class _Columns:
             same &= self.u2("orig.destination_port") == self.u2("reply.source_port")
         return same
 
-    def _column(self, name: str, dtype: str, shift: int) -> npt.NDArray[np.generic]:
+    def _column(self, name: str, dtype: str, shift: int) -> npt.NDArray[Any]:
         at = self.shape.fields.get(name)
         if at is None:
             return np.zeros(len(self), dtype)
         whole = self._octets[: len(self._octets) & ~3].view(dtype)
-        return whole[(self._starts + at) >> shift]
+        column: npt.NDArray[Any] = whole[(self._starts + at) >> shift]
+        return column
 
 
 def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
@@ -307,8 +311,8 @@ def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
     def walk(begin: int, end: int, known: _Known, prefix: str) -> None:
         at = begin
         while at < end:
-            size = int.from_bytes(raw[at : at + 2], _ORDER) if end - at >= 4 else 0
-            kind = int.from_bytes(raw[at + 2 : at + 4], _ORDER) & nl.NLA_TYPE_MASK
+            size = int.from_bytes(raw[at : at + 2], sys.byteorder) if end - at >= 4 else 0
+            kind = int.from_bytes(raw[at + 2 : at + 4], sys.byteorder) & nl.NLA_TYPE_MASK
             if size < 4 or at + size > end:
                 raise errors.Malformed("an attribute's length is wrong", f"octet {start + at}")
             places.append(at >> 2)
@@ -321,7 +325,9 @@ def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
                     )
                 fields[prefix + name] = at + 4
             elif meaning is not None:
-                walk(at + 4, at + size, meaning, _DIRECTIONS[kind] if known is _ENTRY and kind in _DIRECTIONS else prefix)
+                walk(
+                    at + 4, at + size, meaning, _DIRECTIONS[kind] if known is _ENTRY and kind in _DIRECTIONS else prefix
+                )
             at += (size + 3) & ~3
 
     walk(_BODY, length, _ENTRY, "")
@@ -339,10 +345,9 @@ def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
     places.extend(at >> 2 for at in extra)
     masks = np.concatenate([masks, np.full(len(extra), first_octet, np.uint32)])
     at = np.array(places, np.int64)
-    return Shape(length, family, protocol, fields, at, words[at] & masks, masks, _template(family, protocol, fields, raw, start))
-
-
-_ORDER = "little" if np.frombuffer(b"\1\0", np.uint16)[0] == 1 else "big"
+    return Shape(
+        length, family, protocol, fields, at, words[at] & masks, masks, _template(family, protocol, fields, raw, start)
+    )
 
 
 def _template(family: int, protocol: int, fields: Mapping[str, int], raw: bytes, start: int) -> Template | None:
@@ -359,8 +364,6 @@ def _template(family: int, protocol: int, fields: Mapping[str, int], raw: bytes,
         else:
             needed |= {f"{direction}source_port", f"{direction}destination_port"}
     missing = needed - fields.keys()
-    if "tcp_state" in fields:
-        missing |= {"scale", "reply_scale", "flags", "reply_flags"} - fields.keys()
     if missing:
         raise errors.Malformed(f"an entry lacks {', '.join(sorted(missing))}", f"octet {start}")
     if raw[fields["reply.protocol"]] != protocol:
@@ -380,7 +383,8 @@ def _fits(words: npt.NDArray[np.uint32], starts: Offsets, shape: Shape) -> Mask:
     found = words[shape.places[:, None] + (starts >> 2)]
     found &= shape.masks[:, None]
     found ^= shape.words[:, None]
-    return np.bitwise_or.reduce(found, axis=0) == 0
+    fits: Mask = np.bitwise_or.reduce(found, axis=0) == 0
+    return fits
 
 
 _PROTOCOL_NAMES = {2: "igmp", 33: "dccp", 47: "gre", 50: "esp", 51: "ah", 132: "sctp", 136: "udplite"}

@@ -16,8 +16,8 @@ from sami_plugin.drivers.linux_conntrack import encode, probe
 from sami_plugin.drivers.linux_conntrack.connections import Connections, identity_of, sysctl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Request
-from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Offsets, Torn
-from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch
+from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Offsets, Torn, failure
+from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
 from sami_plugin.model.flows import Addresses, Batch, Omitted, Rows, Template, has_end_in
 from sami_plugin.model.keys import KeyIndex, key_words
 from sami_plugin.model.results import Outcome, Reason, Results, results
@@ -61,10 +61,18 @@ class LinuxConntrackDriver(FlowDriver):
         """The sizes are those of the sockets' receive buffers, for answers and for events between two `collect`s."""
         self._connections = Connections(receive_octets)
         self._watch_receive_octets = watch_receive_octets
+        self._attended: dict[str | None, EventsKeptOn] = {}
 
     def close(self) -> None:
         """Closes all idle sockets. Watches are closed by their owners."""
         self._connections.close()
+        while self._attended:
+            self._attended.popitem()[1].close()
+
+    def attend(self, namespace: str | None) -> None:
+        """Makes entries able to tell events from now on; those that are older never will (nf_conntrack_events=2)."""
+        if namespace not in self._attended:
+            self._attended[namespace] = keep_events_on(namespace)
 
     # --- what it can do
 
@@ -136,7 +144,8 @@ class LinuxConntrackDriver(FlowDriver):
         if "tcpConnectionState" in (batch.rows.dtype.names or ()):
             _refuse(made, nl.STATE_TO_KERNEL[batch.rows["tcpConnectionState"]] == nl.NO_STATE, Reason.INVALID)
         with self._connections.lend(scope.namespace) as connection:
-            self._leave_to_neighbours(connection, scope, batch, made, Outcome.REFUSED, Reason.LOCAL_PORTS_OWN)
+            self._leave_to_neighbours(connection, scope, batch, made)
+            _refuse(made, made["outcome"] == Outcome.ABSENT, Reason.LOCAL_PORTS_OWN)
             left = np.flatnonzero(made["outcome"] == Outcome.IMPORTED)
             for attempt in range(_MOST_INSERTS):
                 codes = _ask(connection, Request.INSERT, *_named(scope, batch, left))[0]
@@ -154,7 +163,7 @@ class LinuxConntrackDriver(FlowDriver):
         _absent(made, ~_has_zone(scope, batch))
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)  # 0 would remove it
         with self._connections.lend(scope.namespace) as connection:
-            self._leave_to_neighbours(connection, scope, batch, made, Outcome.ABSENT, Reason.NONE)
+            self._leave_to_neighbours(connection, scope, batch, made)
             left = np.flatnonzero(made["outcome"] == Outcome.IMPORTED)
             codes = _ask(connection, Request.RENEW, *_named(scope, batch, left))[0]
             _record(made, left, codes, connection, {errno.ENOENT: Outcome.ABSENT, errno.EPERM: Outcome.PRESENT})
@@ -165,6 +174,7 @@ class LinuxConntrackDriver(FlowDriver):
         made = results(len(identities), Outcome.REMOVED)
         _absent(made, ~_has_zone(scope, identities))
         with self._connections.lend(scope.namespace) as connection:
+            self._leave_to_neighbours(connection, scope, identities, made)
             # Without an id the kernel would also delete an entry that is this flow turned round, so ask for the id.
             nameless = np.flatnonzero((identities.rows["flowId"] == 0) & (made["outcome"] == Outcome.REMOVED))
             if len(nameless):
@@ -172,7 +182,7 @@ class LinuxConntrackDriver(FlowDriver):
                 wanted = identities.take(nameless)
                 for found in _of_same_key(wanted, self._look(connection, scope, wanted)[1]):
                     identities.rows["flowId"][nameless[found.numbers]] = found.batch.rows["flowId"]
-                _absent(made, identities.rows["flowId"] == 0)
+                _absent(made, (identities.rows["flowId"] == 0) & (made["outcome"] == Outcome.REMOVED))
             left = np.flatnonzero(made["outcome"] == Outcome.REMOVED)
             codes = _ask(connection, Request.DELETE_WITH_ID, *_named(scope, identities, left))[0]
             _record(made, left, codes, connection, {errno.ENOENT: Outcome.ABSENT})
@@ -235,18 +245,16 @@ class LinuxConntrackDriver(FlowDriver):
                     found.append(Decoded(part.batch, here[numbers[part.numbers]]))
         return known, found
 
-    def _leave_to_neighbours(
-        self, connection: Connection, scope: Scope, batch: Batch, made: Results, absent: Outcome, reason: Reason
-    ) -> None:
-        """Settles the flows to other local ports of a shared zone: theirs, whether they are there or not."""
+    def _leave_to_neighbours(self, connection: Connection, scope: Scope, batch: Batch, made: Results) -> None:
+        """Settles the flows of other local ports of a shared zone: PRESENT or ABSENT, and nothing else is done."""
         if not scope.is_shared:
             return
-        theirs = np.flatnonzero(has_end_in(batch, _neighbours(scope)) & (made["outcome"] == Outcome.IMPORTED))
+        is_open = (made["outcome"] == Outcome.IMPORTED) | (made["outcome"] == Outcome.REMOVED)
+        theirs = np.flatnonzero(has_end_in(batch, _neighbours(scope)) & is_open)
         if not len(theirs):
             return
         known, _ = self._look(connection, scope, batch.take(theirs))
-        made["outcome"][theirs] = np.where(known, Outcome.PRESENT, absent)
-        made["reason"][theirs] = np.where(known, Reason.NONE, reason)
+        made["outcome"][theirs] = np.where(known, Outcome.PRESENT, Outcome.ABSENT)
 
     def _make_way(self, connection: Connection, scope: Scope, batch: Batch) -> None:
         """Deletes the entries that hold a tuple of these flows, in either direction, each by its own name and id."""
@@ -285,13 +293,15 @@ def _zones(scope: Scope, batch: Batch) -> npt.NDArray[np.uint16]:
     zones = np.zeros(256, np.uint16)
     for role, zone in scope.zones.items():
         zones[role] = zone
-    return zones[batch.rows["zoneRole"]]
+    chosen: npt.NDArray[np.uint16] = zones[batch.rows["zoneRole"]]
+    return chosen
 
 
 def _has_zone(scope: Scope, batch: Batch) -> Mask:
     known = np.zeros(256, bool)
     known[list(scope.zones)] = True
-    return known[batch.rows["zoneRole"]]
+    chosen: Mask = known[batch.rows["zoneRole"]]
+    return chosen
 
 
 def _neighbours(scope: Scope) -> Addresses:
@@ -299,7 +309,8 @@ def _neighbours(scope: Scope) -> Addresses:
 
 
 def _refuse(made: Results, which: Mask, reason: Reason) -> None:
-    which = which & (made["outcome"] == Outcome.IMPORTED)
+    """The first reason stays."""
+    which = which & (made["outcome"] != Outcome.REFUSED)
     made["outcome"][which], made["reason"][which] = Outcome.REFUSED, reason
 
 
@@ -371,8 +382,10 @@ def _merge(omitted: dict[str, Omitted], part: Omitted, examples: int = 5) -> Non
 def _stats(connection: Connection) -> tuple[int, int | None]:
     """Entries in the namespace, and how many there may be (None: an old kernel does not say)."""
     codes, answers = connection.ask(encode.stats_request()[None, :])
-    if codes[0] or not answers:
-        raise errors.DeviceFailed("the kernel does not tell how full its conntrack table is", int(codes[0]))
+    if codes[0]:
+        raise failure(int(codes[0]), "question how full its conntrack table is")
+    if not answers:
+        raise errors.DeviceFailed("the kernel does not tell how full its conntrack table is")
     messages = answers[0][0]
     raw = messages.octets[messages.starts[0] : messages.starts[0] + messages.lengths[0]].tobytes()
     told = dict(_flat_attributes(raw))

@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER, HEADER_OCTETS, Octets
-from sami_plugin.model.flows import Batch, Template
-
+from sami_plugin.model.flows import Batch, FlowStatus, Template
 
 _NESTED = 0x8000
 
@@ -92,7 +91,7 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
     if request is Request.INSERT:
         # Bits that this kernel does not take at create; CONFIRMED it insists on.
         status = rows["conntrackStatus"] & np.uint32(nl.STATUS_TAKEN)
-        fields["status"] = status | np.uint32(nl.FlowStatus.CONFIRMED)
+        fields["status"] = status | np.uint32(FlowStatus.CONFIRMED)
         if "tcp_state" in names:
             fields["tcp_state"] = nl.STATE_TO_KERNEL[rows["tcpConnectionState"]]
             # Without sequence numbers the kernel takes every segment as out of window and stalls the connection,
@@ -132,7 +131,7 @@ _ROW_FIELDS = {
 @functools.cache
 def layout(request: Request, template: Template, has_zone: bool) -> Layout:
     """Where the fields of such requests go."""
-    attributes = [(nl.TUPLE_ORIG, _tuple(template, "orig"), None)]
+    attributes: list[Any] = [(nl.TUPLE_ORIG, _tuple(template, "orig"), None)]
     if request is Request.INSERT:
         attributes.append((nl.TUPLE_REPLY, _tuple(template, "reply"), None))
         attributes += [(nl.STATUS, "status", ">u4"), (nl.TIMEOUT, "timeout", ">u4"), (nl.MARK, "mark", ">u4")]

@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -161,7 +162,10 @@ def _find(
     return starts, lengths
 
 
-def _aligned(octets):  # type: ignore[no-untyped-def]
+_Count = TypeVar("_Count", int, np.int64, Offsets)
+
+
+def _aligned(octets: _Count) -> _Count:
     return (octets + 3) & ~3
 
 
@@ -235,7 +239,7 @@ class Connection:
             used, ends = self._receive_chunk(wait=True)
             if not ends:
                 raise errors.DeviceFailed("the kernel stopped in the middle of a dump")
-            messages = frame(self._buffer[:_aligned(used)], ends, sequence, 1, self._port)
+            messages = frame(self._buffer[: _aligned(used)], ends, sequence, 1, self._port)
             headers = messages.headers()
             if (headers["flags"] & nl.NLM_F_DUMP_INTR).any():
                 raise Torn("the table changed under the dump")
@@ -299,7 +303,8 @@ class Connection:
 
     def events(self) -> tuple[list[Messages], bool]:
         """All events until now, in order, and whether the kernel dropped none. Does not wait."""
-        chunks, is_complete = [], True
+        chunks: list[Messages] = []
+        is_complete = True
         while True:
             try:
                 used, ends = self._receive_chunk(wait=False)
@@ -330,7 +335,8 @@ class Connection:
 
         With `wait` at least one, unless none comes for long.
         """
-        used, ends = 0, []
+        used = 0
+        ends: list[int] = []
         receive, view = self._socket.recvfrom_into, self._view
         while used <= _CHUNK:
             try:
@@ -371,7 +377,7 @@ def failure(code: int, what: str) -> errors.SamiError:
     if code in (errno.EPERM, errno.EACCES):
         return errors.NotPermitted(f"the kernel refuses the {what} ({name}); the agent needs CAP_NET_ADMIN")
     if code in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT) and what == "dump":
-        return errors.NotAvailable(f"the kernel does not know the {what} ({name}); load the module nf_conntrack_netlink")
+        return errors.NotAvailable(f"the kernel knows no {what} of conntrack ({name}); load nf_conntrack_netlink")
     return errors.DeviceFailed(f"the kernel answers a {what} with {name}", code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,13 +75,10 @@ def begin(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "
 
 
 def wait_for_step(hosts: Hosts, host: str, guest: str, step: str) -> None:
-    for session in list(hosts.agents[host]._sessions.values()):
-        if session.guest == guest:
-            for _ in range(1000):
-                if any(name == step for name, _, _ in session.report.steps):
-                    return
-                session._thread.join(0.01)
-    raise AssertionError(f"{host} never came to {step!r}")
+    until = time.monotonic() + 10
+    while not hosts.has_step(host, guest, step):
+        assert time.monotonic() < until, f"{host} never came to {step!r}"
+        time.sleep(0.005)
 
 
 def finish(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:

@@ -1,0 +1,250 @@
+"""Requests as the kernel gets them, and what the driver makes of the kernel's answers. No kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import struct
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from sami_plugin import errors
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, probe
+from sami_plugin.drivers.linux_conntrack import attributes as nl
+from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeouts
+from sami_plugin.drivers.linux_conntrack.encode import Request, requests, turned_round
+from sami_plugin.drivers.linux_conntrack.netlink import Messages, Torn, failure
+from sami_plugin.drivers.linux_conntrack.watch import zone_filter
+from sami_plugin.model.flows import TEMPLATES, Batch, TcpState, ZoneRole
+from sami_plugin.model.results import Outcome, Reason
+from sami_plugin.model.scope import Scope
+from sami_plugin.testing.conformance import PORT_ADDRESSES, flows
+
+PLAIN = sorted(name for name in TEMPLATES if "nat" not in name)
+SCOPE = Scope("port", "guest", {ZoneRole.PORT: 5}, PORT_ADDRESSES)
+
+
+def as_messages(octets: np.ndarray) -> Messages:
+    octets.view(np.uint32)[:, 0] = octets.shape[1]
+    starts = np.arange(len(octets), dtype=np.int64) * octets.shape[1]
+    return Messages(octets.reshape(-1), starts, np.full(len(octets), octets.shape[1], np.int64))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_inserted_decodes_to_what_was_meant(name: str) -> None:
+    sent = flows(TEMPLATES[name], 7)
+    if "tcp" in name:
+        sent.rows["tcpConnectionState"] = [1, 3, 4, 5, 6, 8, 9]
+    octets = requests(Request.INSERT, sent, np.full(7, 5, np.uint16))
+    (part,) = Decoder({ZoneRole.PORT: 5}).decode(as_messages(octets))
+    assert isinstance(part, Decoded)
+    for field in sent.rows.dtype.names or ():
+        wanted = sent.rows[field].copy()
+        if field == "flowId":
+            wanted[:] = 0  # no kernel takes it
+        if "Flags" in field:
+            wanted |= nl.FLAG_BE_LIBERAL
+        assert np.array_equal(part.batch.rows[field], wanted), field
+
+
+def test_flags_mask_spares_what_speaks_of_sequence_numbers() -> None:
+    octets = requests(Request.INSERT, flows(TEMPLATES["tcp-ipv4"], 1), np.zeros(1, np.uint16))[0].tobytes()
+    for direction in (nl.TCP_FLAGS_ORIGINAL, nl.TCP_FLAGS_REPLY):
+        assert struct.pack("=HH", 6, direction) + bytes((3 | 8, 0x9F)) in octets
+
+
+def test_zone_is_left_out_only_where_all_rows_are_in_zone_zero() -> None:
+    sent = flows(TEMPLATES["udp-ipv4"], 2)
+    without, with_ = (requests(Request.GET, sent, np.array(zones, np.uint16)) for zones in ((0, 0), (0, 5)))
+    assert with_.shape[1] == without.shape[1] + 8
+
+
+@pytest.mark.parametrize("request_", list(Request))
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_request_names_a_tuple(request_: Request, name: str) -> None:
+    """A DELETE without a tuple is a flush."""
+    octets = requests(request_, flows(TEMPLATES[name], 3), np.zeros(3, np.uint16))
+    for row in octets:
+        assert row[20:24].view(np.uint16)[1] & nl.NLA_TYPE_MASK == nl.TUPLE_ORIG
+        assert row[20:24].view(np.uint16)[0] > 30
+
+
+def test_turning_round_twice_is_nothing() -> None:
+    for name in PLAIN:
+        sent = flows(TEMPLATES[name], 3)
+        assert np.array_equal(turned_round(turned_round(sent)).rows, sent.rows)
+        assert not np.array_equal(turned_round(sent).rows, sent.rows)
+
+
+def test_states_that_conntrack_does_not_tell_apart_become_the_nearest() -> None:
+    assert nl.STATE_TO_KERNEL[TcpState.FIN_WAIT_2] == nl.STATE_TO_KERNEL[TcpState.CLOSE_WAIT]
+    assert nl.STATE_TO_KERNEL[TcpState.CLOSING] == nl.STATE_TO_KERNEL[TcpState.LAST_ACK]
+    assert nl.STATE_TO_KERNEL[TcpState.LISTEN] == nl.STATE_TO_KERNEL[0] == nl.STATE_TO_KERNEL[77] == nl.NO_STATE
+
+
+# --- a kernel that answers as told
+
+
+class Kernel:
+    """Stands for a connection: answers each request by its type with the errnos it was told."""
+
+    answers_that_fit = 3  # several batches, so numbers of rows are put together from several
+
+    def __init__(self, codes: dict[int, Callable[[int], list[int]]], in_use: int = 1, capacity: int = 10) -> None:
+        self.codes, self.in_use, self.capacity = codes, in_use, capacity
+        self.seen: list[int] = []
+        self.dumps: list[list[Messages] | Exception] = []
+
+    def ask(self, octets: np.ndarray) -> tuple[np.ndarray, list[tuple[Messages, np.ndarray]]]:
+        kind = int(octets[0, 4:6].view(np.uint16)[0])
+        if kind == nl.CT_GET_STATS:
+            body = b"".join(
+                struct.pack("=HH", 8, number + 1) + value.to_bytes(4, "big")
+                for number, value in enumerate((self.in_use, self.capacity))
+            )
+            answer = np.frombuffer(bytes(20) + body, np.uint8).copy()
+            return np.zeros(1, np.int32), [(as_messages(answer[None, :]), np.zeros(1, np.int64))]
+        self.seen += [kind] * len(octets)
+        return np.array(self.codes.get(kind, lambda count: [0] * count)(len(octets)), np.int32), []
+
+    def dump(self, request: np.ndarray) -> Iterator[Messages]:
+        answer = self.dumps.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        yield from answer
+
+
+class Connections:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    @contextlib.contextmanager
+    def lend(self, namespace: str | None) -> Iterator[Kernel]:
+        yield self.kernel
+
+    def timeouts(self, namespace: str | None) -> Timeouts:
+        return Timeouts()
+
+
+def driver_of(kernel: Kernel) -> LinuxConntrackDriver:
+    driver = LinuxConntrackDriver()
+    driver._connections = Connections(kernel)  # type: ignore[assignment]
+    return driver
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.ENOENT, Reason.NO_ENTRY),
+        (errno.EOPNOTSUPP, Reason.NOT_SUPPORTED),
+        (errno.ENOMEM, Reason.OUT_OF_MEMORY),
+        (errno.ENOSPC, Reason.CHAIN_TOO_LONG),
+        (errno.EBUSY, Reason.BUSY),
+        (errno.EINVAL, Reason.INVALID),
+        (errno.EPERM, Reason.NOT_PERMITTED),
+        (errno.EXDEV, Reason.DEVICE_ERROR),
+    ],
+)
+def test_each_errno_has_its_reason(code: int, reason: Reason) -> None:
+    kernel = Kernel({nl.CT_NEW: lambda count: [0, code, 0][:count]})
+    made = driver_of(kernel).insert(SCOPE, flows(TEMPLATES["tcp-ipv4"], 5))
+    refused, done = (Outcome.REFUSED, reason), (Outcome.IMPORTED, Reason.NONE)
+    assert [(one["outcome"], one["reason"]) for one in made] == [done, refused, done, done, refused]
+
+
+def test_full_table_is_told_apart_from_missing_memory() -> None:
+    kernel = Kernel({nl.CT_NEW: lambda count: [errno.ENOMEM] * count}, in_use=10, capacity=10)
+    made = driver_of(kernel).insert(SCOPE, flows(TEMPLATES["udp-ipv4"], 2))
+    assert set(made["reason"]) == {Reason.TABLE_FULL}
+
+
+def test_taken_tuple_that_stays_taken_is_refused_after_a_few_tries() -> None:
+    kernel = Kernel(
+        {
+            nl.CT_NEW: lambda count: [errno.EEXIST] * count,
+            nl.CT_GET: lambda count: [errno.ENOENT] * count,
+        }
+    )
+    made = driver_of(kernel).insert(SCOPE, flows(TEMPLATES["udp-ipv4"], 2))
+    assert set(made["reason"]) == {Reason.EXISTS}
+    assert nl.CT_DELETE not in kernel.seen, "nothing was found, and something deleted"
+    assert kernel.seen.count(nl.CT_NEW) < 20
+
+
+def test_torn_dump_is_done_again_and_not_for_ever() -> None:
+    messages = as_messages(requests(Request.INSERT, flows(TEMPLATES["udp-ipv4"], 3), np.full(3, 5, np.uint16)))
+    kernel = Kernel({})
+    kernel.dumps = [Torn("torn"), Torn("torn"), [messages]]
+    assert sum(len(part) for part in driver_of(kernel).export(SCOPE) if isinstance(part, Batch)) == 3
+    kernel.dumps = [Torn("torn")] * 50
+    with pytest.raises(errors.DeviceFailed, match="changed under"):
+        list(driver_of(kernel).export(SCOPE))
+    assert len(kernel.dumps) > 40
+
+
+def test_lookup_that_fails_is_not_taken_for_absence() -> None:
+    kernel = Kernel({nl.CT_GET: lambda count: [errno.EIO] * count})
+    with pytest.raises(errors.DeviceFailed):
+        driver_of(kernel).read_back(SCOPE, flows(TEMPLATES["udp-ipv4"], 2))
+
+
+def test_kernel_that_does_not_filter_zones_gives_the_same_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "features", lambda: probe.Features(filters_dump_by_zone=False))
+    sent = flows(TEMPLATES["udp-ipv4"], 3)
+    messages = as_messages(requests(Request.INSERT, sent, np.array([5, 6, 7], np.uint16)))
+    kernel = Kernel({})
+    kernel.dumps = [[messages]]  # one dump for two zones
+    scope = Scope("port", "guest", {ZoneRole.PORT: 5, ZoneRole.SNAT: 7}, PORT_ADDRESSES)
+    (batch,) = driver_of(kernel).export(scope)
+    assert isinstance(batch, Batch)
+    assert batch.rows["zoneRole"].tolist() == [ZoneRole.PORT, ZoneRole.SNAT]
+
+
+def test_missing_capability_is_the_operators_move() -> None:
+    assert isinstance(failure(errno.EPERM, "dump"), errors.NotPermitted)
+    assert isinstance(failure(errno.EOPNOTSUPP, "dump"), errors.NotAvailable)
+    assert isinstance(failure(errno.EIO, "dump"), errors.DeviceFailed)
+
+
+# --- the socket filter, run by a small interpreter
+
+
+def passes(program: bytes, event: bytes) -> bool:
+    instructions = list(struct.iter_unpack("=HBBI", program))
+    a = x = at = 0
+    while True:
+        code, jt, jf, k = instructions[at]
+        at += 1
+        if code == 0x00:
+            a = k
+        elif code == 0x01:
+            x = k
+        elif code == 0x20:
+            assert k == 0xFFFFF00C
+            place = a
+            a = 0
+            while place + 4 <= len(event):
+                size, kind = struct.unpack_from("=HH", event, place)
+                if kind & nl.NLA_TYPE_MASK == x:
+                    a = place
+                    break
+                place += (size + 3) & ~3
+        elif code == 0x07:
+            x = a
+        elif code == 0x48:
+            (a,) = struct.unpack_from(">H", event, x + k)
+        elif code == 0x15:
+            at += jt if a == k else jf
+        elif code == 0x06:
+            return k != 0
+        else:
+            raise AssertionError(hex(code))
+
+
+@pytest.mark.parametrize("zones", [[0], [5], [0, 5], [4097, 5, 65535], []])
+@pytest.mark.parametrize("zone", [0, 4, 5, 6, 4097, 65535])
+def test_filter_lets_its_own_zones_through(zones: list[int], zone: int) -> None:
+    event = requests(Request.INSERT, flows(TEMPLATES["tcp-ipv4"], 1), np.array([zone], np.uint16))[0].tobytes()
+    assert passes(zone_filter(zones), event) == (zone in zones)
