@@ -25,7 +25,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from sami_plugin import privileged
-from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, attributes as nl
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
+from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.encode import Request, dump_request, requests
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, TcpState, ZoneRole
 from sami_plugin.model.results import Outcome, is_in_device, lost_fields
@@ -82,6 +83,7 @@ def flows(count: int) -> Batch:
 
 
 def scope(namespace: str, zone: int) -> Scope:
+    """Where these flows are."""
     import netaddr
 
     return Scope("port", "guest", {ZoneRole.PORT: zone}, (netaddr.IPAddress("192.0.2.1"),), namespace)
@@ -97,11 +99,11 @@ def floor(source: str, destination: str, batch: Batch) -> dict[str, float]:
         zip(
             STEPS,
             (
-                _time(lambda: _expect(ours.dump(SOURCE_ZONE) // 248, len(batch))),
-                _time(lambda: theirs.send(insert)),
-                _time(lambda: _expect(theirs.dump(DESTINATION_ZONE) // 248, len(batch))),
-                _time(lambda: ours.send(delete)),
-                _time(lambda: _expect(ours.dump(SOURCE_ZONE), 20)),
+                timed(lambda: _expect(ours.dump(SOURCE_ZONE) // 248, len(batch))),
+                timed(lambda: theirs.send(insert)),
+                timed(lambda: _expect(theirs.dump(DESTINATION_ZONE) // 248, len(batch))),
+                timed(lambda: ours.send(delete)),
+                timed(lambda: _expect(ours.dump(SOURCE_ZONE), 20)),
             ),
             strict=True,
         )
@@ -138,7 +140,7 @@ def through_driver(source: str, destination: str, batch: Batch) -> dict[str, flo
     def prove() -> None:
         _expect(int(driver.read_back(here, exported[0])[1].sum()), 0)
 
-    took = {name: _time(step) for name, step in zip(STEPS, (export, insert, read_back, remove, prove), strict=True)}
+    took = {name: timed(step) for name, step in zip(STEPS, (export, insert, read_back, remove, prove), strict=True)}
     for part in driver.export(there):
         if isinstance(part, Batch):
             driver.remove(there, part.identities)
@@ -166,7 +168,7 @@ def tool_pipeline(source: str, destination: str, batch: Batch) -> dict[str, floa
         lambda: _tool(source, None, "-D", "-w", str(SOURCE_ZONE)),
         listed(source, SOURCE_ZONE),
     )
-    took = {name: _time(step) for name, step in zip(STEPS, steps, strict=True)}
+    took = {name: timed(step) for name, step in zip(STEPS, steps, strict=True)}
     _expect(saved[1].count(b"\n"), len(batch))
     _tool(destination, None, "-D", "-w", str(DESTINATION_ZONE))
     driver.close()
@@ -224,7 +226,7 @@ def _tool(namespace: str, text: bytes | None, *arguments: str) -> bytes:
     return subprocess.run(command, input=text, capture_output=True, check=True).stdout
 
 
-def _time(step: Callable[[], object]) -> float:
+def timed(step: Callable[[], object]) -> float:
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
@@ -236,6 +238,7 @@ def _expect(found: int, wanted: int) -> None:
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(description="A move's floor, and what the driver and conntrack(8) make of it.")
     parser.add_argument("--entries", type=int, default=100_000)
     parser.add_argument("--repeat", type=int, default=5)
@@ -243,7 +246,10 @@ def main() -> None:
     chosen = parser.parse_args()
     batch = flows(chosen.entries)
     with namespaces() as (source, destination):
-        pairs = [(floor(source, destination, batch), through_driver(source, destination, batch)) for _ in range(chosen.repeat)]
+        pairs = [
+            (floor(source, destination, batch), through_driver(source, destination, batch))
+            for _ in range(chosen.repeat)
+        ]
         tool = None if chosen.without_tool else tool_pipeline(source, destination, batch)
     print(f"{chosen.entries} TCP entries, median of {chosen.repeat}, seconds")
     print(f"{'':12}{'floor':>9}{'driver':>9}{'ratio':>8}{'tool':>9}")

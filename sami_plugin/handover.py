@@ -45,7 +45,7 @@ from sami_plugin.migration.decision import (
     Verify,
 )
 from sami_plugin.model.flows import Addresses, Batch, FirewallEvent, Omitted, has_end_in, names
-from sami_plugin.model.keys import FlowTable, last_of_each_key
+from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
     PROTOCOL_VERSION,
     Complete,
@@ -180,6 +180,9 @@ class SourceSession(Session):
         if removals or upserts or action.is_last:
             self._say(FlowChanges(self._packed([*removals, *upserts]), action.is_last))
         if action.is_last:
+            # What is deleted here from now on says nothing, and the purge's own events would only cost time.
+            for port in self._ports:
+                port.watch.close()
             self.note("last changes sent")
         return Done("ExportChanges", sum(map(len, upserts)))
 
@@ -232,6 +235,10 @@ class SourceSession(Session):
 
     def _purge(self, action: Purge) -> Done:
         """Removes what was exported, except what a guest that stays still needs, and looks whether it is gone."""
+        if self._guest_is_back():
+            # What it brought has replaced what it left. A kernel gives ids again: even by id, that could be hit.
+            self.report.remarks.append("the guest was back before the purge; nothing was removed")
+            return Done("Purge")
         for port in self._ports:
             with self.host.deciding(port.scope):
                 stay = self.host.scopes.neighbours(port.scope)
@@ -258,8 +265,6 @@ class SourceSession(Session):
                 if isinstance(piece, Omitted):
                     continue
                 left = self._ours_alone(port, piece, stay)
-                if self._guest_is_back():  # what it brought is none of ours: only what was named counts
-                    left = left.take(port.exported.find(left)[1] == left.rows["flowId"])
                 self._left += len(left)
                 if len(left) and attempt == 0:
                     self._late += len(left)
@@ -478,6 +483,8 @@ class DestinationSession(Session):
         self._put_in_and_take_out(action.payload)
         if self._known.has_last:
             self.note("last changes applied")
+        while self._unverified and self._unverified[0].look.done():
+            self._settle(self._unverified.pop(0))
         return Done("Import")
 
     def _put_in_and_take_out(self, payload: bytes) -> None:
@@ -520,11 +527,15 @@ class DestinationSession(Session):
             with self.host.deciding(port.scope):
                 made = self.host.driver.insert(self._with_neighbours(port.scope), mine)
                 self.host.arriving.claim(self.id, port.scope, mine.take(made["outcome"] == Outcome.IMPORTED))
-            look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
-            self._unverified.append(_Unverified(port, mine, made, look))
+            self._unverified.append(
+                _Unverified(port, mine, made, self._looker.submit(self.host.driver.read_back, port.scope, mine))
+            )
         if homeless.any():
             foreign = batch.take(homeless)
-            self._settle(_Arriving(_NOWHERE), foreign, results(len(foreign), Outcome.REFUSED, Reason.FOREIGN_ADDRESS))
+            look: Future[tuple[Batch, npt.NDArray[np.bool_]]] = Future()
+            look.set_result((Batch(foreign.template, foreign.template.empty(len(foreign))), np.zeros(len(foreign), bool)))
+            made = results(len(foreign), Outcome.REFUSED, Reason.FOREIGN_ADDRESS)
+            self._unverified.append(_Unverified(_Arriving(_NOWHERE), foreign, made, look))
 
     def _with_neighbours(self, scope: Scope) -> Scope:
         """The scope with the ports whose guests run here: flows with them are this host's own business."""
@@ -542,8 +553,8 @@ class DestinationSession(Session):
     def _verify(self, action: Verify) -> Done:
         """Compares what was put in since the last time. What counts is what the device holds, not what it answered."""
         unverified, self._unverified = self._unverified, []
-        for part in _merged_parts(unverified):
-            self._settle(part.port, part.batch, part.made, self._corrected(part))
+        for part in unverified:
+            self._settle(part)
         return Done("Verify", self._held_count(), refused=sum(map(len, self._refused.values())))
 
     def _corrected(self, part: _Unverified) -> Batch:
@@ -558,13 +569,13 @@ class DestinationSession(Session):
         self._verified += int(np.count_nonzero(is_in_device(made)))
         return found.take(is_ours)
 
-    def _settle(self, port: _Arriving, batch: Batch, made: Results, found: Batch | None = None) -> None:
+    def _settle(self, part: _Unverified) -> None:
         """Files each flow under what became of it last."""
-        identities = batch.identities
-        for table in (port.held, *self._tables()):
-            table.discard(identities)
-        if found is not None:
-            port.held.put(found)
+        batch, made = part.batch, part.made
+        found = self._corrected(part)
+        for table in (part.port.held, *self._tables()):
+            table.discard(batch)
+        part.port.held.put(found)
         self._present.put(batch.take(made["outcome"] == Outcome.PRESENT))
         for code in np.unique(made["reason"][made["outcome"] == Outcome.REFUSED]):
             self._refused.setdefault(Reason(int(code)), FlowTable()).put(batch.take(made["reason"] == code))
@@ -644,23 +655,3 @@ def _distinct(tables: Iterable[FlowTable]) -> int:
         for batch in table.batches():
             union.put(batch)
     return len(union)
-
-
-def _merged_parts(parts: Iterable[_Unverified]) -> Iterator[_Unverified]:
-    """One part per port and template. Of a flow that came twice, the last counts."""
-    groups: dict[tuple[int, str], list[_Unverified]] = {}
-    for part in parts:
-        groups.setdefault((id(part.port), part.batch.template.name), []).append(part)
-    for group in groups.values():
-        if len(group) == 1:
-            yield group[0]
-            continue
-        template = group[0].batch.template
-        batch = Batch.joined(template, [part.batch.rows for part in group])
-        looks = [part.look.result() for part in group]
-        last = last_of_each_key(batch)
-        look: Future[tuple[Batch, npt.NDArray[np.bool_]]] = Future()
-        found = Batch.joined(template, [found.rows for found, _ in looks])
-        look.set_result((found.take(last), np.concatenate([is_there for _, is_there in looks])[last]))
-        made = np.concatenate([part.made for part in group])[last]
-        yield _Unverified(group[0].port, batch.take(last), made, look)

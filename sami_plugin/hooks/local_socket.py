@@ -125,7 +125,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
 
 
-def send(path: str | Path, event: MigrationEvent, timeout_seconds: float = 5.0) -> None:
+def send(path: str | Path, event: MigrationEvent, timeout_seconds: float = 30.0) -> None:
     """Tells the agent at `path` of an event and waits for its answer.
 
     :raises OperatorError: no agent listens there, or it does not take the event.

@@ -43,7 +43,7 @@ class Hosts:
             if scope_files is None:
                 self._write(name)
             self.agents[name] = Agent(
-                cfg.CONF,
+                cfg.ConfigOpts(),
                 name=name,
                 driver=self.drivers[name],
                 scopes=StaticScopes(self._scope_files[name]),

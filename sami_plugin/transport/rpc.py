@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib
 import logging
 import threading
 import time
@@ -26,7 +27,7 @@ from sami_plugin.errors import ConfigurationError, PeerUnreachable, SamiError
 
 LOG = logging.getLogger(__name__)
 
-TOPIC = "sami"
+EXCHANGE = TOPIC = "sami"
 VERSION = "1.0"
 
 Deliver = Callable[[str, str, int, bytes], None]
@@ -81,6 +82,19 @@ def refuse_foreign_broker(url: str) -> None:
             )
 
 
+def _register_what_it_forgets(conf: cfg.ConfigOpts) -> None:
+    """oslo.messaging registers these options with the global configuration alone, and reads them from ours.
+
+    Its own ConfFixture reaches for them in the same way.
+    """
+    for module, group in (("_metrics", "oslo_messaging_metrics"), ("_tracing", "oslo_messaging_tracing")):
+        try:
+            client = importlib.import_module(f"oslo_messaging.{module}.client")
+        except ImportError:  # older ones have no tracing
+            continue
+        conf.register_opts(getattr(client, group), group=group)  # the list bears the group's name
+
+
 class Transport:
     """One agent's end of the broker."""
 
@@ -90,6 +104,7 @@ class Transport:
         :raises ConfigurationError: the URL is not one that this version may use.
         """
         self.host = host
+        _register_what_it_forgets(conf)
         try:
             self._transport = oslo_messaging.get_rpc_transport(conf, url=url)
             refuse_foreign_broker(conf.transport_url if url is None else url)
@@ -97,14 +112,14 @@ class Transport:
             raise ConfigurationError(f"transport_url: {error}") from error
         self._server = oslo_messaging.get_rpc_server(
             self._transport,
-            oslo_messaging.Target(topic=TOPIC, server=host),
+            oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=host),
             [Endpoint(deliver)],
             executor="threading",
             access_policy=dispatcher.ExplicitRPCAccessPolicy,
         )
         # Zed's oslo.messaging has no get_rpc_client.
         make_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
-        self._client = make_client(self._transport, oslo_messaging.Target(topic=TOPIC, version=VERSION))
+        self._client = make_client(self._transport, oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, version=VERSION))
 
     def start(self) -> None:
         self._server.start()
@@ -112,6 +127,10 @@ class Transport:
     def stop(self) -> None:
         self._server.stop()
         self._server.wait()
+        self.cleanup()
+
+    def cleanup(self) -> None:
+        """Closes the connections of a transport that was not started."""
         self._transport.cleanup()
 
     def call(self, peer: str, session: str, number: int, octets: bytes, timeout_seconds: float) -> str:

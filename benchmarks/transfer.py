@@ -1,0 +1,210 @@
+"""Flows moving between two real agents over a real RabbitMQ, beside the floor of the same run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from oslo_config import cfg
+
+from benchmarks import floor
+from benchmarks.result import Progress, row
+from lab.agents import AgentProcess
+from lab.broker import Broker
+from lab.deadline import wait_until
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
+from sami_plugin.journal.journal import Journal
+from sami_plugin.model.migration import Phase
+from sami_plugin.model.scope import Scope
+from sami_plugin.transport.rpc import Transport
+
+GUEST_ADDRESS = "192.0.2.1"
+ZONES = (floor.SOURCE_ZONE, floor.DESTINATION_ZONE)
+
+
+class Pair:
+    """Two agents of two namespaces; `guest` is on one of them."""
+
+    def __init__(self, folder: Path, namespaces: list[str], url: str, addresses: list[str]) -> None:
+        self.guest = str(uuid.uuid4())
+        self.url = url
+        self.scopes = [floor.scope(path, zone) for path, zone in zip(namespaces, ZONES, strict=True)]
+        self._files = [folder / f"ports-{name}.json" for name in "ab"]
+        self._addresses = addresses
+        for side in (0, 1):
+            self.plug(side, False)
+        self.agents = [
+            AgentProcess(folder, name, file, url) for name, file in zip("ab", self._files, strict=True)
+        ]
+
+    def plug(self, side: int, is_here: bool) -> None:
+        """The guest's port is on this side, or not."""
+        scope = self.scopes[side]
+        port = {
+            "port": "tap-bench",
+            "guest": self.guest,
+            "namespace": scope.namespace,
+            "zone": ZONES[side],
+            "addresses": self._addresses,
+        }
+        # The namespace stays listed, so that an agent attends to it from its start.
+        idle = {**port, "guest": str(uuid.UUID(int=0)), "addresses": []}
+        new = self._files[side].with_suffix(".new")
+        new.write_text(json.dumps({"ports": [port if is_here else idle]}))
+        new.rename(self._files[side])
+
+    def begin(self, source: int) -> None:
+        here, there = self.agents[source], self.agents[1 - source]
+        here.tell(Phase.OUTGOING, self.guest)
+        there.tell(Phase.PREPARE, self.guest, here.name)
+        self.plug(1 - source, True)
+        there.tell(Phase.STARTED, self.guest)
+
+    def finish(self, source: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Pause, arrive; returns both reports once both sessions have ended."""
+        here, there = self.agents[source], self.agents[1 - source]
+        counts = [agent.ended(self.guest) for agent in self.agents]
+        here.tell(Phase.SUSPENDED, self.guest)
+        self.plug(source, False)
+        there.tell(Phase.RESUMED, self.guest)
+        here.tell(Phase.STOPPED, self.guest)
+        for agent, count in zip(self.agents, counts, strict=True):
+            wait_until(lambda a=agent, c=count: a.ended(self.guest) > c, f"agent {agent.name} to end its session", 15)
+        return here.reports(self.guest)[0], there.reports(self.guest)[0]
+
+
+    def wait_until_in_sync(self, side: int) -> None:
+        """Blocks until the agent of this side has all that the other exported at first."""
+
+        def is_in_sync() -> bool:
+            journal = Journal(self.agents[side].journal, read_only=True)
+            try:
+                newest = journal.sessions()[0]["session"]
+                return any(decision["event"] == "peer said InSync" for decision in journal.decisions(newest))
+            finally:
+                journal.close()
+
+        wait_until(is_in_sync, "the first export to be over", 60)
+
+    def round_trips(self, count: int) -> list[float]:
+        """Seconds of calls through the broker that carry nothing."""
+        transport = Transport(cfg.ConfigOpts(), "bench", lambda *message: None, self.url)
+        try:
+            transport.call("a", "none", 1, b"", 10.0)
+            return [floor.timed(lambda: transport.call("a", "none", 1, b"", 10.0)) for _ in range(count)]
+        finally:
+            transport.cleanup()
+
+
+@contextmanager
+def pair() -> Iterator[Pair]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        floor.namespaces() as paths,
+        Broker(Path(folder)) as broker,
+    ):
+        made = Pair(Path(folder), paths, broker.url, [GUEST_ADDRESS])
+        with made.agents[0], made.agents[1]:
+            yield made
+
+
+def move(made: Pair, source: int) -> tuple[float, dict[str, Any], dict[str, Any]]:
+    """Seconds from the source's first look to its proof that all is gone; both reports."""
+    made.begin(source)
+    here, there = made.finish(source)
+    at = {step["step"]: step["monotonic"] for step in here["steps"]}
+    return at["proved"] - at["export began"], here, there
+
+
+def transfers(flows: int, repeat: int, progress: Progress) -> dict[str, Any]:
+    """Floor, tool and move in turn, so that all meet the same machine; medians."""
+    batch = floor.flows(flows)
+    seconds: dict[str, list[float]] = {"move": [], "floor": [], "tool": []}
+    with pair() as made, floor.namespaces() as (here, there):
+        LinuxConntrackDriver().insert(made.scopes[0], batch)
+        made.plug(0, True)
+        move(made, 0)  # the first one opens connections and declares queues
+        for run in range(repeat):
+            progress(f"{run + 1} of {repeat}: {flows} flows over RabbitMQ, the floor, conntrack(8)")
+            took, source, destination = move(made, 1 - run % 2)
+            expected = {"exported": flows, "purged": flows, "left_behind": 0}
+            if any(source["flows"][name] != count for name, count in expected.items()):
+                raise RuntimeError(f"not all flows left: {source['flows']}")
+            if destination["flows"]["imported"] != flows or destination["flows"]["verified"] < flows:
+                raise RuntimeError(f"not all flows arrived: {destination['flows']}")
+            seconds["move"].append(took)
+            seconds["floor"].append(sum(floor.floor(here, there, batch).values()))
+            seconds["tool"].append(sum(floor.tool_pipeline(here, there, batch).values()))
+    return row("export to purge over RabbitMQ", flows, seconds["move"], seconds["floor"], seconds["tool"])
+
+
+def last_changes(flows: int, new_per_second: int, repeat: int, progress: Progress) -> dict[str, Any]:
+    """From the guest's pause to the last changes being in the destination's kernel; beside the broker's round trip."""
+    took: list[float] = []
+    with pair() as made:
+        driver = LinuxConntrackDriver()
+        driver.insert(made.scopes[0], floor.flows(flows))
+        made.plug(0, True)
+        made.begin(0)
+        made.finish(0)
+        floors = made.round_trips(20)
+        for run in range(repeat):
+            progress(f"{run + 1} of {repeat}: last changes of {flows} flows, {new_per_second} new ones a second")
+            source = 1 - run % 2
+            with newcomers(driver, made.scopes[source], new_per_second, run) as stop:
+                made.begin(source)
+                made.wait_until_in_sync(1 - source)
+                time.sleep(1.0)  # of steady state, which is what is measured
+                stop.set()
+                here, there = made.finish(source)
+            at = {step["step"]: step["monotonic"] for step in (*here["steps"], *there["steps"])}
+            took.append(at["last changes applied"] - at["suspended"])
+    return row(f"pause to last changes applied, {new_per_second} new a second", flows, took, floors)
+
+
+@contextmanager
+def newcomers(driver: LinuxConntrackDriver, scope: Scope, per_second: int, run: int) -> Iterator[threading.Event]:
+    """New flows in the scope at a steady pace, until the event is set or the block ends."""
+    stop = threading.Event()
+    share = max(1, per_second // 100)
+
+    def insert() -> None:
+        begun, number = time.monotonic(), 0
+        while not stop.is_set():
+            batch = floor.flows(share)
+            batch.rows["sourceIPv4Address"] += 0x01000000 * (run + 1) + number * share
+            driver.insert(scope, batch)
+            number += 1
+            stop.wait(max(0.0, begun + number * share / per_second - time.monotonic()))
+
+    thread = threading.Thread(target=insert)
+    thread.start()
+    try:
+        yield stop
+    finally:
+        stop.set()
+        thread.join()
+
+
+def idle(events_per_second: int, seconds: float, progress: Progress) -> dict[str, Any]:
+    """Processor time of an agent while nothing migrates and other zones of its kernel tell events."""
+    progress(f"an idle agent beside {events_per_second} foreign events a second")
+    with pair() as made:
+        driver, foreign = LinuxConntrackDriver(), floor.scope(made.scopes[0].namespace or "", 77)
+        batch = floor.flows(events_per_second // 20)
+        before, begun, events = made.agents[0].cpu_seconds(), time.monotonic(), 0
+        while (now := time.monotonic()) < begun + seconds:
+            driver.insert(foreign, batch)
+            driver.remove(foreign, batch.identities)
+            events += 2 * len(batch)
+            time.sleep(max(0.0, begun + events / events_per_second - time.monotonic()))
+        lasted = now - begun
+        used = made.agents[0].cpu_seconds() - before
+        return row(f"idle agent, {events / lasted:.0f} foreign events a second: CPU seconds of", 0, [used], [lasted])
