@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from oslo_config import cfg
 
 DESCRIPTION = "Carries the firewall state of this host's guests along when they move. Ends on SIGTERM or Ctrl-C."
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs until SIGTERM or SIGINT. 1: it cannot start, told in one line on stderr; 2: wrong usage."""
     try:
@@ -29,24 +31,27 @@ def _run(arguments: list[str]) -> int:
     from sami_plugin.cli.configuration import words
     from sami_plugin.errors import SamiError
 
+    signals = {signal.SIGTERM, signal.SIGINT}
+    # Before there are threads: they inherit the mask, and so none of them is interrupted.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         conf = _configured(arguments)
         log.setup(conf, "sami")
-        signals = {signal.SIGTERM, signal.SIGINT}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         agent.run(conf, lambda: signal.sigwait(signals))
     except (SamiError, cfg.Error, log.LogConfigError, OSError) as error:
         print(f"sami-agent: {words(error)}", file=sys.stderr)
         return 1
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return 0
 
 
 def _configured(arguments: list[str]) -> cfg.ConfigOpts:
-    """The options of the command line and of the configuration files, each of ours looked at once.
+    """The options of the command line and of the configuration files.
 
-    :raises cfg.Error: a file is not there, or holds what is no value of its option.
+    :raises cfg.Error: a file is not there, or is no configuration. A wrong value is told when it is read.
     """
-    import oslo_messaging
     from oslo_config import cfg
     from oslo_log import log
 
@@ -56,11 +61,7 @@ def _configured(arguments: list[str]) -> cfg.ConfigOpts:
     conf = cfg.ConfigOpts()
     log.register_options(conf)
     options.register(conf)
-    oslo_messaging.set_transport_defaults("sami")
     conf(arguments, project="sami", prog="sami-agent", version=release(), description=DESCRIPTION, epilog=_epilog())
-    for group, opts in options.list_opts():
-        for option in opts:  # a wrong value is told now, not in the middle of a migration
-            conf[group.name][option.dest]
     return conf
 
 

@@ -1,0 +1,66 @@
+"""What the agent's configuration says, for commands that look at what the agent works with."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from dataclasses import dataclass
+
+from sami_plugin.errors import ConfigurationError
+
+DEFAULT_FILE = "/etc/sami/sami-agent.conf"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfiguration:
+    """The options that are of use outside the agent."""
+
+    host: str
+    driver: str
+    scopes: str
+    scope_file: str
+    journal: str
+    socket: str
+    transport_url: str
+
+
+def add_config_file(parser: argparse.ArgumentParser) -> None:
+    """The option that names the files for `load`."""
+    parser.add_argument(
+        "--config-file",
+        metavar="PATH",
+        action="append",
+        help=f"configuration of the agent; may be repeated, the last wins (default: {DEFAULT_FILE}, if it is there)",
+    )
+
+
+def load(files: list[str] | None) -> AgentConfiguration:
+    """What these files say; None is the default file, or the options' defaults where that is missing.
+
+    :raises ConfigurationError: a file cannot be read, or holds what is no value of its option.
+    """
+    from oslo_config import cfg
+
+    from sami_plugin import conf as options
+
+    if files is None:
+        files = [DEFAULT_FILE] if os.path.exists(DEFAULT_FILE) else []
+    conf = cfg.ConfigOpts()
+    options.register(conf)
+    # oslo.messaging's own option, by its name and default: it registers it only when a transport is made.
+    conf.register_opt(cfg.StrOpt("transport_url", default="rabbit://", secret=True))
+    try:
+        conf(args=[], project="sami", prog="sami-agent", default_config_files=files, default_config_dirs=[])
+        agent = conf.agent
+        return AgentConfiguration(
+            agent.host, agent.driver, agent.scopes, agent.scope_file, agent.journal, agent.socket, conf.transport_url
+        )
+    except (cfg.Error, OSError, ValueError) as error:
+        raise ConfigurationError(f"configuration: {words(error)}") from error
+
+
+def words(error: Exception) -> str:
+    """What oslo.config complains about, in one line; it names files in its own notation."""
+    told = re.sub(r"LocationInfo\(location=.*?, detail='?(.*?)'?\)", r"\1", str(error))
+    return " ".join(told.split())

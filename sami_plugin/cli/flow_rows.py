@@ -1,0 +1,73 @@
+"""Flows for people: columns become text only for the rows that are shown."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from sami_plugin.model.flows import Batch, FlowStatus, TcpState, ZoneRole
+
+COLUMNS = ("Protocol", "Source", "Destination", "State", "Timeout", "Status", "Mark", "Zone role", "Detail")
+
+_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
+
+
+def rows(batches: Iterable[Batch], limit: int | None) -> Iterator[tuple[Any, ...]]:
+    """One row per flow, as many as `limit` (None: all). The timeout is in seconds."""
+    left = limit
+    for batch in batches:
+        shown = batch.rows if left is None else batch.rows[:left]
+        for row in shown:
+            yield _row(batch, row)
+        if left is not None:
+            left -= len(shown)
+
+
+def _row(batch: Batch, row: np.void) -> tuple[Any, ...]:
+    fields = row.dtype.names or ()
+    family = "IPv6" if batch.template.is_ipv6 else "IPv4"
+    has_ports = "sourceTransportPort" in fields
+    detail = ""
+    if not has_ports:
+        detail = f"type {row[f'icmpType{family}']} code {row[f'icmpCode{family}']} id {row['icmpIdentifier']}"
+    elif f"postNATSource{family}Address" in fields:
+        ends = "Source", "Destination"
+        detail = "translated to " + " > ".join(
+            _end(row[f"postNAT{end}{family}Address"], row[f"postNAPT{end}TransportPort"]) for end in ends
+        )
+    protocol = int(row["protocolIdentifier"])
+    return (
+        _PROTOCOLS.get(protocol, str(protocol)),
+        _end(row[batch.source_field], row["sourceTransportPort"] if has_ports else None),
+        _end(row[batch.destination_field], row["destinationTransportPort"] if has_ports else None),
+        _name(TcpState, row["tcpConnectionState"]) if "tcpConnectionState" in fields else "",
+        int(row["remainingTimeoutSeconds"]),
+        _bits(int(row["conntrackStatus"])),
+        int(row["flowMark"]),
+        _name(ZoneRole, row["zoneRole"]),
+        detail,
+    )
+
+
+def _end(value: Any, port: Any) -> str:
+    if np.ndim(value):
+        address = str(ipaddress.IPv6Address(int(value[0]) << 64 | int(value[1])))
+        return address if port is None else f"[{address}]:{port}"
+    address = str(ipaddress.IPv4Address(int(value)))
+    return address if port is None else f"{address}:{port}"
+
+
+def _name(kind: type[TcpState] | type[ZoneRole], value: Any) -> str:
+    try:
+        return kind(int(value)).name
+    except ValueError:
+        return str(int(value))
+
+
+def _bits(value: int) -> str:
+    names = [bit.name or "" for bit in FlowStatus if value & bit]
+    unknown = value & ~sum(FlowStatus)
+    return ",".join(names + ([hex(unknown)] if unknown else []))

@@ -1,0 +1,183 @@
+"""What the doctor makes of what it finds; the kernel itself is tried in the functional tests."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from sami_plugin.cli import checks
+from sami_plugin.cli.checks import Result
+from sami_plugin.drivers.base import Capabilities
+from sami_plugin.journal.journal import Journal
+from tests.unit.cli.command_line import CommandLine
+
+
+def capabilities(capacity: int | None, in_use: int) -> Capabilities:
+    return Capabilities(frozenset(), True, capacity, in_use, "device")
+
+
+@pytest.mark.parametrize(
+    ("capacity", "in_use", "result"),
+    [(None, 5, Result.OK), (100, 80, Result.OK), (100, 81, Result.LIMITED), (100, 100, Result.MISSING)],
+)
+def test_table_needs_headroom(capacity: int | None, in_use: int, result: Result) -> None:
+    assert checks._headroom(capabilities(capacity, in_use)).result is result
+
+
+class Broker:
+    """Answers each connection with the same bytes."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._answer = answer
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(8)
+                connection.sendall(self._answer)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    made = Broker(b"\x01\x00\x00\x00\x00\x01\xf0\x00")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def stranger() -> Iterator[Broker]:
+    made = Broker(b"HTTP/1.1")
+    yield made
+    made.close()
+
+
+def test_broker_that_speaks_amqp_is_ok(broker: Broker) -> None:
+    assert checks._broker(f"rabbit://u:secret@127.0.0.1:{broker.port}/").result is Result.OK
+
+
+def test_broker_that_speaks_something_else_is_missing(stranger: Broker, broker: Broker) -> None:
+    found = checks._broker(f"rabbit://u:secret@127.0.0.1:{stranger.port}/")
+    assert (found.result, "AMQP" in found.reason) == (Result.MISSING, True)
+    both = f"rabbit://u:p@127.0.0.1:{stranger.port},u:p@127.0.0.1:{broker.port}/"
+    assert checks._broker(both).result is Result.LIMITED
+
+
+@pytest.mark.parametrize(
+    ("url", "result", "said"),
+    [
+        ("rabbit://", Result.MISSING, "names no broker"),
+        ("rabbit://u:secret@192.0.2.1/", Result.MISSING, "not on this machine"),
+        ("kafka://u:secret@127.0.0.1/", Result.MISSING, "not supported"),
+        ("rabbit://u:secret@127.0.0.1:1/", Result.MISSING, "refused"),
+        ("rabbit://u:secret@127.0.0.1:port/", Result.MISSING, "transport_url"),
+        ("fake://", Result.LIMITED, "for tests"),
+    ],
+)
+def test_broker_that_cannot_be_used_is_told_without_its_password(url: str, result: Result, said: str) -> None:
+    found = checks._broker(url)
+    assert found.result is result
+    assert said in found.reason
+    assert "secret" not in found.reason
+    assert found.mend
+
+
+def test_journal_is_ok_where_it_is_or_can_be_made(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal").close()
+    for path in (tmp_path / "journal", tmp_path / "other", tmp_path / "a" / "b" / "journal"):
+        assert checks._journal(str(path)).result is Result.OK
+    # Nothing is made, but for what SQLite puts beside a database while it reads it.
+    assert {path.name for path in tmp_path.iterdir()} <= {"journal", "journal-wal", "journal-shm"}
+
+
+def test_journal_that_is_none_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "journal").write_text("words" * 200)
+    assert checks._journal(str(tmp_path / "journal")).result is Result.MISSING
+
+
+def test_socket_is_ok_where_an_agent_listens(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    assert checks._agent_socket(str(path)).result is Result.LIMITED
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert "no agent listens" in checks._agent_socket(str(path)).reason
+        listener.listen()
+        assert checks._agent_socket(str(path)).result is Result.OK
+    assert checks._agent_socket(str(path)).result is Result.LIMITED
+    assert checks._agent_socket("/" + "x" * 200).result is Result.MISSING
+
+
+def test_configuration_that_cannot_be_read_is_missing_and_names_the_file(tmp_path: Path) -> None:
+    (found,) = checks._configured([str(tmp_path / "none.conf")])
+    assert (found.result, "none.conf" in found.reason) == (Result.MISSING, True)
+
+
+def test_scope_file_is_read(tmp_path: Path) -> None:
+    ports, conf = tmp_path / "ports.json", tmp_path / "agent.conf"
+    conf.write_text(f"[agent]\nscope_file = {ports}\njournal = {tmp_path}/journal\nsocket = {tmp_path}/socket\n")
+
+    def scopes() -> checks.Check:
+        return next(one for one in checks._configured([str(conf)]) if one.name == "scopes")
+
+    assert scopes().result is Result.MISSING
+    for wrong in ("", "{}", "[]", '{"ports": [{"port": "p", "guest": "g", "zone": 70000, "addresses": []}]}'):
+        ports.write_text(wrong)
+        assert scopes().result is Result.MISSING
+    ports.write_text('{"ports": [{"port": "p", "guest": "g", "zone": 7, "addresses": ["192.0.2.1"]}]}')
+    assert scopes().result is Result.OK
+
+
+def test_extra_that_is_not_installed_is_a_limit_and_named() -> None:
+    found = checks._extra("plots", "no_such_module", "nothing is drawn")
+    assert found.result is Result.LIMITED
+    assert found.mend == "pip install sami_plugin[plots]"
+
+
+def test_entry_point_that_does_not_load_is_missing_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = metadata.EntryPoint("broken", "no_such_module:Driver", "sami.drivers")
+    monkeypatch.setattr(checks, "ENTRY_POINTS", ("sami.drivers",))
+    monkeypatch.setattr(checks.metadata, "entry_points", lambda group: [broken])
+    (found,) = checks._entry_points()
+    assert (found.result, "broken: ModuleNotFoundError" in found.reason) == (Result.MISSING, True)
+
+
+def test_doctor_exits_with_1_only_if_something_is_missing(sami: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for result, code in ((Result.OK, 0), (Result.LIMITED, 0), (Result.MISSING, 1)):
+        found = [checks.Check("one", result, "why", "mend")]
+        monkeypatch.setattr(checks, "all_checks", lambda files, found=found: found)
+        assert sami("doctor", "-f", "value") == code
+        assert sami.out == f"one {result.value} why mend\n"
+
+
+def test_driver_that_cannot_be_used_is_a_row_with_the_reason(
+    sami: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sami_plugin.errors import NotPermitted
+
+    def load(name: str) -> object:
+        if name == "memory":
+            return sami.driver
+        raise NotPermitted("not for you")
+
+    monkeypatch.setattr(sami, "load_driver", load)
+    assert sami("driver", "list", "-f", "csv", "-c", "Name", "-c", "Usable", "-c", "Notes") == 0
+    assert '"linux_conntrack",False,' in sami.out
+    assert "not for you" in sami.out
+    assert '"memory",True,' in sami.out
