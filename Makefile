@@ -48,7 +48,7 @@ lint-types:
 	$(PYTHON_HERE) -m mypy
 
 run-tests:
-	$(PYTHON_HERE) -m lab.isolation -- $(PYTHON_HERE) -m pytest tests $(ARGS)
+	$(PYTHON_HERE) -m lab.isolation -- $(PYTHON_HERE) -m pytest -n 4 --dist loadgroup tests $(ARGS)
 
 prepare-demo:
 	@tools/prepare demo

@@ -1,0 +1,1 @@
+"""How fast, beside what the machine can do at best."""

@@ -26,6 +26,7 @@ LIMITS = (
 
 
 def main() -> int:
+    """1: a figure misses its limit; 125: the lab cannot run here."""
     options = _options()
     if not isolation.is_inside():
         isolation.enter([sys.executable, "-W", "ignore", "-m", "benchmarks", *sys.argv[1:]])
@@ -77,7 +78,9 @@ def _missed(rows: list[dict[str, Any]]) -> list[str]:
             missed.append(f"{made['name']}: {what} {figure} is over {limit}")
         peer = made["peer"]
         if peer is not None and peer["seconds"] < 1.8 * made["seconds"]:
-            missed.append(f"{made['name']}: {peer['seconds'] / made['seconds']:.2f} times faster than {peer['name']}, not 1.8")
+            missed.append(
+                f"{made['name']}: {peer['seconds'] / made['seconds']:.2f} times faster than {peer['name']}, not 1.8"
+            )
     return missed
 
 

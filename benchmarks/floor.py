@@ -227,6 +227,7 @@ def _tool(namespace: str, text: bytes | None, *arguments: str) -> bytes:
 
 
 def timed(step: Callable[[], object]) -> float:
+    """Seconds that a step takes."""
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin

@@ -40,9 +40,7 @@ class Pair:
         self._addresses = addresses
         for side in (0, 1):
             self.plug(side, False)
-        self.agents = [
-            AgentProcess(folder, name, file, url) for name, file in zip("ab", self._files, strict=True)
-        ]
+        self.agents = [AgentProcess(folder, name, file, url) for name, file in zip("ab", self._files, strict=True)]
 
     def plug(self, side: int, is_here: bool) -> None:
         """The guest's port is on this side, or not."""
@@ -79,7 +77,6 @@ class Pair:
             wait_until(lambda a=agent, c=count: a.ended(self.guest) > c, f"agent {agent.name} to end its session", 15)
         return here.reports(self.guest)[0], there.reports(self.guest)[0]
 
-
     def wait_until_in_sync(self, side: int) -> None:
         """Blocks until the agent of this side has all that the other exported at first."""
 
@@ -105,6 +102,7 @@ class Pair:
 
 @contextmanager
 def pair() -> Iterator[Pair]:
+    """Two namespaces, two agents and a broker, for as long as the block."""
     with (
         tempfile.TemporaryDirectory() as folder,
         floor.namespaces() as paths,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import uuid
 from pathlib import Path
 from types import TracebackType
 
 from lab.deadline import wait_until
-from lab.errors import LabUnavailable
+from lab.errors import CommandFailed, LabUnavailable
 
 PORT = 5672
 START_SECONDS = 60.0
@@ -24,23 +26,24 @@ class Broker:
         """Its files stand below `folder`. Raises LabUnavailable when RabbitMQ is not installed."""
         found = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))
         if not found:
-            raise LabUnavailable("RabbitMQ is not installed; apt-get install rabbitmq-server")
+            raise LabUnavailable("RabbitMQ is not installed", "apt-get install rabbitmq-server")
         # Debian's wrapper in PATH changes the user and finds its folders in /var; this is the script behind it.
         self._server = found[-1]
         self._folder = folder / f"rabbitmq-{port}"
         self._port = port
+        # epmd outlives a node and may still know the one of another broker that was killed a moment ago.
+        self._name = f"sami-{uuid.uuid4().hex[:8]}@localhost"
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"rabbit://guest:guest@127.0.0.1:{port}/"
 
     def start(self) -> None:
         """Blocks until it takes connections."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"sami{self._port}@localhost"
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self._folder),
             "LANG": "C.UTF-8",
-            "RABBITMQ_NODENAME": name,
+            "RABBITMQ_NODENAME": self._name,
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": str(self._port),
             "RABBITMQ_DIST_PORT": str(self._port + 20000),
@@ -73,7 +76,8 @@ class Broker:
         process, self._process = self._process, None
         if process is not None:
             # epmd leaves the process group; it ends with the lab's namespaces, and until then serves the next start.
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def __enter__(self) -> Broker:
@@ -87,7 +91,8 @@ class Broker:
     def _is_up(self) -> bool:
         assert self._process is not None
         if self._process.poll() is not None:
-            raise LabUnavailable(f"RabbitMQ ended: {(self._folder / 'out').read_text()[-2000:]}")
+            words = (self._folder / "out").read_text()[-2000:]
+            raise CommandFailed([str(self._server)], self._process.returncode, words)
         try:
             with socket.create_connection(("127.0.0.1", self._port), timeout=1) as connection:
                 connection.sendall(b"AMQP\x00\x00\x09\x01")

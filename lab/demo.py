@@ -4,7 +4,8 @@
 
 Every run has a lab of its own in a world of its own; several run side by side. The output folder gets result.json,
 demo.png and a report of every run in runs/. Exit code: 0 when every run without SAMI died and every one with it
-survived, 1 when not (stderr says which), 2 for wrong arguments, 125 when the lab cannot run here.
+survived, 1 when not (stderr says which), 2 for wrong arguments, 125 when the lab cannot run here: then the same
+migrations are shown with firewalls in memory, labelled as that.
 """
 
 from __future__ import annotations
@@ -124,6 +125,9 @@ class Demo:
         report = json.loads(running.report.read_text())
         self.reports[job.letter, job.side] = report
         self._say(f"{job.name}: {_end(report)}")
+        for count in ("missing", "left_behind"):
+            if job.side == "with" and report["flows"].get(count):
+                self.failures.append(f"{job.name}: {report['flows'][count]} flows {count.replace('_', ' ')}")
         if report["survived"] != (job.side == "with"):
             self.failures.append(f"{job.name} {'survived' if report['survived'] else 'did not survive'}")
         return True
@@ -175,6 +179,11 @@ def main() -> int:
         demo.run([Job(letter, side) for letter in options.case for side in sides])
     except LabUnavailable as error:
         print(error, file=sys.stderr)
+        from lab import memory_demo
+
+        made = memory_demo.show({letter: (CASES[letter].title, CASES[letter].hops) for letter in options.case})
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "result.json").write_text(json.dumps(made, indent=1) + "\n")
         return isolation.EXIT_UNAVAILABLE
     print(table(demo.reports))
     (options.output / "result.json").write_text(json.dumps(result(demo.reports), indent=1) + "\n")

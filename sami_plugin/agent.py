@@ -55,7 +55,8 @@ class Agent:
         self._idle = threading.Condition(self._lock)
 
     def start(self) -> None:
-        """:raises SamiError: the firewall or the broker cannot be used."""
+        """:raises SamiError: the firewall or the broker cannot be used; better now than at the first migration."""
+        self.host.driver.capabilities()
         for namespace in self.host.scopes.namespaces():
             self.host.driver.attend(namespace)
         self.host.transport.start()

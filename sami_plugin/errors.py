@@ -1,22 +1,22 @@
 """Every error that SAMI raises, and whose move is next.
 
-    SamiError
-    ├── OperatorError             the operator's move: the message says what to change
-    │   ├── ConfigurationError        an option, a file or an argument is wrong
-    │   ├── NotPermitted              a capability or a permission is missing
-    │   └── NotAvailable              the kernel, a tool or a service is missing
-    ├── RepresentationError       the sender's move: these bytes are no flow state
-    │   ├── Malformed                 a length, type or structure is wrong; `place` says where
-    │   └── NotUnderstood             well-formed, but marked as must-understand and unknown here
-    ├── DriverError               the device's move
-    │   ├── UndeclaredAbility         our own move, really: a caller used what was not declared
-    │   ├── DeviceFailed              the device answered with an error that concerns no single flow
-    │   └── OutOfSync                 changes were lost: export again
-    ├── PeerError                 the other host's move
-    │   ├── NotAuthorised             it asked for what it may not have
-    │   ├── IllegalMessage            it said what may not be said in this state; nothing has changed here
-    │   └── PeerUnreachable           it does not answer, or the broker does not
-    └── JournalError              the disk's move: the journal cannot be read or written
+SamiError
+├── OperatorError             the operator's move: the message says what to change
+│   ├── ConfigurationError        an option, a file or an argument is wrong
+│   ├── NotPermitted              a capability or a permission is missing
+│   └── NotAvailable              the kernel, a tool or a service is missing
+├── RepresentationError       the sender's move: these bytes are no flow state
+│   ├── Malformed                 a length, type or structure is wrong; `place` says where
+│   └── NotUnderstood             well-formed, but marked as must-understand and unknown here
+├── DriverError               the device's move
+│   ├── UndeclaredAbility         our own move, really: a caller used what was not declared
+│   ├── DeviceFailed              the device answered with an error that concerns no single flow
+│   └── OutOfSync                 changes were lost: export again
+├── PeerError                 the other host's move
+│   ├── NotAuthorised             it asked for what it may not have
+│   ├── IllegalMessage            it said what may not be said in this state; nothing has changed here
+│   └── PeerUnreachable           it does not answer, or the broker does not
+└── JournalError              the disk's move: the journal cannot be read or written
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ from sami_plugin.model.flows import Addresses, Batch, FirewallEvent, Omitted, ha
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
     PROTOCOL_VERSION,
+    Arrived,
     Complete,
     FlowChanges,
     Flows,
@@ -447,6 +448,11 @@ class DestinationSession(Session):
             case _:
                 self.note(type(message).__name__.lower() + "ed")
 
+    def _say(self, message: Message) -> None:
+        super()._say(message)
+        if isinstance(message, Complete | Arrived):
+            self.note(type(message).__name__.lower())
+
     def _note_phase(self, event: MigrationEvent) -> None:
         self.note(event.phase.value)
         if event.phase is Phase.RESUMED:
@@ -533,7 +539,9 @@ class DestinationSession(Session):
         if homeless.any():
             foreign = batch.take(homeless)
             look: Future[tuple[Batch, npt.NDArray[np.bool_]]] = Future()
-            look.set_result((Batch(foreign.template, foreign.template.empty(len(foreign))), np.zeros(len(foreign), bool)))
+            look.set_result(
+                (Batch(foreign.template, foreign.template.empty(len(foreign))), np.zeros(len(foreign), bool))
+            )
             made = results(len(foreign), Outcome.REFUSED, Reason.FOREIGN_ADDRESS)
             self._unverified.append(_Unverified(_Arriving(_NOWHERE), foreign, made, look))
 

@@ -147,7 +147,7 @@ class Session(abc.ABC):
         """Ends the thread; what the session was about is left as it is. Waits for the action under way."""
         self._events.put(None)
         self._thread.join()
-        self._sender.close()
+        self._sender.finish()
 
     # In the session's own thread.
 
@@ -198,7 +198,9 @@ class Session(abc.ABC):
     def _record(self, label: str, actions: list[Action]) -> None:
         if not self._journal_works:
             return
-        is_durable = any(isinstance(action, Purge) or (isinstance(action, Say) and action.is_durable) for action in actions)
+        is_durable = any(
+            isinstance(action, Purge) or (isinstance(action, Say) and action.is_durable) for action in actions
+        )
         self._decisions += 1
         try:
             self.host.journal.record(
@@ -208,7 +210,7 @@ class Session(abc.ABC):
             self._lose_journal(error)
 
     def _lose_journal(self, error: JournalError) -> None:
-        """The migration goes on, but nothing is purged that the disk does not know of: a restart could not finish it."""
+        """The migration goes on, but nothing is purged: after a restart nobody could finish it."""
         LOG.error("%s: %s; flows are carried, nothing is purged", self.id, error)
         self.report.remarks.append(str(error))
         self._journal_works = False
@@ -217,7 +219,9 @@ class Session(abc.ABC):
         """Whether the actions behind this one may follow. The one broad catch: a failure ends this session alone."""
         try:
             if isinstance(action, Purge) and not self._journal_works:
-                raise JournalError("the journal does not work, so nothing is purged; mend it and remove the flows by hand")
+                raise JournalError(
+                    "the journal does not work, so nothing is purged; mend it and remove the flows by hand"
+                )
             done = self._act(action)
         except SamiError as error:
             LOG.error("%s: %s: %s", self.id, type(action).__name__, error)
@@ -263,6 +267,7 @@ class Session(abc.ABC):
             except JournalError as error:
                 self._lose_journal(error)
         self._is_over = True
+        self._sender.finish()
         self.has_answer.set()
         self._ended(self)
 

@@ -1,0 +1,1 @@
+"""Flow state and messages as bytes, and back. No I/O."""

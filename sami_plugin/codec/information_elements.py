@@ -6,12 +6,12 @@ the one that RFC 5612 keeps for documentation; both ends have to use the same.
 
 The 15 bits of an identifier of ours are used like this::
 
-    0x4000   critical: who does not know the element must refuse the record (everyone else skips and says so)
-    0x2000   the element of the reverse direction
+    0x4000   the element of the reverse direction
+    0x2000   critical: who does not know the element must refuse the record (everyone else skips and says so)
     0x1fff   the number
 
 RFC 5103 section 6.2 leaves it to an enterprise how it numbers its reverse elements. Its example, and libfixbuf for
-CERT's elements, take 0x4000 as the reverse bit; here that bit is taken, and the next one serves.
+the elements of an enterprise, take 0x4000 as the reverse bit, and so do we: tools that know the convention pair them.
 IANA's elements are reversed as section 6.1 wants: the same number under the enterprise 29305.
 """
 
@@ -26,8 +26,8 @@ EXAMPLE_ENTERPRISE = 32473
 """The enterprise number of RFC 5612: for documentation, and for us until one is assigned."""
 MOST_ENTERPRISE = 0xFFFF_FFFF
 
-CRITICAL = 0x4000
-REVERSED = 0x2000
+REVERSED = 0x4000
+CRITICAL = 0x2000
 VARIABLE_LENGTH = 0xFFFF
 PADDING_OCTETS = 210
 

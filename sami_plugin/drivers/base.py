@@ -86,7 +86,7 @@ class FlowDriver(abc.ABC):
         :raises NotPermitted, NotAvailable: the device cannot be used at all; the message says why and the mend.
         """
 
-    def attend(self, namespace: str | None) -> None:
+    def attend(self, namespace: str | None) -> None:  # noqa: B027 - most drivers need not
         """The agent runs and will have to tell changes of this namespace's flows one day: prepare what that takes.
 
         Called when the agent starts, long before a guest moves. May be repeated; nothing to do for most devices.
@@ -113,7 +113,8 @@ class FlowDriver(abc.ABC):
     def insert(self, scope: Scope, batch: Batch) -> Results:
         """Puts flows into the device; one result per record, in order. Does not say what the device kept of them.
 
-        An entry of the same key, or of the same tuple turned round, is replaced, unless `scope` is shared and the
+        A flow of which neither end is an address of the scope is refused: FOREIGN_ADDRESS. An entry of the same key, or
+        of the same tuple turned round, is replaced, unless `scope` is shared and the
         other end is one of its neighbours: then it is left alone and the result is PRESENT, or REFUSED with
         LOCAL_PORTS_OWN where there is none.
 
@@ -138,4 +139,3 @@ class FlowDriver(abc.ABC):
         An entry goes only if its key is the same, and its id too where `flowId` is not 0. An empty batch removes
         nothing. There is no way to remove without naming.
         """
-

@@ -256,8 +256,7 @@ class MemoryDriver(FlowDriver):
         if batch.template.name not in self._templates:
             return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
         _refuse(made, ~np.isin(batch.rows["zoneRole"], [int(role) for role in scope.zones]), Reason.INVALID)
-        if scope.is_shared:
-            _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
+        _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
         return made
 
     def _find(self, scope: Scope, batch: Batch, position: int) -> tuple[Place | None, _Entry | None]:

@@ -1,0 +1,1 @@
+"""What to do, and when: plain decisions without I/O, clocks or threads."""

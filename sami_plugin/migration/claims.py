@@ -18,6 +18,7 @@ Place = tuple[str | None, tuple[tuple[int, int], ...]]
 
 
 def place_of(scope: Scope) -> Place:
+    """The table that holds the scope's flows."""
     return scope.namespace, tuple(sorted((int(role), zone) for role, zone in scope.zones.items()))
 
 

@@ -27,6 +27,8 @@ class GuestDid:
 
 @dataclass(frozen=True, slots=True)
 class PeerSaid:
+    """The other host's agent said this; messages come in their order, each once."""
+
     message: Message
 
 
@@ -143,6 +145,8 @@ class WakeAt:
 
 @dataclass(frozen=True, slots=True)
 class End:
+    """The session is over: its report is written, and nothing happens to it any more. Always the last action."""
+
     outcome: Outcome
     reason: str = ""
 
@@ -178,11 +182,12 @@ class Limits:
 
 
 SessionT = TypeVar("SessionT")
+StateT = TypeVar("StateT")
 Cause = type[Message] | Phase | str | type[TimePassed]
 """What a table lists: a kind of message, a word of the hypervisor, the name of a finished action, the clock."""
 
 Handler = Callable[[SessionT, Event, float], tuple[SessionT, list[Action]]]
-Table = Mapping[object, Mapping[Cause, Handler[SessionT]]]
+Table = Mapping[StateT, Mapping[Cause, Handler[SessionT]]]
 
 
 def cause_of(event: Event) -> Cause:
@@ -200,7 +205,9 @@ def cause_of(event: Event) -> Cause:
             return type(event).__name__
 
 
-def step(table: Table[SessionT], state: object, session: SessionT, event: Event, now: float) -> tuple[SessionT, list[Action]]:
+def step(
+    table: Table[StateT, SessionT], state: StateT, session: SessionT, event: Event, now: float
+) -> tuple[SessionT, list[Action]]:
     """Looks the event up in the state's row and asks its handler.
 
     :raises IllegalMessage: the peer said what the state's row does not list.

@@ -55,6 +55,8 @@ ZONE_POLL_SECONDS = 0.02
 
 
 class State(enum.Enum):
+    """Where the destination's session is; told above."""
+
     ASKED = "asked"
     RECEIVING = "receiving"
     COMPLETE = "complete"
@@ -98,7 +100,8 @@ def step(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _offered(session: Destination, event: Event, now: float) -> Decision:
-    assert isinstance(event, PeerSaid) and isinstance(event.message, Offer)
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, Offer)
     session = replace(
         session,
         state=State.RECEIVING,
@@ -127,7 +130,8 @@ def _scope_asked(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _received(session: Destination, event: Event, now: float) -> Decision:
-    assert isinstance(event, PeerSaid) and isinstance(event.message, Flows)
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, Flows)
     return session, [Import(event.message.payload)]
 
 
@@ -136,7 +140,8 @@ def _in_sync(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _changed(session: Destination, event: Event, now: float) -> Decision:
-    assert isinstance(event, PeerSaid) and isinstance(event.message, FlowChanges)
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, FlowChanges)
     actions: list[Action] = [Import(event.message.payload)]
     if event.message.is_last:
         session = replace(session, has_last=True)
@@ -199,18 +204,20 @@ def _never_came(session: Destination, event: Event, now: float) -> Decision:
     if session.runs_here:  # it came, ran, and is gone again: another story than this session's
         return replace(session, state=State.ENDED), [End(Outcome.UNCLEAR, "the guest came and ended")]
     reason = "the guest did not come"
-    return replace(session, state=State.ENDED), [Discard(), Say(Stays(reason)), End(Outcome.STAYED, reason)]
+    return replace(session, state=State.ENDED), [Say(Stays(reason)), Discard(), End(Outcome.STAYED, reason)]
 
 
 def _source_says_it_stays(session: Destination, event: Event, now: float) -> Decision:
-    assert isinstance(event, PeerSaid) and isinstance(event.message, Stays)
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, Stays)
     if session.runs_here:
         return replace(session, state=State.ENDED), [End(Outcome.UNCLEAR, "both hosts say that the guest runs there")]
     return replace(session, state=State.ENDED), [Discard(), End(Outcome.STAYED, event.message.reason)]
 
 
 def _purged(session: Destination, event: Event, now: float) -> Decision:
-    assert isinstance(event, PeerSaid) and isinstance(event.message, Purged)
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, Purged)
     if event.message.left:
         return _end(session, Outcome.FAILED, f"{event.message.left} flows are left at the source")
     return _end(session, Outcome.MOVED, session.reason)
@@ -239,7 +246,8 @@ def _give_up(session: Destination, reason: str) -> Decision:
     if session.runs_here:
         return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
     session = replace(session, state=State.ORPHANED, reason=reason)
-    return session, [Discard(), Say(GivesUp(reason)), WakeAt(session.session_deadline)]
+    # Discarding comes last: what stands behind an action that fails is not done.
+    return session, [Say(GivesUp(reason)), WakeAt(session.session_deadline), Discard()]
 
 
 def _peer_lost_after_complete(session: Destination, event: Event, now: float) -> Decision:
@@ -257,6 +265,21 @@ def _stayed_without(session: Destination, event: Event, now: float) -> Decision:
 
 def _orphan_ends(session: Destination, event: Event, now: float) -> Decision:
     return _end(session, Outcome.FAILED, session.reason)
+
+
+def _left_behind(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, ActionFailed)
+    return replace(session, reason=f"{session.reason}; {_not_discarded(event)}"), []
+
+
+def _could_not_end(session: Destination, event: Event, now: float) -> Decision:
+    """The action that failed stood before `End`, which was not done therefore."""
+    assert isinstance(event, ActionFailed)
+    return _end(session, Outcome.FAILED, _not_discarded(event))
+
+
+def _not_discarded(event: ActionFailed) -> str:
+    return f"what this session put in could not be discarded: {event.reason}"
 
 
 def _superseded(session: Destination, event: Event, now: float) -> Decision:
@@ -323,6 +346,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         Purged: _ignore,
         GivesUp: _ignore,
         Stays: _stayed_without,
+        "ActionFailed": _left_behind,
         "Superseded": _superseded,
     },
     State.ENDED: {
@@ -332,6 +356,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         Purged: _ignore,
         GivesUp: _ignore,
         Stays: _ignore,
+        "ActionFailed": _could_not_end,
     },
 }
 """What each state answers to. What is not listed changes nothing; from the peer it is refused."""

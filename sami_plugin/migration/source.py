@@ -15,6 +15,7 @@ taken the guest back; or the guest has been gone for `arrival_seconds` by the hy
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, replace
 
 from sami_plugin.errors import IllegalMessage
@@ -51,8 +52,12 @@ from sami_plugin.model.migration import (
     Stays,
 )
 
+TOO_LONG = "the migration took longer than session_seconds"
+
 
 class State(enum.Enum):
+    """Where the source's session is; told above."""
+
     WAITING = "waiting"
     COPYING = "copying"
     FOLLOWING = "following"
@@ -75,6 +80,8 @@ class Source:
     has_complete: bool = False
     has_arrived: bool = False
     is_gone: bool = False
+    purge_at: float = math.inf
+    """When the guest has been gone for so long that its flows go, whoever speaks or does not."""
     exported: int = 0
     resync_at: float = 0.0
     reason: str = ""
@@ -89,7 +96,8 @@ def step(session: Source, event: Event, now: float) -> Decision:
 
 
 def _asked(session: Source, event: Event, now: float) -> Decision:
-    assert isinstance(event, PeerSaid) and isinstance(event.message, Open)
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, Open)
     if session.is_asked:
         raise IllegalMessage("this session was opened before")
     if PROTOCOL_VERSION not in event.message.versions:
@@ -105,7 +113,7 @@ def _leaves(session: Source, event: Event, now: float) -> Decision:
 
 
 def _begin(session: Source) -> Decision:
-    return replace(session, state=State.COPYING), [StartExport()]
+    return replace(session, state=State.COPYING), [WakeAt(session.deadline), StartExport()]
 
 
 def _never_left(session: Source, event: Event, now: float) -> Decision:
@@ -135,13 +143,19 @@ def _copied(session: Source, event: Event, now: float) -> Decision:
     return session, [in_sync, WakeAt(now + session.limits.delta_seconds)]
 
 
+def _copies_too_long(session: Source, event: Event, now: float) -> Decision:
+    if now < session.deadline:
+        return session, [WakeAt(session.deadline)]
+    return _abandon(session, TOO_LONG)
+
+
 def _paused_while_copying(session: Source, event: Event, now: float) -> Decision:
     return replace(session, is_suspended=True), []
 
 
 def _follow(session: Source, event: Event, now: float) -> Decision:
     if now >= session.deadline:
-        return _abandon(session, "the migration took longer than session_seconds")
+        return _abandon(session, TOO_LONG)
     if now >= session.resync_at:
         return replace(session, resync_at=now + session.limits.resync_seconds), [Resync()]
     return session, [ExportChanges(is_last=False)]
@@ -163,7 +177,9 @@ def _paused(session: Source, event: Event, now: float) -> Decision:
 
 
 def _drained(session: Source, event: Event, now: float) -> Decision:
-    return session, [WakeAt(now + session.limits.arrival_seconds if session.is_gone else session.deadline)]
+    if session.is_gone:  # the destination has all of it only now: it gets its time to say so
+        session = replace(session, purge_at=now + session.limits.arrival_seconds)
+    return session, [_next_wake(session)]
 
 
 def _complete(session: Source, event: Event, now: float) -> Decision:
@@ -186,37 +202,47 @@ def _comes_back(session: Source, event: Event, now: float) -> Decision:
 
 
 def _resumed(session: Source, event: Event, now: float) -> Decision:
-    """While copying, RESUMED means something only after the guest was paused for the move."""
+    """Before the last changes are sent, RESUMED means something only after the guest was paused for the move."""
     return _comes_back(session, event, now) if session.is_suspended else (session, [])
 
 
 def _peer_says_it_stays(session: Source, event: Event, now: float) -> Decision:
-    assert isinstance(event, PeerSaid) and isinstance(event.message, Stays)
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, Stays)
     return replace(session, state=State.ENDED), [End(Outcome.STAYED, event.message.reason)]
 
 
 def _gone(session: Source, event: Event, now: float) -> Decision:
-    return replace(session, is_gone=True), [WakeAt(now + session.limits.arrival_seconds)]
+    if session.is_gone:  # said before, by the hook or by the event
+        return session, []
+    session = _noted_gone(session, now)
+    return session, [_next_wake(session)]
+
+
+def _noted_gone(session: Source, now: float) -> Source:
+    return session if session.is_gone else replace(session, is_gone=True, purge_at=now + session.limits.arrival_seconds)
 
 
 def _gone_while_copying(session: Source, event: Event, now: float) -> Decision:
     """The guest was faster than its flows: they are still here, and go on their way."""
     if session.is_suspended:
-        return replace(session, is_gone=True), []
+        return _noted_gone(session, now), []
     return _gone_unnoticed(session, event, now)
 
 
 def _gone_unnoticed(session: Source, event: Event, now: float) -> Decision:
-    session, actions = _abandon(session, "the guest was gone before its last changes were sent")
-    session, more = _gone(session, event, now)
-    return session, actions + more
+    return _abandon(_noted_gone(session, now), "the guest was gone before its last changes were sent")
+
+
+def _next_wake(session: Source) -> WakeAt:
+    return WakeAt(session.purge_at if session.is_gone else session.deadline)
 
 
 def _nobody_spoke(session: Source, event: Event, now: float) -> Decision:
+    if now < (session.purge_at if session.is_gone else session.deadline):
+        return session, [_next_wake(session)]
     if session.is_gone:
         return replace(session, state=State.PURGING), [Purge()]
-    if now < session.deadline:
-        return session, [WakeAt(session.deadline)]
     reason = session.reason or "nobody said where the guest is"
     return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.UNCLEAR, reason)]
 
@@ -251,7 +277,7 @@ def _failed(session: Source, event: Event, now: float) -> Decision:
 
 
 def _abandon(session: Source, reason: str) -> Decision:
-    return replace(session, state=State.ABANDONED, reason=reason), [Say(GivesUp(reason)), WakeAt(session.deadline)]
+    return replace(session, state=State.ABANDONED, reason=reason), [Say(GivesUp(reason)), _next_wake(session)]
 
 
 def _superseded(session: Source, event: Event, now: float) -> Decision:
@@ -276,6 +302,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Open: _asked,
         Phase.OUTGOING: _leaves,
         Phase.SUSPENDED: _paused_while_copying,
+        Phase.RESUMED: _resumed,
         Phase.STOPPED: _gone_unnoticed,
         TimePassed: _never_left,
         "ActionFailed": _nothing_sent_yet,
@@ -290,6 +317,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.SUSPENDED: _paused_while_copying,
         Phase.RESUMED: _resumed,
         Phase.STOPPED: _gone_while_copying,
+        TimePassed: _copies_too_long,
         **_WHEN_IT_FAILS,
     },
     State.FOLLOWING: {

@@ -11,9 +11,15 @@ from sami_plugin.model.flows import Batch, Rows, Template
 
 Positions = npt.NDArray[np.intp]
 
-# An odd multiplier (2**64 divided by the golden ratio) spreads the words of a key over 64 bits. Two keys with one hash
-# are told apart below, so the hash decides about speed and never about identity.
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+# Tenants choose their flows' keys, so the hash has to be one that they cannot aim at: a sum of products of the key's
+# 32-bit halves with 64-bit numbers of this process's own. Any two keys then have one hash once in 2**32 times (Lemire
+# and Kaser, "Strongly universal string hashing is fast"). One secret multiplier of 64-bit words would not do:
+# differences of their highest bits cancel out whatever it is.
+#
+# The numbers come from Python's own hash of texts, which is keyed anew in each process (PYTHONHASHSEED): nothing has to
+# be handed down, and no outcome depends on them. Two keys with one hash are told apart below, so the hash decides about
+# speed and never about identity.
+_MULTIPLIERS = tuple(np.uint64(hash(f"sami multiplier {number}") % (1 << 64)) for number in range(16))
 
 
 def key_words(batch: Batch) -> npt.NDArray[np.uint64]:
@@ -27,11 +33,11 @@ def key_words(batch: Batch) -> npt.NDArray[np.uint64]:
 
 
 def _hashes(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    mixed = np.zeros(len(words), np.uint64)
-    for column in range(words.shape[1]):
-        mixed = (mixed ^ words[:, column]) * _SPREAD
-        mixed ^= mixed >> np.uint64(32)
-    return mixed
+    halves = words.view(np.uint32)
+    hashes = np.zeros(len(words), np.uint64)
+    for column in range(halves.shape[1]):
+        hashes += np.multiply(halves[:, column], _MULTIPLIERS[column % len(_MULTIPLIERS)], dtype=np.uint64)
+    return hashes
 
 
 class KeyIndex:

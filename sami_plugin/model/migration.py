@@ -136,4 +136,3 @@ class GivesUp:
 
 
 Message = Open | Offer | Flows | InSync | FlowChanges | Complete | Arrived | Purged | Stays | GivesUp
-

@@ -107,7 +107,7 @@ COMPARED_BITS: dict[str, int] = {
 
 
 def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint32]:
-    """Per flow, which state fields (bit i for field i) of `kept`, of the same template and order, differ from `sent`."""
+    """Per flow, which state fields of `kept`, of the same template and order, differ from `sent`: bit i for field i."""
     lost = np.zeros(len(sent), np.uint32)
     for position, field in enumerate(sent.template.state):
         name = field[0]
@@ -122,4 +122,3 @@ def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint32]:
                 differs = differs.any(axis=1)
         lost |= np.where(differs, np.uint32(1 << position), np.uint32(0))
     return lost
-

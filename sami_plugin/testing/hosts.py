@@ -18,6 +18,7 @@ from sami_plugin.agent import Agent
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.static import StaticScopes
 from sami_plugin.session import Settings
 
@@ -76,6 +77,11 @@ class Hosts:
     def say(self, host: str, phase: Phase, guest: str, source: str | None = None) -> None:
         """The host's hypervisor says something of the guest."""
         self.agents[host].tell(MigrationEvent(guest, phase, source))
+
+    def scope(self, host: str, guest: str) -> Scope:
+        """Where the guest's one port has its state on the host."""
+        (found,) = self.agents[host].host.scopes.find(guest)
+        return found
 
     def has_step(self, host: str, guest: str, step: str) -> bool:
         """Whether the newest session of the guest on the host has come to this step of its report."""

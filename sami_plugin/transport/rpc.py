@@ -104,6 +104,7 @@ class Transport:
         :raises ConfigurationError: the URL is not one that this version may use.
         """
         self.host = host
+        self.has_stopped = threading.Event()
         _register_what_it_forgets(conf)
         try:
             self._transport = oslo_messaging.get_rpc_transport(conf, url=url)
@@ -119,12 +120,16 @@ class Transport:
         )
         # Zed's oslo.messaging has no get_rpc_client.
         make_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
-        self._client = make_client(self._transport, oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, version=VERSION))
+        self._client = make_client(
+            self._transport, oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, version=VERSION)
+        )
 
     def start(self) -> None:
         self._server.start()
 
     def stop(self) -> None:
+        """Nothing comes in any more, and nothing that goes out is repeated."""
+        self.has_stopped.set()
         self._server.stop()
         self._server.wait()
         self.cleanup()
@@ -180,18 +185,16 @@ class Sender:
         self._lost = lost
         self._room = threading.BoundedSemaphore(window)
         self._pool = ThreadPoolExecutor(window, thread_name_prefix=f"sami-send-{session[:8]}")
-        self._closed = threading.Event()
 
     def send(self, number: int, octets: bytes) -> None:
         self._room.acquire()
         try:
             self._pool.submit(self._deliver, number, octets)
-        except RuntimeError:  # closed meanwhile
+        except RuntimeError:  # finished meanwhile
             self._room.release()
 
-    def close(self) -> None:
-        """No more repetitions; what is under way ends by itself. Does not block."""
-        self._closed.set()
+    def finish(self) -> None:
+        """Nothing more will be sent; what is under way ends by itself. May be repeated, does not block."""
         self._pool.shutdown(wait=False)
 
     def _deliver(self, number: int, octets: bytes) -> None:
@@ -215,5 +218,5 @@ class Sender:
                 if time.monotonic() > until:
                     return str(error)
                 LOG.info("%s: message %s is repeated: %s", self._session, number, error)
-            if self._closed.wait(self.RETRY_PAUSE_SECONDS):
+            if self._transport.has_stopped.wait(self.RETRY_PAUSE_SECONDS):
                 return None

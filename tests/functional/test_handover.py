@@ -173,7 +173,9 @@ def conntrack_of(host: Host, guest: Guest) -> set[str]:
     lines = host.run(["conntrack", "-L", "-w", str(host.zone(guest)), "-o", "extended,id"]).splitlines()
     lines += host.run(["conntrack", "-L", "-f", "ipv6", "-w", str(host.zone(guest)), "-o", "extended,id"]).splitlines()
     without = re.compile(r"\b(?:zone|id)=\d+ ?")
-    return {re.sub(r"^(\S+ +\d+ +\S+ +\d+ +)\d+ ", r"\1", without.sub("", line)).strip() for line in lines if "src=" in line}
+    return {
+        re.sub(r"^(\S+ +\d+ +\S+ +\d+ +)\d+ ", r"\1", without.sub("", line)).strip() for line in lines if "src=" in line
+    }
 
 
 def test_every_combination_is_the_same_on_the_other_kernel() -> None:
@@ -295,7 +297,10 @@ def test_two_guests_in_opposite_directions() -> None:
                     for here, there in (("a", "b"), ("b", "a"))
                 ]
                 records = [move.result() for move in moves]
-            assert [has_lived(flow, record) for flow, record in zip(flows.values(), records, strict=True)] == [True, True]
+            assert [has_lived(flow, record) for flow, record in zip(flows.values(), records, strict=True)] == [
+                True,
+                True,
+            ]
             for here, guest in guests.items():
                 assert carrier.result(guest)["flows"] == {
                     "exported": 1,
@@ -310,7 +315,7 @@ def test_two_guests_in_opposite_directions() -> None:
             carrier.stop()
 
 
-# ------------------------------------------------------------------------- guests of a shared zone that talk to each other
+# -------------------------------------------------------------------- guests of a shared zone that talk to each other
 
 
 def talking_guests(lab: Lab) -> tuple[Guest, Guest, list[Traffic]]:

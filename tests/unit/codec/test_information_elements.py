@@ -30,14 +30,14 @@ IANA_NUMBERS = {
     "postNATDestinationIPv6Address": (282, "ipv6Address"),
 }
 SAMI_NUMBERS = {
-    "zoneRole": 0x4001,
-    "icmpIdentifier": 0x4002,
-    "conntrackStatus": 0x4003,
+    "zoneRole": 0x2001,
+    "icmpIdentifier": 0x2002,
+    "conntrackStatus": 0x2003,
     "remainingTimeoutSeconds": 4,
     "flowMark": 5,
-    "tcpConnectionState": 0x4006,
+    "tcpConnectionState": 0x2006,
     "tcpTrackingFlags": 7,
-    "reverseTcpTrackingFlags": 0x2007,
+    "reverseTcpTrackingFlags": 0x4007,
 }
 
 
@@ -81,7 +81,7 @@ def test_no_element_goes_unused() -> None:
         ((0, 4), "protocolIdentifier"),
         ((29305, 238), "reverseTcpWindowScale"),
         ((29305, 4), "reverseProtocolIdentifier"),
-        ((32473, 0x4001), "zoneRole"),
+        ((32473, 0x2001), "zoneRole"),
         ((32473, 1), "element 1 of enterprise 32473"),
         ((0, 1), "IANA's element 1"),
         ((29305, 1), "the reverse of IANA's element 1"),

@@ -19,7 +19,9 @@ from sami_plugin.testing.hosts import Hosts, new_guest
 
 ZONES = {"host-a": 4097, "host-b": 5201, "host-c": 6305}
 GUEST_ADDRESS = "192.0.2.7"
-SETTINGS = Settings(Limits(delta_seconds=0.02, resync_seconds=0.5, open_seconds=5.0, arrival_seconds=0.5), batch_flows=40)
+SETTINGS = Settings(
+    Limits(delta_seconds=0.02, resync_seconds=0.5, open_seconds=5.0, arrival_seconds=0.5), batch_flows=40
+)
 
 
 @pytest.fixture
@@ -41,11 +43,6 @@ def tcp_flows(count: int, source: str = GUEST_ADDRESS, first_port: int = 1000) -
     rows["remainingTimeoutSeconds"] = 432000
     rows["tcpConnectionState"] = TcpState.ESTABLISHED
     return Batch(template, rows)
-
-
-def scope(hosts: Hosts, host: str, guest: str) -> Scope:
-    (found,) = hosts.agents[host].host.scopes.find(guest)
-    return found
 
 
 def zone_scope(host: str) -> Scope:
@@ -93,7 +90,7 @@ def guest(hosts: Hosts) -> str:
     """A guest on host-a with 100 flows."""
     guest = new_guest()
     hosts.plug("host-a", guest, ZONES["host-a"], GUEST_ADDRESS)
-    hosts.drivers["host-a"].insert(scope(hosts, "host-a", guest), tcp_flows(100))
+    hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), tcp_flows(100))
     return guest
 
 
@@ -112,7 +109,7 @@ def test_every_flow_is_where_the_guest_is_and_nowhere_else(hosts: Hosts, guest: 
 
 
 def test_what_changes_during_the_copy_arrives_as_it_was_at_the_pause(hosts: Hosts, guest: str) -> None:
-    here = scope(hosts, "host-a", guest)
+    here = hosts.scope("host-a", guest)
     driver = hosts.drivers["host-a"]
     begin(hosts, guest)
     new = tcp_flows(10, first_port=5000)
@@ -153,7 +150,7 @@ def test_abort_while_copying_leaves_nothing_at_the_destination(hosts: Hosts, gue
 def test_what_the_destination_had_before_survives_a_roll_back(hosts: Hosts, guest: str) -> None:
     other = zone_scope("host-b")
     hosts.drivers["host-b"].insert(
-        Scope("p", "g", other.zones, tuple(scope(hosts, "host-a", guest).addresses)), tcp_flows(3, first_port=9000)
+        Scope("p", "g", other.zones, tuple(hosts.scope("host-a", guest).addresses)), tcp_flows(3, first_port=9000)
     )
     before = held(hosts, "host-b")
     begin(hosts, guest)
@@ -191,7 +188,7 @@ def test_two_guests_in_opposite_directions_do_not_see_each_other(hosts: Hosts, g
     other = new_guest()
     zone_b, zone_a = 5999, 4999
     hosts.plug("host-b", other, zone_b, "192.0.2.8")
-    hosts.drivers["host-b"].insert(scope(hosts, "host-b", other), tcp_flows(50, "192.0.2.8"))
+    hosts.drivers["host-b"].insert(hosts.scope("host-b", other), tcp_flows(50, "192.0.2.8"))
     begin(hosts, guest)
     hosts.say("host-b", Phase.OUTGOING, other)
     hosts.say("host-a", Phase.PREPARE, other, "host-b")
@@ -208,11 +205,8 @@ def test_two_guests_in_opposite_directions_do_not_see_each_other(hosts: Hosts, g
 
 
 def test_flows_of_foreign_addresses_are_refused_by_name(hosts: Hosts, guest: str) -> None:
-    hosts.drivers["host-a"].insert(
-        Scope("p", "g", {ZoneRole.PORT: ZONES["host-a"]}, ()), tcp_flows(1)
-    )
     foreign = tcp_flows(2, "203.0.113.9")
-    source_scope = scope(hosts, "host-a", guest)
+    source_scope = hosts.scope("host-a", guest)
     wider = Scope("p", guest, source_scope.zones, (*source_scope.addresses, *_address("203.0.113.9")))
     hosts.drivers["host-a"].insert(wider, foreign)
     begin(hosts, guest)

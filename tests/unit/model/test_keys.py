@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,6 +66,81 @@ def test_hash_decides_about_speed_and_not_about_identity(held: list[int], wanted
         test_index_finds_what_a_dictionary_finds.hypothesis.inner_test(held, wanted)
     finally:
         keys._hashes = usual
+
+
+# Keys that a tenant could have aimed at an earlier hash of ours, which was public: 2**64 over the golden ratio, and a
+# shift by half a word.
+OLD_MULTIPLIER = 0x9E3779B97F4A7C15
+TCP_IPV6 = TEMPLATES["tcp-ipv6"]
+FREE_WORD = 2
+"""The word of a key of tcp-ipv6 that ends in six octets of the destination's address; the next is its next eight."""
+
+
+def mixed(state: int, word: int, multiplier: int) -> int:
+    product = (state ^ word) * multiplier % (1 << 64)
+    return product ^ product >> 32
+
+
+def flows_of_words(pairs: list[tuple[int, int]]) -> Batch:
+    """A flow per pair; all are alike but for these two words of the destination's address."""
+    batch = flows(TCP_IPV6, 1)
+    words = np.repeat(key_words(batch), len(pairs), axis=0)
+    words[:, FREE_WORD] = (words[:, FREE_WORD] & np.uint64(0xFFFF)) | np.array(
+        [first << 16 for first, _ in pairs], np.uint64
+    )
+    words[:, FREE_WORD + 1] = [second for _, second in pairs]
+    octets = TCP_IPV6.key_octets
+    rows = TCP_IPV6.empty(len(pairs))
+    rows.view(np.uint8).reshape(len(rows), -1)[:, :octets] = words.view(np.uint8).reshape(len(rows), -1)[:, :octets]
+    return Batch(TCP_IPV6, rows)
+
+
+def aimed_at_one_multiplier(count: int, multiplier: int) -> Batch:
+    """Flows that meet in one hash: the second word takes back what the first has changed."""
+    start = [int(word) for word in key_words(flows(TCP_IPV6, 1))[0]]
+    state = 0
+    for word in start[:FREE_WORD]:
+        state = mixed(state, word, multiplier)
+    firsts = [(start[FREE_WORD] & 0xFFFF) | number << 16 for number in range(count)]
+    return flows_of_words([(first >> 16, mixed(state, first, multiplier)) for first in firsts])
+
+
+def aimed_at_any_multiplier() -> Batch:
+    """1024 flows, of which 32 at a time meet in one hash whatever the multiplier is: only high bits differ."""
+    return flows_of_words([(first << 43, second << 59 | second << 27) for first in range(32) for second in range(32)])
+
+
+def old_hashes(batch: Batch, multiplier: int) -> list[int]:
+    made = []
+    for words in key_words(batch):
+        state = 0
+        for word in words:
+            state = mixed(state, int(word), multiplier)
+        made.append(state)
+    return made
+
+
+def test_keys_that_were_aimed_at_the_hash_are_found_and_do_not_meet() -> None:
+    aimed, spread = aimed_at_one_multiplier(2000, OLD_MULTIPLIER), aimed_at_any_multiplier()
+    assert len(set(old_hashes(aimed, OLD_MULTIPLIER))) == 1
+    for multiplier in (OLD_MULTIPLIER, 0x5851F42D4C957F2D, 0xB5026F5AA96619E9):
+        assert len(set(old_hashes(spread, multiplier))) == 32
+    for batch in (aimed, spread):
+        assert len(set(keys_of(batch))) == len(batch)
+        held, absent = batch.take(np.arange(0, len(batch), 2)), batch.take(np.arange(1, len(batch), 2))
+        assert KeyIndex(held).find(held).tolist() == list(range(len(held)))
+        assert (KeyIndex(held).find(absent) == -1).all()
+        assert len(np.unique(keys._hashes(key_words(batch)))) > len(batch) - 3
+
+
+def test_hash_is_another_in_another_process() -> None:
+    program = "from sami_plugin.model import keys; print([int(one) for one in keys._MULTIPLIERS])"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    first, second = (
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    assert first.stdout != second.stdout
 
 
 steps = st.lists(st.tuples(st.sampled_from(["put", "discard"]), few_numbers), max_size=30)

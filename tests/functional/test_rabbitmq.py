@@ -1,0 +1,84 @@
+"""Real agents, each a process of its own, over a real RabbitMQ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from lab import judge, traffic
+from lab.agents import AgentProcess
+from lab.broker import Broker
+from lab.deadline import wait_until
+from lab.guest import Guest
+from lab.host import Host
+from lab.lab import Lab
+from lab.migration import Call
+from lab.verdict import has_survived
+from sami_plugin.model.migration import Phase
+
+pytestmark = [pytest.mark.usefixtures("world"), pytest.mark.xdist_group("rabbitmq")]  # one broker at a time
+
+WATCHED_SECONDS = 5.0
+
+
+class Cloud:
+    """A lab whose hosts have agents, and a broker between them."""
+
+    def __init__(self, lab: Lab, broker: Broker, agents: dict[str, AgentProcess]) -> None:
+        self.lab = lab
+        self.broker = broker
+        self.agents = agents
+        self._source = ""
+
+    def tell(self, host: Host, phase: str, guest: Guest) -> None:
+        if phase == "outgoing":
+            self._source = host.name
+        self.agents[host.name].tell(Phase(phase), guest.uuid, self._source if phase == "prepare" else None)
+
+
+@contextmanager
+def cloud(**migration: object) -> Iterator[Cloud]:
+    with Lab() as lab, ExitStack() as stack:
+        broker = stack.enter_context(Broker(lab.folder))
+        agents = {
+            name: stack.enter_context(AgentProcess(lab.folder, name, host.scope_file, broker.url, **migration))
+            for name, host in lab.hosts.items()
+        }
+        yield Cloud(lab, broker, agents)
+
+
+def download_lives_through_a_move(made: Cloud, at: dict[str, Call]) -> Guest:
+    guest = made.lab.add_guest("g", "a")
+    flow = traffic.download(made.lab, guest)
+    wait_until(lambda: flow.samples() and flow.samples()[-1].total > 300_000, "the download to be under way", 8)
+    record = made.lab.migrate(guest, "a", "b", made.tell, copy_seconds=0.5, at=at)
+    assert record.errors == []
+    until = record.cut_over_at + WATCHED_SECONDS
+    wait_until(lambda: flow.samples()[-1].time > until, "the time that is watched", WATCHED_SECONDS + 5)
+    assert has_survived(flow.samples(), record.cut_over_at, WATCHED_SECONDS)
+    for agent in made.agents.values():
+        wait_until(lambda agent=agent: agent.ended(guest.uuid), f"agent {agent.name} to end its session", 60)
+    return guest
+
+
+def test_a_download_lives_through_a_move_over_rabbitmq() -> None:
+    with cloud() as made:
+        guest = download_lives_through_a_move(made, {})
+        reports = {name: agent.reports(guest.uuid)[0] for name, agent in made.agents.items()}
+        assert [reports[name]["outcome"] for name in "ab"] == ["moved", "moved"]
+        assert reports["a"]["flows"]["purged"] == reports["b"]["flows"]["imported"] == 1
+        assert judge.table(made.lab.hosts["a"], guest, made.lab.folder / "left").of(guest.addresses) == set()
+
+
+def test_a_broker_that_restarts_while_memory_is_copied_loses_nothing() -> None:
+    with cloud(call_seconds=2) as made:
+
+        def restart() -> None:
+            made.broker.stop()
+            made.broker.start()
+
+        guest = download_lives_through_a_move(made, {"copying": Call(restart)})
+        (report,) = made.agents["b"].reports(guest.uuid)
+        assert report["flows"]["imported"] == 1
