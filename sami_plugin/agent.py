@@ -82,15 +82,15 @@ class Agent:
             case Phase.OUTGOING:
                 with self._lock:
                     self._outgoing.add(event.guest)
-                self._lead(event, SourceSession)
+                self._lead(event, (SourceSession,))
             case Phase.STARTED:
-                self._lead(event, DestinationSession)
+                self._lead(event, (DestinationSession,))
             case Phase.SUSPENDED:
-                self._lead(event, SourceSession)
+                self._lead(event, (SourceSession,))
             case Phase.RESUMED | Phase.STOPPED:
                 with self._lock:
                     self._outgoing.discard(event.guest)
-                self._lead(event, Session)
+                self._lead(event, (SourceSession, DestinationSession))
 
     def deliver(self, sender: str, session_id: str, number: int, octets: bytes) -> None:
         """A peer's message.
@@ -123,7 +123,7 @@ class Agent:
             raise OperatorError("source: has to be told with `prepare`")
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
-        session = self._newest(event.guest, DestinationSession)
+        session = self._newest(event.guest, (DestinationSession,))
         if session is None:
             session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, event.source, self._forget)
             self._add(session)
@@ -158,13 +158,13 @@ class Agent:
         session.start()
         return session
 
-    def _lead(self, event: MigrationEvent, kind: type[Session]) -> None:
-        session = self._newest(event.guest, kind)
+    def _lead(self, event: MigrationEvent, kinds: tuple[type[Session], ...]) -> None:
+        session = self._newest(event.guest, kinds)
         if session is not None:
             session.tell(event)
 
-    def _newest(self, guest: str, kind: type[Session]) -> Session | None:
-        found = [one for one in self.sessions() if one.guest == guest and isinstance(one, kind)]
+    def _newest(self, guest: str, kinds: tuple[type[Session], ...]) -> Session | None:
+        found = [one for one in self.sessions() if one.guest == guest and isinstance(one, kinds)]
         return found[-1] if found else None
 
     def _forget(self, session: Session) -> None:
@@ -179,7 +179,7 @@ class Agent:
 def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
     """:raises ConfigurationError: there is no such scope finder."""
     try:
-        found = stevedore_driver.DriverManager("sami.scopes", name)
+        found: stevedore_driver.DriverManager[ScopeFinder] = stevedore_driver.DriverManager("sami.scopes", name)
     except NoMatches as error:
         raise ConfigurationError(f"[agent] scopes: there is no scope finder {name!r}") from error
     finder: ScopeFinder = found.driver(conf.agent.scope_file)

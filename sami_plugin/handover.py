@@ -596,7 +596,7 @@ class DestinationSession(Session):
         return [self._present, *self._refused.values(), *self._degraded.values()]
 
     def _renew(self, action: Renew) -> Done:
-        """What would run out while the guest still runs elsewhere gets its time again; what vanished is put in again."""
+        """Gives time to what would run out while the guest runs elsewhere; puts in again what vanished."""
         hold = self.host.settings.limits.hold_seconds
         for port in self._ports:
             for batch in port.held.batches():

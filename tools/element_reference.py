@@ -41,8 +41,8 @@ The number of an element of ours
    * - Bits
      - Meaning
    * - ``0x{REVERSED:04x}``
-     - The element of the reverse direction, by the convention of :rfc:`5103` section 6.2 that other tools know. (Elements
-       of IANA are reversed by the enterprise number {REVERSE_ENTERPRISE} instead.)
+     - The element of the reverse direction, by the convention of :rfc:`5103` section 6.2 that other tools know.
+       (Elements of IANA are reversed by the enterprise number {REVERSE_ENTERPRISE} instead.)
    * - ``0x{CRITICAL:04x}``
      - Critical. A reader that does not know the element refuses the records of the template and names the element.
        Without this bit it skips the element and reports that it did.

@@ -66,9 +66,7 @@ MESSAGES = (
     Stays("reason"),
     GivesUp("reason"),
 )
-ACTIONS = (
-    "StartExport", "ExportNext", "ExportChanges", "Resync", "Purge", "FindScope", "Import", "Verify", "Renew", "Discard",
-)  # fmt: skip
+ACTIONS = "StartExport ExportNext ExportChanges Resync Purge FindScope Import Verify Renew Discard".split()
 EVENTS: tuple[Event, ...] = (
     *(GuestDid(MigrationEvent("guest", phase)) for phase in Phase),
     *(PeerSaid(message) for message in MESSAGES),

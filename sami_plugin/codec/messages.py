@@ -42,9 +42,10 @@ def decode(octets: bytes) -> Message:
         raise Malformed(f"not a message: {error or type(error).__name__}", "octet 0") from error
     if not isinstance(body, dict):
         raise Malformed("a message is a map", "octet 0")
-    kind = KINDS.get(body.get("kind")) if isinstance(body.get("kind"), str) else None
+    named = body.get("kind")
+    kind = KINDS.get(named) if isinstance(named, str) else None
     if kind is None:
-        raise Malformed(f"unknown kind of message {_short(body.get('kind'))}; upgrade this host", "field kind")
+        raise Malformed(f"unknown kind of message {_short(named)}; upgrade this host", "field kind")
     values = {}
     for field in fields(kind):
         place = f"{kind.__name__}.{field.name}"

@@ -1,0 +1,115 @@
+"""What runs a decision, without doing anything: the order of events and actions is the session's, the rest pretends."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sami_plugin.errors import IllegalMessage
+from sami_plugin.migration.decision import (
+    Action,
+    ActionFailed,
+    Done,
+    End,
+    Event,
+    GuestDid,
+    PeerSaid,
+    Say,
+    TimePassed,
+    WakeAt,
+)
+from sami_plugin.model.migration import MigrationEvent, Phase
+
+Step = Callable[[Any, Event, float], tuple[Any, list[Action]]]
+
+MAY_GO_ON = frozenset({"ExportNext", "Resync", "FindScope"})
+"""Actions that may be done in part."""
+
+
+def guest(phase: Phase) -> GuestDid:
+    return GuestDid(MigrationEvent("guest", phase))
+
+
+class Shell:
+    """One session. `choices` say of each action in turn whether it fails, and whether it was all of it."""
+
+    def __init__(self, step: Step, session: Any, choices: Iterator[str] = iter(())) -> None:
+        self.session = session
+        self.now = 0.0
+        self.wake_at: float | None = None
+        self.is_over = False
+        self.told: list[tuple[float, Event]] = []
+        """Events that were not refused, with their times."""
+        self.done: list[tuple[float, Action]] = []
+        """Actions that were begun, with their times; those that failed too."""
+        self._step = step
+        self._choices = choices
+        self._finished: deque[Event] = deque()
+        self._behind: deque[Event] = deque()
+
+    def tell(self, event: Event) -> None:
+        """Something happens now, and what comes of it is done."""
+        if self.is_over:
+            return
+        self._behind.append(event)
+        while not self.is_over and (self._finished or self._behind):
+            self._decide(self._finished.popleft() if self._finished else self._behind.popleft())
+
+    def wait_until(self, time: float) -> None:
+        """Time passes, and the session is woken as it asked."""
+        while not self.is_over and self.wake_at is not None and self.wake_at <= time:
+            self.now, self.wake_at = max(self.now, self.wake_at), None
+            self.tell(TimePassed())
+        self.now = max(self.now, time)
+
+    def enact(self, actions: list[Action]) -> None:
+        for action in actions:
+            self.done.append((self.now, action))
+            assert not self.is_over, f"{action} behind End"
+            match action:
+                case WakeAt(when=when):
+                    self.wake_at = when
+                case End():
+                    self.is_over = True
+                case Say():
+                    pass
+                case _:
+                    if not self._pretend(type(action).__name__):
+                        break
+
+    def kinds(self) -> list[str]:
+        """What was done, less requests to be woken."""
+        return [_kind(action) for _, action in self.done if not isinstance(action, WakeAt)]
+
+    def _decide(self, event: Event) -> None:
+        try:
+            self.session, actions = self._step(self.session, event, self.now)
+        except IllegalMessage:
+            assert isinstance(event, PeerSaid)
+            return
+        self.told.append((self.now, event))
+        if isinstance(event, GuestDid):
+            again, more = self._step(self.session, event, self.now)
+            assert (again, more) == (self.session, []), f"{event.event.phase} twice is not once"
+        self.enact(actions)
+
+    def _pretend(self, what: str) -> bool:
+        choice = next(self._choices, "all")
+        if choice == "fails":
+            self._finished.append(ActionFailed(what, "pretended"))
+            return False
+        if choice == "part" and what in MAY_GO_ON:
+            self._behind.append(Done(what, is_all=False))
+        else:
+            self._finished.append(Done(what, 1, refused=int(choice == "part")))
+        return True
+
+
+def _kind(action: Action) -> str:
+    match action:
+        case Say(message=message):
+            return type(message).__name__
+        case End(outcome=outcome):
+            return f"end: {outcome.value}"
+    return type(action).__name__

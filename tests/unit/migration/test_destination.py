@@ -1,0 +1,254 @@
+"""What the destination decides, alone: inputs in, actions out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+
+from sami_plugin.errors import IllegalMessage
+from sami_plugin.migration import destination
+from sami_plugin.migration.decision import (
+    ActionFailed,
+    Discard,
+    Done,
+    End,
+    Event,
+    FindScope,
+    GuestDid,
+    Import,
+    PeerLost,
+    PeerSaid,
+    Renew,
+    Say,
+    Superseded,
+    TimePassed,
+    Verify,
+    WakeAt,
+)
+from sami_plugin.migration.destination import Destination, State
+from sami_plugin.model.migration import (
+    Arrived,
+    Complete,
+    FlowChanges,
+    Flows,
+    GivesUp,
+    InSync,
+    Message,
+    Offer,
+    Outcome,
+    Phase,
+    Purged,
+    Stays,
+)
+from tests.unit.migration.sequences import LIMITS, choices, endless, lives
+from tests.unit.migration.shell import Shell, guest
+from tools.state_tables import MESSAGES, OPEN
+
+OFFERED = PeerSaid(Offer(1, 1))
+FLOWS, IN_SYNC = PeerSaid(Flows(b"flows")), PeerSaid(InSync(1))
+CHANGES, LAST = (PeerSaid(FlowChanges(b"changes", is_last=is_last)) for is_last in (False, True))
+PURGED, STAYS, GIVES_UP = PeerSaid(Purged(1, 0)), PeerSaid(Stays("stays")), PeerSaid(GivesUp("no"))
+STARTED, RESUMED, STOPPED = map(guest, (Phase.STARTED, Phase.RESUMED, Phase.STOPPED))
+ARRIVES = [Say(Arrived(), is_durable=True), WakeAt(20.0)]
+
+
+def new() -> Destination:
+    return destination.begin(LIMITS, OPEN, 0.0)[0]
+
+
+def shell(*events: Event, choices: tuple[str, ...] = ()) -> Shell:
+    made = Shell(destination.step, new(), iter(choices))
+    made.enact(destination.begin(LIMITS, OPEN, 0.0)[1])
+    for event in events:
+        made.tell(event)
+    return made
+
+
+IN_STATE: dict[State, tuple[Event, ...]] = {
+    State.ASKED: (),
+    State.RECEIVING: (OFFERED, STARTED, FLOWS, IN_SYNC),
+    State.COMPLETE: (OFFERED, STARTED, FLOWS, IN_SYNC, LAST),
+    State.ARRIVED: (OFFERED, STARTED, FLOWS, IN_SYNC, LAST, RESUMED),
+    State.ORPHANED: (OFFERED, STARTED, FLOWS, GIVES_UP),
+    State.ENDED: (OFFERED, STARTED, FLOWS, STAYS),
+}
+HEARD: dict[State, set[type[Message]]] = {
+    State.ASKED: {Offer, GivesUp, Stays},
+    State.RECEIVING: {Flows, InSync, FlowChanges, GivesUp, Stays},
+    State.COMPLETE: {GivesUp, Stays},
+    State.ARRIVED: {Purged, GivesUp},
+    State.ORPHANED: {Offer, Flows, InSync, FlowChanges, Purged, GivesUp, Stays},
+    State.ENDED: {Flows, InSync, FlowChanges, Purged, GivesUp, Stays},
+}
+BEFORE_THE_GUEST = [State.ASKED, State.RECEIVING, State.COMPLETE]
+SCOPE_FOUND = Done("FindScope", 1)
+READ_BACK = Done("Verify", 7, refused=2)
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ((OFFERED,), [WakeAt(3.0)]),
+        ((OFFERED, STARTED), [FindScope()]),
+        ((OFFERED, STARTED, Done("FindScope", is_all=False)), [WakeAt(destination.ZONE_POLL_SECONDS)]),
+        ((OFFERED, STARTED, SCOPE_FOUND), [Verify(), WakeAt(3.0)]),
+        ((OFFERED, FLOWS), [Import(b"flows")]),
+        ((OFFERED, FLOWS, IN_SYNC), []),
+        ((OFFERED, STARTED, SCOPE_FOUND, FLOWS, IN_SYNC), [Verify()]),
+        ((OFFERED, STARTED, SCOPE_FOUND, CHANGES), [Import(b"changes")]),
+        ((OFFERED, STARTED, SCOPE_FOUND, LAST), [Import(b"changes"), Verify()]),
+        ((OFFERED, LAST), [Import(b"changes")]),
+        ((OFFERED, LAST, STARTED, SCOPE_FOUND), [Verify(), WakeAt(3.0)]),
+        ((OFFERED, STARTED, SCOPE_FOUND, READ_BACK), []),
+        ((OFFERED, STARTED, SCOPE_FOUND, LAST, READ_BACK), [Say(Complete(7, 2), is_durable=True)]),
+        ((PeerSaid(Offer(1, 0)), LAST), [Import(b"changes"), Verify()]),
+        ((OFFERED, STARTED, SCOPE_FOUND, LAST, READ_BACK, RESUMED), ARRIVES),
+        ((OFFERED, STARTED, SCOPE_FOUND, RESUMED, LAST, READ_BACK), [Say(Complete(7, 2), is_durable=True), *ARRIVES]),
+        ((OFFERED, STARTED, SCOPE_FOUND, LAST, READ_BACK, RESUMED, PURGED), [End(Outcome.MOVED)]),
+        ((OFFERED, STARTED, SCOPE_FOUND, LAST, READ_BACK, RESUMED, PeerSaid(Purged(5, 2))), [End(Outcome.FAILED, "2 flows are left at the source")]),
+        ((OFFERED, FLOWS, STOPPED), [Say(Stays("the guest did not come")), Discard(), End(Outcome.STAYED, "the guest did not come")]),
+        ((OFFERED, FLOWS, STAYS), [Discard(), End(Outcome.STAYED, "stays")]),
+        ((OFFERED, FLOWS, GIVES_UP), [WakeAt(100.0), Discard()]),
+        ((OFFERED, FLOWS, ActionFailed("Import", "why")), [Say(GivesUp("why")), WakeAt(100.0), Discard()]),
+        ((OFFERED, FLOWS, RESUMED, ActionFailed("Import", "why")), [Say(GivesUp("why")), End(Outcome.FAILED, "why")]),
+        ((OFFERED, FLOWS, RESUMED, STAYS), [End(Outcome.UNCLEAR, "both hosts say that the guest runs there")]),
+        ((OFFERED, FLOWS, RESUMED, STOPPED), [End(Outcome.UNCLEAR, "the guest came and ended")]),
+    ],
+)  # fmt: skip
+def test_last_of_these_inputs_has_these_actions(events: tuple[Event, ...], expected: list[object]) -> None:
+    session = new()
+    for event in events:
+        session, actions = destination.step(session, event, 0.0)
+    assert actions == expected
+
+
+def test_session_begins_with_what_can_be_taken() -> None:
+    assert destination.begin(LIMITS, OPEN, 5.0)[1] == [Say(OPEN), WakeAt(15.0)]
+
+
+@pytest.mark.parametrize("state", BEFORE_THE_GUEST)
+@pytest.mark.parametrize("cause", [STOPPED, STAYS, Superseded()])
+def test_what_ends_the_session_before_the_guest_runs_discards(state: State, cause: Event) -> None:
+    made = shell(*IN_STATE[state])
+    assert made.session.state is state
+    made.tell(cause)
+    assert "Discard" in made.kinds()
+    assert made.is_over
+
+
+def test_guest_that_runs_before_its_flows_are_complete_keeps_what_there_is() -> None:
+    made = shell(OFFERED, STARTED, FLOWS, RESUMED, PeerLost("lost"))
+    assert made.is_over
+    assert "Discard" not in made.kinds()
+
+
+def test_guest_without_zone_is_given_up_after_zone_seconds() -> None:
+    made = Shell(destination.step, new(), iter(["part"] * 1000))
+    for event in (OFFERED, STARTED):
+        made.tell(event)
+    made.wait_until(1.9)
+    assert made.session.state is State.RECEIVING
+    made.wait_until(2.1)
+    assert made.session.state is State.ORPHANED
+    assert "zone_seconds" in made.session.reason
+    assert made.kinds()[-2:] == ["GivesUp", "Discard"]
+
+
+def test_what_is_held_is_renewed_at_a_third_of_its_time_until_the_guest_runs() -> None:
+    made = shell(OFFERED, STARTED, FLOWS)
+    made.wait_until(10)
+    made.tell(RESUMED)
+    made.wait_until(50)
+    assert [time for time, action in made.done if isinstance(action, Renew)] == [3.0, 6.0, 9.0]
+
+
+def test_source_that_does_not_answer_is_given_up_after_open_seconds() -> None:
+    made = shell(STARTED)
+    made.wait_until(10)
+    assert made.session.state is State.ORPHANED
+    made.wait_until(100)
+    assert made.done[-1][1] == End(Outcome.FAILED, "the source did not answer; is its agent running?")
+
+
+def test_source_that_is_lost_after_complete_costs_the_guest_no_flow() -> None:
+    made = shell(*IN_STATE[State.COMPLETE], PeerLost("lost"), GIVES_UP)
+    assert made.session.state is State.COMPLETE
+    made.tell(RESUMED)
+    assert made.kinds()[-1] == "Arrived"
+
+
+def test_purge_that_nobody_told_of_is_said_so() -> None:
+    made = shell(*IN_STATE[State.ARRIVED])
+    made.wait_until(20)
+    assert made.done[-1][1] == End(Outcome.MOVED, "the source did not say that it purged")
+
+
+@pytest.mark.parametrize("cause", [STOPPED, STAYS, Superseded()])
+def test_session_of_which_the_discarding_fails_ends_and_says_so(cause: Event) -> None:
+    made = shell(*IN_STATE[State.RECEIVING])
+    made._choices = iter(["fails"])
+    made.tell(cause)
+    assert made.done[-1][1] == End(Outcome.FAILED, "what this session put in could not be discarded: pretended")
+    assert ("Stays" in made.kinds()) == (cause == STOPPED)
+
+
+def test_source_hears_that_it_is_given_up_although_the_discarding_fails() -> None:
+    made = shell(*IN_STATE[State.RECEIVING])
+    made._choices = iter(["fails"])
+    made.tell(PeerLost("lost"))
+    assert "GivesUp" in made.kinds()
+    assert made.session.state is State.ORPHANED
+    made.wait_until(100)
+    assert made.done[-1][1] == End(Outcome.FAILED, "lost; what this session put in could not be discarded: pretended")
+
+
+@pytest.mark.parametrize("state", State)
+def test_message_that_may_not_be_said_changes_nothing(state: State) -> None:
+    session = replace(new(), state=state)
+    for message in MESSAGES:
+        if type(message) not in HEARD[state]:
+            with pytest.raises(IllegalMessage, match=f"{type(message).__name__} may not be said in state"):
+                destination.step(session, PeerSaid(message), 0.0)
+        else:
+            destination.step(session, PeerSaid(message), 0.0)
+    assert session == replace(new(), state=state)
+
+
+USUAL = [OFFERED, STARTED, FLOWS, IN_SYNC, CHANGES, LAST, RESUMED, PURGED]
+
+
+@given(lives(USUAL), choices)
+def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> None:
+    made = Shell(destination.step, new(), endless(drawn))
+    made.enact(destination.begin(LIMITS, OPEN, 0.0)[1])
+    ran = None
+    for pause, event in life:
+        made.wait_until(made.now + pause)
+        if event == RESUMED and not made.is_over and ran is None:
+            ran = len(made.done)
+        made.tell(event)
+    assert made.is_over or made.wake_at is not None, "nothing will ever end this session"
+    made.wait_until(LIMITS.session_seconds + LIMITS.arrival_seconds)
+    assert made.is_over
+    actions = [action for _, action in made.done]
+    assert sum(isinstance(action, End) for action in actions) == 1
+    discards = [number for number, action in enumerate(actions) if isinstance(action, Discard)]
+    if ran is None:
+        assert discards
+    else:
+        assert all(number < ran for number in discards)
+    if discards:
+        assert not any(isinstance(action, Import | Renew) for action in actions[discards[0] :])
+    said = [type(action.message) for action in actions if isinstance(action, Say)]
+    if Arrived in said:
+        assert ran is not None
+        assert said.count(Arrived) == said.count(Complete) == 1
+        assert said.index(Complete) < said.index(Arrived)
+    for event in (STARTED, RESUMED, STOPPED, GIVES_UP, STAYS, PURGED, PeerLost("lost"), Superseded(), TimePassed()):
+        assert destination.step(made.session, event, 1000.0) == (made.session, [])
+
+
+def test_guest_did_is_what_the_hypervisor_says() -> None:
+    assert all(isinstance(event, GuestDid) for event in (STARTED, RESUMED, STOPPED))

@@ -1,0 +1,285 @@
+"""What the source decides, alone: inputs in, actions out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+
+from sami_plugin.errors import IllegalMessage
+from sami_plugin.migration import source
+from sami_plugin.migration.decision import (
+    ActionFailed,
+    Done,
+    End,
+    Event,
+    ExportChanges,
+    ExportNext,
+    GuestDid,
+    PeerLost,
+    PeerSaid,
+    Purge,
+    Say,
+    StartExport,
+    Superseded,
+    TimePassed,
+    WakeAt,
+)
+from sami_plugin.migration.source import Source, State
+from sami_plugin.model.migration import (
+    Arrived,
+    Complete,
+    FlowChanges,
+    Flows,
+    GivesUp,
+    InSync,
+    Message,
+    Offer,
+    Open,
+    Outcome,
+    Phase,
+    Purged,
+    Stays,
+)
+from tests.unit.migration.sequences import LIMITS, choices, endless, lives
+from tests.unit.migration.shell import Shell, guest
+from tools.state_tables import MESSAGES, OPEN
+
+OPENED = PeerSaid(OPEN)
+COMPLETE, ARRIVED = PeerSaid(Complete(1, 0)), PeerSaid(Arrived())
+OUTGOING, SUSPENDED, RESUMED, STOPPED = map(guest, (Phase.OUTGOING, Phase.SUSPENDED, Phase.RESUMED, Phase.STOPPED))
+
+
+def new() -> Source:
+    return Source(LIMITS, LIMITS.session_seconds)
+
+
+def shell(*events: Event, choices: tuple[str, ...] = ()) -> Shell:
+    made = Shell(source.step, new(), iter(choices))
+    for event in events:
+        made.tell(event)
+    return made
+
+
+IN_STATE: dict[State, tuple[Event, ...]] = {
+    State.WAITING: (OPENED,),
+    State.FOLLOWING: (OPENED, OUTGOING),
+    State.DRAINED: (OPENED, OUTGOING, SUSPENDED),
+    State.ABANDONED: (OPENED, OUTGOING, PeerLost("lost")),
+    State.ENDED: (OPENED, OUTGOING, SUSPENDED, RESUMED),
+}
+HEARD: dict[State, set[type[Message]]] = {
+    State.WAITING: {Open, GivesUp, Stays},
+    State.COPYING: {GivesUp, Stays},
+    State.FOLLOWING: {GivesUp, Stays},
+    State.DRAINED: {Complete, Arrived, GivesUp, Stays},
+    State.PURGING: {Complete, Arrived, GivesUp},
+    State.ABANDONED: {Complete, Arrived, GivesUp, Stays},
+    State.ENDED: {Complete, Arrived, GivesUp, Stays},
+}
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ((OPENED,), [WakeAt(10.0)]),
+        ((OUTGOING,), []),
+        ((OPENED, OUTGOING), [WakeAt(100), StartExport()]),
+        ((OUTGOING, OPENED), [WakeAt(100), StartExport()]),
+        ((OPENED, SUSPENDED, RESUMED), [Say(Stays("the guest runs on the source again")), End(Outcome.STAYED, "the guest runs on the source again")]),
+        ((OPENED, OUTGOING, Done("StartExport", 2)), [Say(Offer(1, 2)), ExportNext()]),
+        ((OPENED, OUTGOING, Done("ExportNext", 5, is_all=False)), [ExportNext()]),
+        ((OPENED, OUTGOING, Done("ExportNext", 5)), [Say(InSync(5)), WakeAt(1.0)]),
+        ((OPENED, OUTGOING, SUSPENDED), []),
+        ((OPENED, OUTGOING, SUSPENDED, Done("ExportNext", 5)), [Say(InSync(5)), ExportChanges(is_last=True)]),
+        ((OPENED, OUTGOING, Done("ExportNext"), TimePassed()), [ExportChanges(is_last=False)]),
+        ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED), [ExportChanges(is_last=True)]),
+        ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, COMPLETE), []),
+        ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, COMPLETE, ARRIVED), [Purge()]),
+        ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, ARRIVED), []),
+        ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, ARRIVED, COMPLETE), [Purge()]),
+        ((OPENED, OUTGOING, Done("ExportNext"), STOPPED), [Say(GivesUp("the guest was gone before its last changes were sent")), WakeAt(20.0)]),
+        ((OPENED, OUTGOING, PeerSaid(GivesUp("no"))), [WakeAt(100)]),
+        ((OPENED, OUTGOING, ActionFailed("StartExport", "why")), [Say(GivesUp("why")), WakeAt(100)]),
+    ],
+)  # fmt: skip
+def test_last_of_these_inputs_has_these_actions(events: tuple[Event, ...], expected: list[object]) -> None:
+    session = new()
+    for event in events:
+        session, actions = source.step(session, event, 0.0)
+    assert actions == expected
+
+
+@pytest.mark.parametrize("said", [[COMPLETE, ARRIVED], [ARRIVED, COMPLETE]])
+def test_nothing_is_purged_before_both_complete_and_arrived(said: list[Event]) -> None:
+    made = shell(*IN_STATE[State.DRAINED], said[0])
+    made.wait_until(99)
+    assert "Purge" not in made.kinds()
+    made.tell(said[1])
+    assert made.kinds()[-3:] == ["Purge", "Purged", "end: moved"]
+
+
+@pytest.mark.parametrize("state", [State.WAITING, State.COPYING, State.FOLLOWING, State.DRAINED, State.ABANDONED])
+def test_guest_that_runs_again_after_its_pause_stays_with_all_flows(state: State) -> None:
+    session = new()
+    for event in (OPENED, OUTGOING) if state is State.COPYING else IN_STATE[state]:
+        made = source.step(session, event, 0.0)
+        session = made[0]
+        for action in made[1] if state is not State.COPYING else ():
+            if isinstance(action, StartExport):
+                session, _ = source.step(session, Done("ExportNext"), 0.0)
+    assert session.state is state
+    session, _ = source.step(session, SUSPENDED, 0.0)
+    session, actions = source.step(session, RESUMED, 0.0)
+    assert session.state is State.ENDED
+    assert isinstance(actions[0], Say)
+    assert isinstance(actions[0].message, Stays)
+    assert actions[1:] == [End(Outcome.STAYED, actions[0].message.reason)]
+
+
+def test_guest_that_was_not_paused_for_the_move_does_not_end_it_by_running() -> None:
+    made = shell(OPENED, OUTGOING, RESUMED)
+    assert made.session.state is State.FOLLOWING
+
+
+@pytest.mark.parametrize("state", [State.FOLLOWING, State.DRAINED, State.ABANDONED])
+def test_guest_that_left_without_arrival_is_purged_after_arrival_seconds(state: State) -> None:
+    made = shell(*IN_STATE[state])
+    made.wait_until(5)
+    made.tell(STOPPED)
+    made.wait_until(24.9)
+    assert "Purge" not in made.kinds()
+    made.wait_until(25)
+    assert made.kinds()[-3:] == ["Purge", "Purged", "end: purged without arrival"]
+
+
+@pytest.mark.parametrize("trouble", [PeerLost("lost"), PeerSaid(GivesUp("no"))])
+def test_trouble_with_the_peer_does_not_put_off_the_purge_of_a_guest_that_left(trouble: Event) -> None:
+    made = shell(*IN_STATE[State.DRAINED], STOPPED)
+    made.wait_until(5)
+    made.tell(trouble)
+    made.wait_until(20)
+    assert "Purge" in made.kinds()
+
+
+def test_guest_that_is_told_gone_again_and_again_is_gone_since_the_first_time() -> None:
+    made = shell(*IN_STATE[State.DRAINED])
+    for time in range(20):
+        made.wait_until(time)
+        made.tell(STOPPED)
+    made.wait_until(20)
+    assert "Purge" in made.kinds()
+
+
+def test_destination_has_its_time_when_the_guest_was_faster_than_its_flows() -> None:
+    session = new()
+    for event in (OPENED, OUTGOING, SUSPENDED, STOPPED):
+        session, actions = source.step(session, event, 0.0)
+        assert not any(isinstance(action, Purge) for action in actions)
+    session, _ = source.step(session, Done("ExportNext"), 50.0)
+    session, actions = source.step(session, Done("ExportChanges"), 50.0)
+    assert actions == [WakeAt(70.0)]
+    assert source.step(session, TimePassed(), 69.9)[1] == [WakeAt(70.0)]
+    assert source.step(session, TimePassed(), 70.0)[1] == [Purge()]
+
+
+def test_copy_that_hangs_ends_with_the_session_s_time() -> None:
+    session, actions = source.step(source.step(new(), OPENED, 0.0)[0], OUTGOING, 0.0)
+    assert WakeAt(100) in actions
+    assert source.step(session, TimePassed(), 10.0) == (session, [WakeAt(100)])  # the wait for OUTGOING's time
+    session, actions = source.step(session, TimePassed(), 100.0)
+    assert session.state is State.ABANDONED
+
+
+def test_nobody_says_where_the_guest_is_and_every_flow_is_kept() -> None:
+    made = shell(*IN_STATE[State.DRAINED])
+    made.wait_until(100)
+    assert made.kinds()[-2:] == ["GivesUp", "end: unclear"]
+    assert "Purge" not in made.kinds()
+
+
+def test_destination_of_another_version_is_told_so() -> None:
+    made = shell(PeerSaid(replace(OPEN, versions=(99,))))
+    assert made.kinds() == ["GivesUp", "end: failed"]
+
+
+def test_session_is_opened_once() -> None:
+    session, _ = source.step(new(), OPENED, 0.0)
+    with pytest.raises(IllegalMessage, match="opened before"):
+        source.step(session, OPENED, 0.0)
+
+
+def test_purge_that_fails_ends_the_session_by_name() -> None:
+    made = shell(*IN_STATE[State.DRAINED], choices=())
+    made.tell(COMPLETE)
+    made._choices = iter(["fails"])
+    made.tell(ARRIVED)
+    assert made.done[-1][1] == End(Outcome.FAILED, "pretended")
+
+
+@pytest.mark.parametrize("state", State)
+def test_message_that_may_not_be_said_changes_nothing(state: State) -> None:
+    session = replace(new(), state=state)
+    for message in MESSAGES:
+        if type(message) not in HEARD[state]:
+            with pytest.raises(IllegalMessage, match=f"{type(message).__name__} may not be said in state"):
+                source.step(session, PeerSaid(message), 0.0)
+        else:
+            source.step(session, PeerSaid(message), 0.0)
+    assert session == replace(new(), state=state)
+    for message in (Flows(b""), InSync(0), FlowChanges(b"", is_last=True), Offer(1, 1), Purged(0, 0)):
+        assert type(message) not in HEARD[state]
+
+
+def told(made: Shell, wanted: object) -> float | None:
+    """When it was told first: a phase or a kind of message."""
+    for time, event in made.told:
+        if isinstance(event, GuestDid) and event.event.phase is wanted:
+            return time
+        if isinstance(event, PeerSaid) and type(event.message) is wanted:
+            return time
+    return None
+
+
+@given(lives([OUTGOING, SUSPENDED, COMPLETE, ARRIVED, STOPPED]), choices)
+def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> None:
+    made = Shell(source.step, new(), endless(drawn))
+    made.tell(OPENED)
+    for pause, event in life:
+        made.wait_until(made.now + pause)
+        was_paused = told(made, Phase.SUSPENDED) is not None
+        was_over, done_before = made.is_over, len(made.done)
+        made.tell(event)
+        if event == RESUMED and was_paused and not was_over:
+            assert made.is_over, "the guest runs here again"
+            assert not any(isinstance(action, Purge) for _, action in made.done[done_before:])
+        for time, action in made.done[done_before:]:
+            if isinstance(action, Purge):
+                purge_is_right(made, time)
+    assert made.is_over or made.wake_at is not None, "nothing will ever end this session"
+    made.wait_until(LIMITS.session_seconds + LIMITS.arrival_seconds)
+    assert made.is_over
+    for time, action in made.done:
+        if isinstance(action, Purge):
+            purge_is_right(made, time)
+    assert sum(isinstance(action, End) for _, action in made.done) == 1
+    assert sum(isinstance(action, Purge) for _, action in made.done) <= 1
+    for event in (
+        OUTGOING,
+        SUSPENDED,
+        RESUMED,
+        STOPPED,
+        COMPLETE,
+        ARRIVED,
+        PeerLost("lost"),
+        Superseded(),
+        TimePassed(),
+    ):
+        assert source.step(made.session, event, 1000.0) == (made.session, [])
+
+
+def purge_is_right(made: Shell, time: float) -> None:
+    gone = told(made, Phase.STOPPED)
+    has_both = told(made, Complete) is not None and told(made, Arrived) is not None
+    assert has_both or (gone is not None and time >= gone + LIMITS.arrival_seconds)
