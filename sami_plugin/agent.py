@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 from oslo_config import cfg
 from stevedore import driver as stevedore_driver
@@ -179,7 +180,7 @@ class Agent:
 def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
     """:raises ConfigurationError: there is no such scope finder."""
     try:
-        found: stevedore_driver.DriverManager[ScopeFinder] = stevedore_driver.DriverManager("sami.scopes", name)
+        found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager("sami.scopes", name)
     except NoMatches as error:
         raise ConfigurationError(f"[agent] scopes: there is no scope finder {name!r}") from error
     finder: ScopeFinder = found.driver(conf.agent.scope_file)
@@ -191,13 +192,14 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
 
     :raises SamiError: it cannot start; the message says what to change.
     """
+    settings = options.settings(conf)
     agent = Agent(
         conf,
         name=conf.agent.host,
         driver=loader.load_driver(conf.agent.driver),
         scopes=load_scopes(conf.agent.scopes, conf),
         journal=Journal(conf.agent.journal),
-        settings=options.settings(conf),
+        settings=settings,
     )
     agent.start()
     try:

@@ -66,7 +66,10 @@ MESSAGES = (
     Stays("reason"),
     GivesUp("reason"),
 )
-ACTIONS = "StartExport ExportNext ExportChanges Resync Purge FindScope Import Verify Renew Discard".split()
+ACTIONS = (
+    *("StartExport", "ExportNext", "ExportChanges", "Resync", "Purge"),
+    *("FindScope", "Import", "Verify", "Renew", "Discard"),
+)
 EVENTS: tuple[Event, ...] = (
     *(GuestDid(MigrationEvent("guest", phase)) for phase in Phase),
     *(PeerSaid(message) for message in MESSAGES),

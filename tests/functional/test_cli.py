@@ -128,6 +128,7 @@ def test_wrong_arguments_end_in_one_line_that_says_why(arguments: tuple[object, 
     assert not usage or usage[0].startswith("usage: sami ")
 
 
+@pytest.mark.usefixtures("machine_root")
 def test_driver_list_is_of_use_to_an_ordinary_user() -> None:
     usable = {row["Name"]: row["Usable"] for row in table("driver", "list")}
     assert usable == {"linux_conntrack": True, "memory": True}
@@ -137,6 +138,7 @@ def test_driver_list_is_of_use_to_an_ordinary_user() -> None:
     assert "CAP_NET_ADMIN" in ordinary["linux_conntrack"]["Notes"][0]
 
 
+@pytest.mark.usefixtures("machine_root")
 def test_ordinary_user_is_told_what_listing_flows_takes() -> None:
     done = run("flow", "list", "--zone", 1, before=ORDINARY_USER)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -164,6 +166,7 @@ def test_doctor_leaves_no_file_behind(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [conf]
 
 
+@pytest.mark.usefixtures("machine_root")
 def test_doctor_of_an_ordinary_user_says_what_is_missing() -> None:
     rows = {row["Check"]: row for row in table("doctor", code=1, before=ORDINARY_USER)}
     assert rows["CAP_NET_ADMIN"]["Result"] == rows["nf_conntrack"]["Result"] == "missing"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from sami_plugin.errors import IllegalMessage
@@ -34,7 +34,7 @@ def guest(phase: Phase) -> GuestDid:
 class Shell:
     """One session. `choices` say of each action in turn whether it fails, and whether it was all of it."""
 
-    def __init__(self, step: Step, session: Any, choices: Iterator[str] = iter(())) -> None:
+    def __init__(self, step: Step, session: Any, choices: Iterable[str] = ()) -> None:
         self.session = session
         self.now = 0.0
         self.wake_at: float | None = None
@@ -44,7 +44,7 @@ class Shell:
         self.done: list[tuple[float, Action]] = []
         """Actions that were begun, with their times; those that failed too."""
         self._step = step
-        self._choices = choices
+        self.choices: Iterator[str] = iter(choices)
         self._finished: deque[Event] = deque()
         self._behind: deque[Event] = deque()
 
@@ -95,7 +95,7 @@ class Shell:
         self.enact(actions)
 
     def _pretend(self, what: str) -> bool:
-        choice = next(self._choices, "all")
+        choice = next(self.choices, "all")
         if choice == "fails":
             self._finished.append(ActionFailed(what, "pretended"))
             return False

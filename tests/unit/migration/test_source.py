@@ -50,13 +50,16 @@ OPENED = PeerSaid(OPEN)
 COMPLETE, ARRIVED = PeerSaid(Complete(1, 0)), PeerSaid(Arrived())
 OUTGOING, SUSPENDED, RESUMED, STOPPED = map(guest, (Phase.OUTGOING, Phase.SUSPENDED, Phase.RESUMED, Phase.STOPPED))
 
+AGAIN = "the guest runs on the source again"
+TOO_EARLY = "the guest was gone before its last changes were sent"
+
 
 def new() -> Source:
     return Source(LIMITS, LIMITS.session_seconds)
 
 
-def shell(*events: Event, choices: tuple[str, ...] = ()) -> Shell:
-    made = Shell(source.step, new(), iter(choices))
+def shell(*events: Event) -> Shell:
+    made = Shell(source.step, new())
     for event in events:
         made.tell(event)
     return made
@@ -87,7 +90,7 @@ HEARD: dict[State, set[type[Message]]] = {
         ((OUTGOING,), []),
         ((OPENED, OUTGOING), [WakeAt(100), StartExport()]),
         ((OUTGOING, OPENED), [WakeAt(100), StartExport()]),
-        ((OPENED, SUSPENDED, RESUMED), [Say(Stays("the guest runs on the source again")), End(Outcome.STAYED, "the guest runs on the source again")]),
+        ((OPENED, SUSPENDED, RESUMED), [Say(Stays(AGAIN)), End(Outcome.STAYED, AGAIN)]),
         ((OPENED, OUTGOING, Done("StartExport", 2)), [Say(Offer(1, 2)), ExportNext()]),
         ((OPENED, OUTGOING, Done("ExportNext", 5, is_all=False)), [ExportNext()]),
         ((OPENED, OUTGOING, Done("ExportNext", 5)), [Say(InSync(5)), WakeAt(1.0)]),
@@ -99,7 +102,7 @@ HEARD: dict[State, set[type[Message]]] = {
         ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, COMPLETE, ARRIVED), [Purge()]),
         ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, ARRIVED), []),
         ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, ARRIVED, COMPLETE), [Purge()]),
-        ((OPENED, OUTGOING, Done("ExportNext"), STOPPED), [Say(GivesUp("the guest was gone before its last changes were sent")), WakeAt(20.0)]),
+        ((OPENED, OUTGOING, Done("ExportNext"), STOPPED), [Say(GivesUp(TOO_EARLY)), WakeAt(20.0)]),
         ((OPENED, OUTGOING, PeerSaid(GivesUp("no"))), [WakeAt(100)]),
         ((OPENED, OUTGOING, ActionFailed("StartExport", "why")), [Say(GivesUp("why")), WakeAt(100)]),
     ],
@@ -211,9 +214,9 @@ def test_session_is_opened_once() -> None:
 
 
 def test_purge_that_fails_ends_the_session_by_name() -> None:
-    made = shell(*IN_STATE[State.DRAINED], choices=())
+    made = shell(*IN_STATE[State.DRAINED])
     made.tell(COMPLETE)
-    made._choices = iter(["fails"])
+    made.choices = iter(["fails"])
     made.tell(ARRIVED)
     assert made.done[-1][1] == End(Outcome.FAILED, "pretended")
 
