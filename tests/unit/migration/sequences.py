@@ -39,7 +39,7 @@ def lives(likely: list[Event]) -> st.SearchStrategy[list[tuple[float, Event]]]:
     return st.one_of(mixed, cut)
 
 
-choices = st.lists(st.sampled_from(["all", "all", "all", "part", "fails"]), max_size=8)
+choices = st.lists(st.sampled_from(["all", "all", "part", "fails"]), max_size=12)
 
 
 def endless(drawn: list[str]) -> Iterator[str]:

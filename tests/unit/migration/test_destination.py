@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from sami_plugin.errors import IllegalMessage
 from sami_plugin.migration import destination
@@ -221,6 +221,7 @@ def test_message_that_may_not_be_said_changes_nothing(state: State) -> None:
 USUAL = [OFFERED, STARTED, FLOWS, IN_SYNC, CHANGES, LAST, RESUMED, PURGED]
 
 
+@settings(max_examples=400)
 @given(lives(USUAL), choices)
 def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> None:
     made = Shell(destination.step, new(), endless(drawn))

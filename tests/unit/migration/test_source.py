@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from sami_plugin.errors import IllegalMessage
 from sami_plugin.migration import source
@@ -245,6 +245,7 @@ def told(made: Shell, wanted: object) -> float | None:
     return None
 
 
+@settings(max_examples=400)
 @given(lives([OUTGOING, SUSPENDED, COMPLETE, ARRIVED, STOPPED]), choices)
 def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> None:
     made = Shell(source.step, new(), endless(drawn))
