@@ -46,7 +46,7 @@ class Broker:
             "RABBITMQ_NODENAME": self._name,
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": str(self._port),
-            "RABBITMQ_DIST_PORT": str(self._port + 20000),
+            "RABBITMQ_DIST_PORT": str(_free_port()),  # epmd may not know yet that the last one is free again
             "ERL_EPMD_PORT": str(self._port + 10000),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_MNESIA_BASE": str(self._folder / "data"),
@@ -79,6 +79,7 @@ class Broker:
             with contextlib.suppress(ProcessLookupError):  # it has ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            wait_until(self._is_down, "RabbitMQ to let go of its port")
 
     def __enter__(self) -> Broker:
         self.start()
@@ -87,6 +88,13 @@ class Broker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _is_down(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+        except ConnectionRefusedError:
+            return True
+        return False
 
     def _is_up(self) -> bool:
         assert self._process is not None
@@ -99,3 +107,10 @@ class Broker:
                 return connection.recv(1) == b"\x01"
         except OSError:
             return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

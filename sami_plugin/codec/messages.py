@@ -61,7 +61,10 @@ def decode(octets: bytes) -> Message:
 
 
 def _short(value: object) -> str:
-    text = ascii(value)
+    """The value for people, of any that a message may hold: long or deeply nested ones are named by what they are."""
+    if isinstance(value, tuple | dict):
+        return "a list" if isinstance(value, tuple) else "a map"
+    text = ascii(value[:60] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
