@@ -44,6 +44,7 @@ class Broker:
             "HOME": str(self._folder),
             "LANG": "C.UTF-8",
             "RABBITMQ_NODENAME": self._name,
+            "RABBITMQ_PID_FILE": str(self._folder / "pid"),
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": str(self._port),
             "RABBITMQ_DIST_PORT": str(_free_port()),  # epmd may not know yet that the last one is free again
@@ -75,11 +76,12 @@ class Broker:
         """Ends the server and what it started. May be repeated, and followed by `start`."""
         process, self._process = self._process, None
         if process is not None:
-            # epmd leaves the process group; it ends with the lab's namespaces, and until then serves the next start.
-            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            # The Erlang machine leaves the script's process group. epmd ends with the lab's namespaces.
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended by itself
+                os.kill(int((self._folder / "pid").read_text()), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            wait_until(self._is_down, "RabbitMQ to let go of its port")
 
     def __enter__(self) -> Broker:
         self.start()
@@ -88,13 +90,6 @@ class Broker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _is_down(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
-        except ConnectionRefusedError:
-            return True
-        return False
 
     def _is_up(self) -> bool:
         assert self._process is not None

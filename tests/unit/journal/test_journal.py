@@ -1,0 +1,195 @@
+"""What is written is there: in order, for another reader, and after the writer was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sami_plugin.errors import JournalError
+from sami_plugin.journal.journal import FORMAT_VERSION, Journal
+
+ONE, TWO = "1" * 8, "12" * 4
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "made" / "journal.sqlite"
+
+
+@pytest.fixture
+def journal(path: Path) -> Iterator[Journal]:
+    made = Journal(path)
+    yield made
+    made.close()
+
+
+def begin(journal: Journal, session: str = ONE) -> None:
+    journal.begin(session, "guest", "source", "host-b", "waiting")
+
+
+def test_decisions_come_back_in_order(journal: Journal) -> None:
+    begin(journal)
+    for number, state in enumerate(("copying", "following", "drained")):
+        journal.record(ONE, number, f"event {number}", state, ["WakeAt", "say Offer"], is_durable=number == 2)
+    rows = journal.decisions(ONE)
+    assert [(row["number"], row["event"], row["state"]) for row in rows] == [
+        (0, "event 0", "copying"),
+        (1, "event 1", "following"),
+        (2, "event 2", "drained"),
+    ]
+    assert rows[0]["actions"] == ["WakeAt", "say Offer"]
+    assert journal.decisions(TWO) == []
+
+
+def test_payloads_are_kept_until_the_session_ends_and_the_report_after_it(journal: Journal) -> None:
+    begin(journal)
+    begin(journal, TWO)
+    journal.keep_payload(ONE, 2, b"second")
+    journal.keep_payload(ONE, 1, b"first")
+    journal.keep_payload(TWO, 1, b"other")
+    assert list(journal.payloads(ONE)) == [b"first", b"second"]
+    journal.end(ONE, "ended", "moved", {"flows": {"exported": 3}})
+    assert list(journal.payloads(ONE)) == []
+    assert list(journal.payloads(TWO)) == [b"other"]
+    row = journal.session(ONE)
+    assert (row["state"], row["outcome"], row["report"]) == ("ended", "moved", {"flows": {"exported": 3}})
+    assert row["ended_at"] >= row["started_at"]
+
+
+def test_sessions_are_listed_newest_first(journal: Journal) -> None:
+    for session in (ONE, TWO):
+        begin(journal, session)
+    assert [row["session"] for row in journal.sessions()] == [TWO, ONE]
+    assert [row["report"] for row in journal.sessions()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"), [("1", "2 sessions"), ("", "no session"), ("9", "no session"), ("%", "no session")]
+)
+def test_prefix_that_names_not_one_session_is_refused(journal: Journal, prefix: str, words: str) -> None:
+    begin(journal)
+    begin(journal, TWO)
+    with pytest.raises(JournalError, match=words):
+        journal.session(prefix)
+    assert journal.session("11")["session"] == ONE
+
+
+def test_session_that_begins_twice_is_refused(journal: Journal) -> None:
+    begin(journal)
+    with pytest.raises(JournalError, match="UNIQUE"):
+        begin(journal)
+    assert len(journal.sessions()) == 1
+
+
+def test_reader_sees_what_is_written_and_changes_nothing(journal: Journal, path: Path) -> None:
+    begin(journal)
+    reader = Journal(path, read_only=True)
+    journal.record(ONE, 1, "later", "copying", [], is_durable=False)
+    assert [row["event"] for row in reader.decisions(ONE)] == ["later"]
+    with pytest.raises(JournalError, match="readonly"):
+        begin(reader, TWO)
+    reader.close()
+
+
+def test_only_the_agent_s_user_reads_it(journal: Journal, path: Path) -> None:
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_file_of_another_format_is_refused_and_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as other:
+        other.execute(f"PRAGMA user_version={FORMAT_VERSION + 1}")
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=f"no journal of format {FORMAT_VERSION}"):
+        Journal(path)
+    assert path.read_bytes()[:100][60:64] == before[60:64]
+    with sqlite3.connect(path) as other:
+        assert other.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+
+
+def test_file_that_is_no_database_is_refused_by_path(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"not a database, and longer than a header of one would be" * 20)
+    for read_only in (False, True):
+        with pytest.raises(JournalError, match=str(path)):
+            Journal(path, read_only=read_only)
+
+
+def test_journal_that_is_not_there_is_not_made_by_a_reader(path: Path) -> None:
+    with pytest.raises(JournalError, match=str(path)):
+        Journal(path, read_only=True)
+    assert not path.exists()
+
+
+def test_closed_journal_says_so(path: Path) -> None:
+    journal = Journal(path)
+    journal.close()
+    with pytest.raises(JournalError, match="cannot use the journal"):
+        begin(journal)
+
+
+def test_threads_write_side_by_side(journal: Journal) -> None:
+    sessions = [f"session {number}" for number in range(8)]
+
+    def write(session: str) -> None:
+        begin(journal, session)
+        for number in range(50):
+            journal.record(session, number, str(number), "copying", [], is_durable=number % 10 == 0)
+
+    threads = [threading.Thread(target=write, args=(session,)) for session in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for session in sessions:
+        assert [row["event"] for row in journal.decisions(session)] == [str(number) for number in range(50)]
+
+
+WRITER = """
+import sys
+from sami_plugin.journal.journal import Journal
+journal = Journal(sys.argv[1])
+journal.begin("s", "guest", "source", "host-b", "waiting")
+number = 0
+while True:
+    number += 1
+    journal.keep_payload("s", number, b"x" * number)
+    journal.record("s", number, "event", "copying", [], is_durable=False)
+    print(number, flush=True)
+"""
+
+
+def test_what_was_written_is_there_after_the_writer_was_killed(path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    told = [int(writer.stdout.readline()) for _ in range(50)][-1]
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.communicate()
+    journal = Journal(path)
+    numbers = [row["number"] for row in journal.decisions("s")]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) >= told
+    assert [len(payload) for payload in journal.payloads("s")][: len(numbers)] == numbers
+    journal.close()
+
+
+def test_durable_decision_waits_for_the_disk_and_others_do_not(journal: Journal) -> None:
+    levels: list[str] = []
+    begin(journal)
+    journal._db.set_trace_callback(levels.append)
+    for number, is_durable in enumerate((False, True)):
+        journal.record(ONE, number, "event", "drained", [], is_durable=is_durable)
+    assert [said for said in levels if "synchronous" in said] == [
+        "PRAGMA synchronous=NORMAL",
+        "PRAGMA synchronous=FULL",
+    ]
+    assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
