@@ -41,14 +41,22 @@ class StaticScopes(ScopeFinder):
         zone = port["zone"]
         if type(zone) is not int or not 0 <= zone <= 0xFFFF:
             raise ValueError(f"zone {zone!r} of port {port['port']!r} is no number from 0 to 65535")
-        addresses = tuple(netaddr.IPAddress(address) for address in port["addresses"])
+        addresses = port["addresses"]
+        if not isinstance(addresses, list) or not all(isinstance(address, str) for address in addresses):
+            raise ValueError(f"addresses of port {port['port']!r} are no list of texts")
+        is_shared = port.get("shared", False)
+        if not isinstance(is_shared, bool):
+            raise ValueError(f"shared {is_shared!r} of port {port['port']!r} is neither true nor false")
+        namespace = port.get("namespace")
+        if namespace is not None and not (isinstance(namespace, str) and namespace):
+            raise ValueError(f"namespace {namespace!r} of port {port['port']!r} is no path")
         return {
             "port": str(port["port"]),
             "guest": str(port["guest"]),
-            "namespace": port.get("namespace"),
+            "namespace": namespace,
             "zone": zone,
-            "shared": bool(port.get("shared", False)),
-            "addresses": addresses,
+            "shared": is_shared,
+            "addresses": tuple(netaddr.IPAddress(address) for address in addresses),
         }
 
     def neighbours(self, scope: Scope) -> Addresses:
