@@ -21,9 +21,10 @@ test: prepare-test ## lint, then all tests: unit tests, the real kernel, the lab
 bench: prepare-test ## measure
 	$(PYTHON_HERE) -m benchmarks $(ARGS)
 
-fuzz: prepare-test ## the property tests with many more examples, then spoiled inputs for the decoder
+fuzz: prepare-test ## the property tests with many more examples, then spoiled inputs for the decoders
 	$(PYTHON_HERE) -m pytest tests/unit -m hypothesis -p tools.fuzz_profile --timeout=0
 	$(PYTHON_HERE) -m tests.fuzz.codec --inputs 1000000 --seed $$(date +%s) $(ARGS)
+	$(PYTHON_HERE) -m tests.fuzz.messages --inputs 1000000 --seed $$(date +%s) $(ARGS)
 
 lint: prepare-test run-lint ## ruff, import-linter, mypy
 

@@ -1,0 +1,167 @@
+"""Messages to bytes and back, and bytes that are no message."""
+
+from __future__ import annotations
+
+import contextlib
+import typing
+from dataclasses import fields
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sami_plugin.codec import messages
+from sami_plugin.errors import Malformed
+from sami_plugin.model.migration import (
+    Arrived,
+    Complete,
+    FlowChanges,
+    Flows,
+    GivesUp,
+    InSync,
+    Message,
+    Offer,
+    Open,
+    Purged,
+    Stays,
+)
+
+EVERY = (
+    Open("guest", "host-b", (1, 2), ("tcp-ipv4",), ("zstd", "zlib"), None),
+    Open("guest", "host-b", (), (), (), 0),
+    Offer(1, 2),
+    Flows(b"\x00\xff"),
+    InSync(2**40),
+    FlowChanges(b"", is_last=True),
+    FlowChanges(b"x", is_last=False),
+    Complete(3, 0),
+    Arrived(),
+    Purged(3, 0),
+    Stays("the guest runs here"),
+    GivesUp("größer"),
+)
+KINDS = {type(message).__name__: message for message in EVERY}
+FIELDS = [(kind, field.name) for kind, message in KINDS.items() for field in fields(message)]
+
+WRONG: dict[str, list[object]] = {
+    "str": [None, 1, b"bytes", ("a",), {}, True],
+    "int": [None, "1", -1, True, 1.0, (), b""],
+    "bytes": [None, "text", 1, ()],
+    "bool": [None, 0, 1, "yes"],
+    "tuple[int, ...]": [None, 1, "1", ("1",), (1, -1), (True,), {}],
+    "tuple[str, ...]": [None, "text", (1,), (b"a",), {}],
+    "int | None": ["1", -1, True, 1.5, ()],
+}
+"""Values that are not of the type."""
+
+
+def body_of(message: Message) -> dict[str, object]:
+    unpacked: dict[str, object] = msgpack.unpackb(messages.encode(message), use_list=False)
+    return unpacked
+
+
+def decode(body: object) -> Message:
+    return messages.decode(msgpack.packb(body))
+
+
+def test_every_kind_is_tried() -> None:
+    assert set(KINDS) == {kind.__name__ for kind in typing.get_args(Message)}
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
+def test_message_is_read_as_it_was_written(message: Message) -> None:
+    assert messages.decode(messages.encode(message)) == message
+
+
+VECTORS = {
+    Arrived(): "82a776657273696f6e01a46b696e64a741727269766564",
+    Complete(3, 0): "84a776657273696f6e01a46b696e64a8436f6d706c657465a8696d706f7274656403a77265667573656400",
+    FlowChanges(b"\x01", is_last=True): (
+        "84a776657273696f6e01a46b696e64ab466c6f774368616e676573a77061796c6f6164c40101a769735f6c617374c3"
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "octets"), VECTORS.items(), ids=lambda each: type(each).__name__)
+def test_vector(message: Message, octets: str) -> None:
+    assert messages.encode(message).hex() == octets
+    assert messages.decode(bytes.fromhex(octets)) == message
+
+
+@pytest.mark.parametrize(("kind", "field"), FIELDS)
+def test_missing_field_is_refused_by_kind_and_name(kind: str, field: str) -> None:
+    body = body_of(KINDS[kind])
+    del body[field]
+    with pytest.raises(Malformed, match="missing") as caught:
+        decode(body)
+    assert caught.value.place == f"{kind}.{field}"
+
+
+@pytest.mark.parametrize(("kind", "field"), FIELDS)
+def test_field_of_another_type_is_refused_by_kind_and_name(kind: str, field: str) -> None:
+    body = body_of(KINDS[kind])
+    (hint,) = (one.type for one in fields(KINDS[kind]) if one.name == field)
+    for wrong in WRONG[str(hint)]:
+        with pytest.raises(Malformed) as caught:
+            decode({**body, field: wrong})
+        assert caught.value.place == f"{kind}.{field}", wrong
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
+def test_field_that_is_unknown_is_skipped(message: Message) -> None:
+    assert decode({**body_of(message), "since_version_9": {"a": [1, None]}}) == message
+
+
+@pytest.mark.parametrize("kind", [None, "Closed", "open", 7, b"Open", ("Open",), {"Open": 1}, "message", "K" * 10**6])
+def test_unknown_kind_is_refused_in_few_words(kind: object) -> None:
+    with pytest.raises(Malformed, match="unknown kind of message") as caught:
+        decode({"version": 1, "kind": kind})
+    assert caught.value.place == "field kind"
+    assert len(str(caught.value)) < 200
+
+
+def test_body_without_kind_is_refused() -> None:
+    with pytest.raises(Malformed, match="unknown kind"):
+        decode({})
+
+
+@pytest.mark.parametrize("field", ["kind", "reason"])
+def test_nested_value_is_refused_however_deep(field: str) -> None:
+    for depth in (10, 100, 400, 500, 900, 1000, 1020, 10_000, 1_000_000):
+        nested = b"\x91" * depth + b"\xc0"
+        other = msgpack.packb("kind") + msgpack.packb("Stays") if field == "reason" else b""
+        octets = (b"\x82" if other else b"\x81") + other + msgpack.packb(field) + nested
+        with pytest.raises(Malformed):
+            messages.decode(octets)
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        b"",
+        b"\xc1",
+        msgpack.packb(7),
+        msgpack.packb(["Arrived"]),
+        msgpack.packb({1: "Arrived"}),
+        messages.encode(Arrived()) + b"\x00",
+        messages.encode(Arrived())[:-1],
+        b"\x81\xa4kind\xa2\xff\xfe",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdd\xff\xff\xff\xff",
+    ],
+)
+def test_bytes_that_are_no_message_are_refused(octets: bytes) -> None:
+    with pytest.raises(Malformed):
+        messages.decode(octets)
+
+
+def test_message_that_is_too_long_is_refused_unread() -> None:
+    with pytest.raises(Malformed, match="too long"):
+        messages.decode(bytes(messages.MOST_OCTETS + 1))
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_taken_or_refused(octets: bytes) -> None:
+    with contextlib.suppress(Malformed):
+        messages.decode(octets)
