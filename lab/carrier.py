@@ -13,7 +13,7 @@ from lab.host import Host
 from lab.lab import Lab
 from sami_plugin.drivers.linux_conntrack.driver import LinuxConntrackDriver
 from sami_plugin.model.migration import MigrationEvent, Phase
-from sami_plugin.session import Settings
+from sami_plugin.model.settings import Settings
 from sami_plugin.testing.hosts import Hosts
 
 REPORT_SECONDS = 30.0

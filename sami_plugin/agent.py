@@ -22,8 +22,9 @@ from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks.local_socket import LocalSocket
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Open, Phase
+from sami_plugin.model.settings import Settings
 from sami_plugin.scopes.base import ScopeFinder
-from sami_plugin.session import Host, Session, Settings
+from sami_plugin.session import Host, Session
 from sami_plugin.transport.rpc import Transport
 
 LOG = logging.getLogger(__name__)

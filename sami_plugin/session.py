@@ -31,7 +31,6 @@ from sami_plugin.migration.decision import (
     End,
     Event,
     GuestDid,
-    Limits,
     PeerLost,
     PeerSaid,
     Purge,
@@ -43,23 +42,11 @@ from sami_plugin.migration.decision import (
 from sami_plugin.model.migration import Message, MigrationEvent, Outcome
 from sami_plugin.model.report import Report
 from sami_plugin.model.scope import Scope
+from sami_plugin.model.settings import Settings
 from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.transport.rpc import Sender, Transport
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The operator's choices, read once."""
-
-    limits: Limits = field(default_factory=Limits)
-    batch_flows: int = 16384
-    window: int = 4
-    call_seconds: float = 10.0
-    message_seconds: float = 120.0
-    verdict_seconds: float = 5.0
-    enterprise: int = 32473
 
 
 @dataclass(slots=True)

@@ -23,7 +23,6 @@ from sami_plugin.migration.decision import (
     Event,
     ExportChanges,
     GuestDid,
-    Limits,
     PeerLost,
     PeerSaid,
     Say,
@@ -46,6 +45,7 @@ from sami_plugin.model.migration import (
     Purged,
     Stays,
 )
+from sami_plugin.model.settings import Limits
 
 PAGE = pathlib.Path(__file__).parents[1] / "doc" / "source" / "contributor" / "states.rst"
 

@@ -6,8 +6,7 @@ import socket
 
 from oslo_config import cfg
 
-from sami_plugin.migration.decision import Limits
-from sami_plugin.session import Settings
+from sami_plugin.model.settings import Limits, Settings
 
 _DEFAULTS = Settings()
 _LIMITS = Limits()

@@ -168,19 +168,6 @@ Action = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The operator's limits that decisions depend on, in seconds."""
-
-    delta_seconds: float = 0.1
-    resync_seconds: float = 10.0
-    hold_seconds: int = 30
-    open_seconds: float = 30.0
-    zone_seconds: float = 30.0
-    arrival_seconds: float = 60.0
-    session_seconds: float = 3600.0
-
-
 SessionT = TypeVar("SessionT")
 StateT = TypeVar("StateT")
 Cause = type[Message] | Phase | str | type[TimePassed]

@@ -27,7 +27,6 @@ from sami_plugin.migration.decision import (
     Event,
     FindScope,
     Import,
-    Limits,
     PeerLost,
     PeerSaid,
     Renew,
@@ -50,6 +49,7 @@ from sami_plugin.model.migration import (
     Purged,
     Stays,
 )
+from sami_plugin.model.settings import Limits
 
 ZONE_POLL_SECONDS = 0.02
 

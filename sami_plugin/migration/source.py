@@ -28,7 +28,6 @@ from sami_plugin.migration.decision import (
     Event,
     ExportChanges,
     ExportNext,
-    Limits,
     PeerLost,
     PeerSaid,
     Purge,
@@ -51,6 +50,7 @@ from sami_plugin.model.migration import (
     Purged,
     Stays,
 )
+from sami_plugin.model.settings import Limits
 
 TOO_LONG = "the migration took longer than session_seconds"
 

@@ -19,8 +19,8 @@ from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.scope import Scope
+from sami_plugin.model.settings import Settings
 from sami_plugin.scopes.static import StaticScopes
-from sami_plugin.session import Settings
 
 
 class Hosts:

@@ -23,10 +23,10 @@ from lab.traffic import Traffic
 from lab.verdict import has_survived
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.handover import DestinationSession
-from sami_plugin.migration.decision import Done, Limits
+from sami_plugin.migration.decision import Done
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, TcpState, ZoneRole
 from sami_plugin.model.scope import Scope
-from sami_plugin.session import Settings
+from sami_plugin.model.settings import Limits, Settings
 
 pytestmark = pytest.mark.usefixtures("world")
 

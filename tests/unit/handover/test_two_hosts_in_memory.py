@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.migration.decision import Limits
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.scope import Scope
-from sami_plugin.session import Settings
+from sami_plugin.model.settings import Limits, Settings
 from sami_plugin.testing.hosts import Hosts, new_guest
 
 ZONES = {"host-a": 4097, "host-b": 5201, "host-c": 6305}

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from sami_plugin.migration.decision import Event, Limits, PeerLost, PeerSaid, Superseded
+from sami_plugin.migration.decision import Event, PeerLost, PeerSaid, Superseded
 from sami_plugin.model.migration import Phase
+from sami_plugin.model.settings import Limits
 from tests.unit.migration.shell import guest
 from tools.state_tables import MESSAGES
 
