@@ -70,7 +70,7 @@ class Broker:
                 start_new_session=True,
                 cwd=self._folder,
             )
-        wait_until(self._is_up, "RabbitMQ to take connections", START_SECONDS)
+        wait_until(self._has_come_up, "RabbitMQ to take connections", START_SECONDS)
 
     def stop(self) -> None:
         """Ends the server and what it started. May be repeated, and followed by `start`."""
@@ -91,11 +91,15 @@ class Broker:
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _is_up(self) -> bool:
+    def _has_come_up(self) -> bool:
         assert self._process is not None
         if self._process.poll() is not None:
             words = (self._folder / "out").read_text()[-2000:]
             raise CommandFailed([str(self._server)], self._process.returncode, words)
+        return self.is_up()
+
+    def is_up(self) -> bool:
+        """Whether something takes AMQP connections at its port."""
         try:
             with socket.create_connection(("127.0.0.1", self._port), timeout=1) as connection:
                 connection.sendall(b"AMQP\x00\x00\x09\x01")

@@ -29,6 +29,9 @@ LOG = logging.getLogger(__name__)
 
 EXCHANGE = TOPIC = "sami"
 VERSION = "1.0"
+CLOSE_SECONDS = 1.0
+STOPPING = "stopping"
+"""Answered by an agent that ends: whoever sent the message sends it again, to the agent that comes next."""
 
 Deliver = Callable[[str, str, int, bytes], None]
 """Called with sender, session, number and payload of each message, from any thread; may raise `SamiError`."""
@@ -39,12 +42,15 @@ class Endpoint:
 
     target = oslo_messaging.Target(version=VERSION)
 
-    def __init__(self, deliver: Deliver) -> None:
+    def __init__(self, deliver: Deliver, has_stopped: threading.Event) -> None:
         self._deliver = deliver
+        self._has_stopped = has_stopped
 
     @oslo_messaging.expose
     def deliver(self, context: object, sender: str, session: str, number: int, payload: str) -> str:
         """Takes one message. Answers "taken", or why not in words: exceptions do not travel well over RPC."""
+        if self._has_stopped.is_set():
+            return STOPPING
         try:
             if not (isinstance(sender, str) and isinstance(session, str) and type(number) is int):
                 return "sender, session and number have to be a text, a text and a number"
@@ -114,7 +120,7 @@ class Transport:
         self._server = oslo_messaging.get_rpc_server(
             self._transport,
             oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=host),
-            [Endpoint(deliver)],
+            [Endpoint(deliver, self.has_stopped)],
             executor="threading",
             access_policy=dispatcher.ExplicitRPCAccessPolicy,
         )
@@ -130,6 +136,13 @@ class Transport:
     def stop(self) -> None:
         """Nothing comes in any more, and nothing that goes out is repeated."""
         self.has_stopped.set()
+        # oslo.messaging joins threads that look up only every ten seconds. Whoever stops an agent need not wait for
+        # that: they end with the process, if not before.
+        closing = threading.Thread(target=self._close, name="sami-closing", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+
+    def _close(self) -> None:
         self._server.stop()
         self._server.wait()
         self.cleanup()
@@ -142,7 +155,7 @@ class Transport:
         """One try to hand a message over. Blocks up to `timeout_seconds`.
 
         :returns: "taken", or the peer's words why not.
-        :raises PeerUnreachable: nobody answered.
+        :raises PeerUnreachable: nobody answered, or an agent that is about to end did.
         """
         try:
             answer = self._client.prepare(server=peer, timeout=timeout_seconds, retry=0).call(
@@ -155,6 +168,8 @@ class Transport:
             )
         except (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, OSError) as error:
             raise PeerUnreachable(f"{peer} does not answer: {error or type(error).__name__}") from error
+        if answer == STOPPING:
+            raise PeerUnreachable(f"the agent of {peer} is being stopped")
         return str(answer)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -14,7 +14,7 @@ from lab.deadline import wait_until
 from lab.guest import Guest
 from lab.host import Host
 from lab.lab import Lab
-from lab.migration import Call
+from lab.migration import Action, Call, Delay
 from lab.verdict import has_survived
 from sami_plugin.model.migration import Phase
 
@@ -38,10 +38,15 @@ class Cloud:
         self.agents[host.name].tell(Phase(phase), guest.uuid, self._source if phase == "prepare" else None)
 
 
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with Broker(tmp_path_factory.mktemp("broker")) as running:
+        yield running
+
+
 @contextmanager
-def cloud(**migration: object) -> Iterator[Cloud]:
+def cloud(broker: Broker, **migration: object) -> Iterator[Cloud]:
     with Lab() as lab, ExitStack() as stack:
-        broker = stack.enter_context(Broker(lab.folder))
         agents = {
             name: stack.enter_context(AgentProcess(lab.folder, name, host.scope_file, broker.url, **migration))
             for name, host in lab.hosts.items()
@@ -49,7 +54,7 @@ def cloud(**migration: object) -> Iterator[Cloud]:
         yield Cloud(lab, broker, agents)
 
 
-def download_lives_through_a_move(made: Cloud, at: dict[str, Call]) -> Guest:
+def download_lives_through_a_move(made: Cloud, at: Mapping[str, Action | Sequence[Action]]) -> Guest:
     guest = made.lab.add_guest("g", "a")
     flow = traffic.download(made.lab, guest)
     wait_until(lambda: flow.samples() and flow.samples()[-1].total > 300_000, "the download to be under way", 8)
@@ -64,10 +69,45 @@ def download_lives_through_a_move(made: Cloud, at: dict[str, Call]) -> Guest:
     return guest
 
 
-def test_a_download_lives_through_a_move_over_rabbitmq() -> None:
-    with cloud() as made:
-        guest = download_lives_through_a_move(made, {})
-        reports = {name: agent.reports(guest.uuid)[0] for name, agent in made.agents.items()}
-        assert [reports[name]["outcome"] for name in "ab"] == ["moved", "moved"]
-        assert reports["a"]["flows"]["purged"] == reports["b"]["flows"]["imported"] == 1
-        assert judge.table(made.lab.hosts["a"], guest, made.lab.folder / "left").of(guest.addresses) == set()
+def guest_of(made: Cloud) -> Guest:
+    (guest,) = made.lab.guests.values()
+    return guest
+
+
+def assert_moved(made: Cloud, guest: Guest) -> None:
+    reports = {name: agent.reports(guest.uuid)[0] for name, agent in made.agents.items()}
+    assert [reports[name]["outcome"] for name in "ab"] == ["moved", "moved"], reports
+    assert reports["a"]["flows"]["purged"] == reports["b"]["flows"]["imported"] == 1
+    assert judge.table(made.lab.hosts["a"], guest, made.lab.folder / "left").of(guest.addresses) == set()
+
+
+def test_a_download_lives_through_a_move_over_rabbitmq(broker: Broker) -> None:
+    with cloud(broker) as made:
+        assert_moved(made, download_lives_through_a_move(made, {}))
+
+
+def test_a_broker_that_dies_and_comes_back_while_memory_is_copied_costs_nothing(broker: Broker) -> None:
+    with cloud(broker) as made:
+
+        def restart() -> None:
+            made.broker.stop()
+            assert not made.broker.is_up()
+            made.broker.start()
+
+        guest = download_lives_through_a_move(made, {"copying": Call(restart)})
+        assert_moved(made, guest)
+
+
+def test_a_broker_that_is_away_in_the_pause_delays_the_purge_and_nothing_else(broker: Broker) -> None:
+    with cloud(broker) as made:
+        left: list[int] = []
+
+        def come_back() -> None:
+            left.append(len(judge.table(made.lab.hosts["a"], guest_of(made), made.lab.folder / "kept").entries))
+            made.broker.start()
+
+        guest = download_lives_through_a_move(
+            made, {"paused": Call(made.broker.stop), "running": [Delay(1.0), Call(come_back)]}
+        )
+        assert left == [1], "the source keeps its entry as long as it has not heard of the arrival"
+        assert_moved(made, guest)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sami_plugin.errors import ConfigurationError, IllegalMessage, PeerUnreachable
-from sami_plugin.transport.rpc import Endpoint, Sender, refuse_foreign_broker
+from sami_plugin.transport.rpc import STOPPING, Endpoint, Sender, refuse_foreign_broker
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,20 @@ class Heard:
         self.messages.append((sender, session, number, octets))
 
 
+def test_endpoint_of_an_agent_that_ends_asks_for_the_message_again() -> None:
+    has_stopped = threading.Event()
+    has_stopped.set()
+    heard = Heard()
+    assert Endpoint(heard, has_stopped).deliver({}, "host-a", "s", 1, "") == STOPPING
+    assert heard.messages == []
+
+
 def test_endpoint_takes_a_message() -> None:
     heard = Heard()
-    assert Endpoint(heard).deliver({}, "host-a", "s", 1, base64.b64encode(b"\x00\xff").decode()) == "taken"
+    assert (
+        Endpoint(heard, threading.Event()).deliver({}, "host-a", "s", 1, base64.b64encode(b"\x00\xff").decode())
+        == "taken"
+    )
     assert heard.messages == [("host-a", "s", 1, b"\x00\xff")]
 
 
@@ -96,7 +107,7 @@ def test_endpoint_takes_a_message() -> None:
 )
 def test_endpoint_says_in_words_why_a_message_is_not_taken(arguments: tuple[Any, ...], answer: str) -> None:
     heard = Heard()
-    assert Endpoint(heard).deliver({}, *arguments) == answer
+    assert Endpoint(heard, threading.Event()).deliver({}, *arguments) == answer
     assert heard.messages == []
 
 
