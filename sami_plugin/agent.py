@@ -7,7 +7,8 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from oslo_config import cfg
 from stevedore import driver as stevedore_driver
@@ -17,7 +18,7 @@ from sami_plugin import conf as options
 from sami_plugin.codec import messages
 from sami_plugin.drivers import loader
 from sami_plugin.drivers.base import FlowDriver
-from sami_plugin.errors import ConfigurationError, IllegalMessage, NotAuthorised, OperatorError
+from sami_plugin.errors import ConfigurationError, IllegalMessage, NotAuthorised, NotAvailable, OperatorError
 from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks.local_socket import LocalSocket
 from sami_plugin.journal.journal import Journal
@@ -31,6 +32,18 @@ LOG = logging.getLogger(__name__)
 
 ENDED_REMEMBERED = 1024
 """Sessions of which a late or repeated message is still taken, and dropped, after their end."""
+
+
+SessionT = TypeVar("SessionT", bound=Session)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """A guest that a job of this host moves away, whether the other host has asked for its flows or not."""
+
+    destination: str | None
+    """Where to, if the hypervisor said so."""
+    is_suspended: bool = False
 
 
 class Agent:
@@ -52,15 +65,18 @@ class Agent:
         self.host = Host(name, settings, driver, scopes, journal, transport)
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
-        self._outgoing: set[str] = set()
-        self._lock = threading.Lock()
+        self._outgoing: dict[str, _Outgoing] = {}
+        self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
 
     def start(self) -> None:
         """:raises SamiError: the firewall or the broker cannot be used; better now than at the first migration."""
         self.host.driver.capabilities()
         for namespace in self.host.scopes.namespaces():
-            self.host.driver.attend(namespace)
+            try:
+                self.host.driver.attend(namespace)
+            except NotAvailable as error:  # of one that comes later, the first guest to leave is told by exports
+                LOG.warning("%s: %s", self.host.name, error)
         self.host.transport.start()
         LOG.info("%s: agent is running, driver %s", self.host.name, type(self.host.driver).__name__)
 
@@ -83,16 +99,19 @@ class Agent:
                 self._expect(event)
             case Phase.OUTGOING:
                 with self._lock:
-                    self._outgoing.add(event.guest)
-                self._lead(event, (SourceSession,))
+                    self._outgoing[event.guest] = _Outgoing(event.destination)
+                    self._lead(event, (SourceSession,))
             case Phase.STARTED:
                 self._lead(event, (DestinationSession,))
             case Phase.SUSPENDED:
-                self._lead(event, (SourceSession,))
+                with self._lock:
+                    if event.guest in self._outgoing:
+                        self._outgoing[event.guest] = replace(self._outgoing[event.guest], is_suspended=True)
+                    self._lead(event, (SourceSession,))
             case Phase.RESUMED | Phase.STOPPED:
                 with self._lock:
-                    self._outgoing.discard(event.guest)
-                self._lead(event, (SourceSession, DestinationSession))
+                    self._outgoing.pop(event.guest, None)
+                    self._lead(event, (SourceSession, DestinationSession))
 
     def deliver(self, sender: str, session_id: str, number: int, octets: bytes) -> None:
         """A peer's message.
@@ -125,10 +144,13 @@ class Agent:
             raise OperatorError("source: has to be told with `prepare`")
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
-        session = self._newest(event.guest, (DestinationSession,))
-        if session is None:
-            session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, event.source, self._forget)
-            self._add(session)
+        with self._lock:  # the hook and Nova may say it at the same time
+            session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
+            if session is None or not session.is_about(event.source):
+                for leaving in self._sessions_of(event.guest, SourceSession):
+                    leaving.expect_return()
+                session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, event.source, self._forget)
+                self._add(session)
         if not session.has_answer.wait(self.host.settings.verdict_seconds):
             LOG.warning("%s: %s has not answered yet; the migration goes on", session.id, event.source)
 
@@ -139,35 +161,44 @@ class Agent:
         if said.destination != sender:
             raise NotAuthorised(f"{sender} may not speak for {said.destination}")
         try:
-            uuid.UUID(session_id), uuid.UUID(said.guest)
+            uuid.UUID(session_id)
+            guest = str(uuid.UUID(said.guest))
         except ValueError as error:
             raise IllegalMessage("session and guest are UUIDs") from error
         with self._lock:
-            is_outgoing = said.guest in self._outgoing
-        return self._add(
-            SourceSession(self.host, session_id, said.guest, sender, self._forget, is_outgoing=is_outgoing)
-        )
+            leaving = self._outgoing.get(guest)
+            if leaving is not None and leaving.destination not in (None, sender):
+                raise NotAuthorised(f"{guest} moves to {leaving.destination}, not to {sender}")
+            return self._add(
+                SourceSession(
+                    self.host,
+                    session_id,
+                    guest,
+                    sender,
+                    self._forget,
+                    is_outgoing=leaving is not None,
+                    is_suspended=leaving is not None and leaving.is_suspended,
+                )
+            )
 
     def _add(self, session: Session) -> Session:
         with self._lock:
             known = self._sessions.get(session.id)
             if known is not None:  # the same Open came twice at the same time
                 return known
-            older = [one for one in self._sessions.values() if one.guest == session.guest and one.role == session.role]
+            for older in self._sessions_of(session.guest, type(session)):
+                older.supersede()
             self._sessions[session.id] = session
-        for one in older:
-            one.supersede()
-        session.start()
-        return session
+            session.start()
+            return session
 
     def _lead(self, event: MigrationEvent, kinds: tuple[type[Session], ...]) -> None:
-        session = self._newest(event.guest, kinds)
-        if session is not None:
+        for session in [one for one in self.sessions() if one.guest == event.guest and isinstance(one, kinds)][-1:]:
             session.tell(event)
 
-    def _newest(self, guest: str, kinds: tuple[type[Session], ...]) -> Session | None:
-        found = [one for one in self.sessions() if one.guest == guest and isinstance(one, kinds)]
-        return found[-1] if found else None
+    def _sessions_of(self, guest: str, kind: type[SessionT]) -> list[SessionT]:
+        """The guest's sessions of this role, newest first."""
+        return [one for one in reversed(self.sessions()) if one.guest == guest and isinstance(one, kind)]
 
     def _forget(self, session: Session) -> None:
         with self._idle:

@@ -15,7 +15,8 @@ SamiError
 ├── PeerError                 the other host's move
 │   ├── NotAuthorised             it asked for what it may not have
 │   ├── IllegalMessage            it said what may not be said in this state; nothing has changed here
-│   └── PeerUnreachable           it does not answer, or the broker does not
+│   ├── PeerUnreachable           it does not answer, or the broker does not
+│   └── Busy                      it is faster than this host; it sends the same again
 └── JournalError              the disk's move: the journal cannot be read or written
 """
 
@@ -103,6 +104,10 @@ class IllegalMessage(PeerError):
 
 class PeerUnreachable(PeerError):
     """The other host does not answer, or the broker between us does not."""
+
+
+class Busy(PeerError):
+    """The other host is faster than this one: nothing was taken, and it sends the same again."""
 
 
 class JournalError(SamiError):

@@ -1,32 +1,35 @@
 """What happens to a guest's flows when it moves, from the first word of the migration to the purge.
 
  1. The destination's hypervisor says that a guest is about to come. `DestinationSession` asks the source for its flows.
- 2. The source has the guest in an outgoing job: `SourceSession` begins to watch the guest's scope, exports it, and
-    sends it batch by batch while the guest runs (`_start_export`, `_export_next`).
- 3. The destination imports each batch as soon as the port's scope is known there, reads back what its device kept, and
-    keeps it from running out of time (`_import`, `_find_scope`, `_verify`, `_renew`).
+ 2. The source has the guest in an outgoing job: `SourceSession` begins to watch the guest's ports, exports them, and
+    sends the flows batch by batch while the guest runs (`_start_export`, `_export_next`).
+ 3. The destination puts each batch into its firewall as soon as the port's place is known there, looks at what the
+    firewall kept, and keeps it from running out of time (`_import`, `_find_scope`, `_verify`, `_renew`).
  4. The source sends what changes, again and again (`_export_changes`, `_resync`).
- 5. The guest is paused: the source sends its last changes. The destination applies and verifies them and says COMPLETE.
+ 5. The guest is paused: the source sends its last changes. The destination puts them in, looks, and says COMPLETE.
  6. The guest runs at the destination, which says ARRIVED.
  7. The source removes by name what it exported, and proves by another export that it is gone (`_purge`).
 
 When the guest stays, the destination removes by name what it put in (`_discard`), and the source keeps everything.
-When to do which is decided in `migration.source` and `migration.destination`; here is only how.
+
+When to do which is decided in `migration.source` and `migration.destination`; `session` writes each decision into the
+journal, waits for the disk where the decision says so, and calls what stands here: how it is done, in the order above.
+What each role keeps of a port is in `leaving` and in `arriving`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sami_plugin.arriving import Arriving, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
-from sami_plugin.drivers.base import Watch
+from sami_plugin.errors import SamiError
+from sami_plugin.leaving import Leaving, Piece, Sweep, merged, split, taken
 from sami_plugin.migration import destination, source
 from sami_plugin.migration.decision import (
     Action,
@@ -52,14 +55,17 @@ from sami_plugin.model.migration import (
     Complete,
     FlowChanges,
     Flows,
+    GivesUp,
     InSync,
     Message,
     MigrationEvent,
+    Offer,
     Open,
     Phase,
     Purged,
+    Stays,
 )
-from sami_plugin.model.results import WORDS, Outcome, Reason, Results, is_in_device, lost_fields, results
+from sami_plugin.model.results import Outcome, Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.session import Host, Session
 
@@ -69,56 +75,33 @@ Actions = Mapping[type[Action], Callable[[Any], Done | None]]
 # ------------------------------------------------------------------------------------------------ the guest leaves
 
 
-@dataclass(slots=True)
-class _Leaving:
-    """One port of the guest that leaves: its watch, and what was exported of it."""
-
-    scope: Scope
-    watch: Watch
-    exported: FlowTable = field(default_factory=FlowTable)
-
-
 class SourceSession(Session):
     """The source's part."""
 
     role = "source"
 
     def __init__(
-        self, host: Host, session: str, guest: str, peer: str, ended: Callable[[Session], None], *, is_outgoing: bool
+        self,
+        host: Host,
+        session: str,
+        guest: str,
+        peer: str,
+        ended: Callable[[Session], None],
+        *,
+        is_outgoing: bool,
+        is_suspended: bool = False,
     ) -> None:
         super().__init__(host, session, guest, peer, ended)
         limits = host.settings.limits
-        self._known = source.Source(limits, time.monotonic() + limits.session_seconds, is_outgoing=is_outgoing)
-        self._ports: list[_Leaving] = []
+        self._known = source.Source(
+            limits, time.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
+        )
+        self._ports: list[Leaving] = []
         self._compression = "zlib"
-        self._export: Iterator[tuple[_Leaving, Batch]] = iter(())
-        self._sweep: _Sweep | None = None
-        self._removed = self._late = self._left = self._kept = 0
-
-    def _state(self) -> str:
-        return self._known.state.value
-
-    def _begin(self) -> None:
-        """Everything begins with the destination's Open, which is in the queue."""
-
-    def _step(self, event: Event, now: float) -> list[Action]:
-        self._known, actions = source.step(self._known, event, now)
-        if isinstance(event, PeerSaid):
-            self._note_message(event.message)
-        return actions
-
-    def _note_message(self, message: Message) -> None:
-        match message:
-            case Open(compressions=offered):
-                self.note("asked")
-                self._compression = compression.choose(offered)
-            case Complete():
-                self.note("complete")
-            case _:
-                self.note(type(message).__name__.lower())
-
-    def _note_phase(self, event: MigrationEvent) -> None:
-        self.note(event.phase.value)
+        self._pieces: Iterator[Piece] = iter(())
+        self._sweep: Sweep | None = None
+        self._removed = self._late = self._left = self._kept_for_others = 0
+        host.leaves(guest)
 
     def _actions(self) -> Actions:
         return {
@@ -133,11 +116,12 @@ class SourceSession(Session):
         """Watches before it exports, so that no change falls between the two."""
         self.note("export began")
         for scope in self.host.scopes.find(self.guest):
-            self._ports.append(_Leaving(scope, self.host.driver.watch(scope)))
-        self._export = self._export_all()
+            can_watch = self.host.driver.capabilities(scope).can_watch
+            self._ports.append(Leaving(scope, self.host.driver.watch(scope) if can_watch else None))
+        self._pieces = self._export()
         return Done("StartExport", len(self._ports))
 
-    def _export_all(self) -> Iterator[tuple[_Leaving, Batch]]:
+    def _export(self) -> Iterator[Piece]:
         for port in self._ports:
             for piece in self.host.driver.export(port.scope):
                 if isinstance(piece, Omitted):
@@ -146,87 +130,103 @@ class SourceSession(Session):
                     yield port, piece
 
     def _export_next(self, action: ExportNext) -> Done:
-        pieces, is_all = _take(self._export, self.host.settings.batch_flows)
-        sent = 0
-        for port, batch in _merged(pieces):
-            port.exported.put(batch)
-            self._claim(port, batch)
-            sent += len(batch)
-        if sent:
-            self._say(Flows(self._packed([batch for _, batch in pieces])))
+        pieces, is_all = taken(self._pieces, self.host.settings.batch_flows)
+        told: list[Batch] = []
+        for port, batch in merged(pieces):
+            self._tell(port, batch, told)
+        for some in split(told, self.host.settings.batch_flows) if told else ():
+            self._say(Flows(self._packed(some)))
         if is_all:
             self.note("export ended")
-        return Done("ExportNext", sent, is_all=is_all)
-
-    def _claim(self, port: _Leaving, batch: Batch) -> None:
-        with self.host.deciding(port.scope):
-            self.host.leaving.claim(self.id, port.scope, batch)
+        return Done("ExportNext", sum(map(len, told)), is_all=is_all)
 
     def _export_changes(self, action: ExportChanges) -> Done:
-        """Sends what changed since the last time; if the device lost changes, the difference of a whole export."""
-        removals: list[Batch] = []
-        upserts: list[Batch] = []
+        """Tells what changed since the last time; where changes were lost, by the difference of a whole export."""
+        gone: list[Batch] = []
+        told: list[Batch] = []
         for port in self._ports:
-            changes = port.watch.collect()
-            for batch in changes.removals:
-                self._take_out(port, batch, removals)
-            for batch in changes.upserts:
-                self._put_in(port, batch, upserts)
-            if not changes.is_complete:
-                sweep = _Sweep([port], self.host)
+            changes = port.changes()
+            if changes.is_complete:
+                differences: Iterable[tuple[Leaving, Iterable[Batch], Iterable[Batch]]]
+                differences = [(port, changes.removals, changes.upserts)]
+            else:
+                sweep = Sweep([port], self.host.driver)
                 while not sweep.advance(self.host.settings.batch_flows):
                     pass
-                self._send_difference(sweep, removals, upserts)
+                differences = sweep.difference()
+            self._tell_differences(differences, gone, told, says_removals=action.says_removals)
         self._sweep = None
-        if removals or upserts or action.is_last:
-            self._say(FlowChanges(self._packed([*removals, *upserts]), action.is_last))
+        if gone or told or action.is_last:
+            self._say_changes([*gone, *told], is_last=action.is_last)
         if action.is_last:
             # What is deleted here from now on says nothing, and the purge's own events would only cost time.
             for port in self._ports:
-                port.watch.close()
+                port.close()
             self.note("last changes sent")
-        return Done("ExportChanges", sum(map(len, upserts)))
-
-    def _take_out(self, port: _Leaving, gone: Batch, removals: list[Batch]) -> None:
-        """A flow that was never sent needs no removal; one that took the same tuple since is not meant."""
-        known, ids = port.exported.find(gone)
-        named = gone.rows["flowId"]
-        gone = gone.take(known & ((named == 0) | (ids == named)))
-        if len(gone):
-            gone.rows["firewallEvent"] = FirewallEvent.DELETED
-            port.exported.discard(gone)
-            removals.append(gone)
-
-    def _put_in(self, port: _Leaving, batch: Batch, upserts: list[Batch]) -> None:
-        if len(batch):
-            port.exported.put(batch)
-            self._claim(port, batch)
-            upserts.append(batch)
+        return Done("ExportChanges", sum(map(len, told)))
 
     def _resync(self, action: Resync) -> Done:
-        """Exports again, a slice at a time, and sends the difference.
+        """Exports again, a slice at a time, and tells the difference.
 
-        A kernel does not tell the changes of entries that are older than the first listener, nor that traffic renews
-        a timeout; looking again finds the first and refreshes the second.
+        A kernel does not tell the changes of entries that are older than the first listener; this finds them. That
+        traffic renews a timeout is found by nobody, so the destination renews what it holds.
         """
         if self._sweep is None:
-            self._sweep = _Sweep(self._ports, self.host)
+            self._sweep = Sweep(self._ports, self.host.driver)
         if not self._sweep.advance(self.host.settings.batch_flows):
             return Done("Resync", is_all=False)
-        removals: list[Batch] = []
-        upserts: list[Batch] = []
-        self._send_difference(self._sweep, removals, upserts)
+        gone: list[Batch] = []
+        told: list[Batch] = []
+        self._tell_differences(self._sweep.difference(), gone, told)
         self._sweep = None
-        if removals or upserts:
-            self._say(FlowChanges(self._packed([*removals, *upserts]), is_last=False))
+        if gone or told:
+            self._say_changes([*gone, *told], is_last=False)
         return Done("Resync")
 
-    def _send_difference(self, sweep: _Sweep, removals: list[Batch], upserts: list[Batch]) -> None:
-        for port, gone, changed in sweep.difference():
-            for batch in gone:
-                self._take_out(port, batch, removals)
-            for batch in changed:
-                self._put_in(port, batch, upserts)
+    def _tell_differences(
+        self,
+        differences: Iterable[tuple[Leaving, Iterable[Batch], Iterable[Batch]]],
+        gone: list[Batch],
+        told: list[Batch],
+        *,
+        says_removals: bool = True,
+    ) -> None:
+        for port, removals, upserts in differences:
+            for batch in removals:
+                if says_removals:
+                    self._tell_gone(port, batch, gone)
+                else:
+                    self._name_unheard(port, batch)
+            for batch in upserts:
+                self._tell(port, batch, told)
+
+    def _tell(self, port: Leaving, batch: Batch, told: list[Batch]) -> None:
+        if len(batch):
+            port.exported.put(batch)
+            with self.host.deciding(port.scope):
+                self.host.leaving.claim(self.id, port.scope, batch)
+            told.append(batch)
+
+    def _tell_gone(self, port: Leaving, batch: Batch, gone: list[Batch]) -> None:
+        """A flow that was never told needs no removal; one that took the same tuple since is not meant."""
+        known, ids = port.exported.find(batch)
+        named = batch.rows["flowId"]
+        batch = batch.take(known & ((named == 0) | (ids == named)))
+        if len(batch):
+            batch.rows["firewallEvent"] = FirewallEvent.DELETED
+            port.exported.discard(batch)
+            gone.append(batch)
+
+    def _name_unheard(self, port: Leaving, batch: Batch) -> None:
+        """Flows that somebody deleted in the pause, before the export came to them: what they were is not known."""
+        lost = batch.take(~port.exported.find(batch)[0])
+        if len(lost):
+            self.report.name("deleted at the source in the pause, before they were exported", len(lost), names(lost))
+
+    def _say_changes(self, batches: list[Batch], *, is_last: bool) -> None:
+        lists = split(batches, self.host.settings.batch_flows)
+        for number, some in enumerate(lists, 1):
+            self._say(FlowChanges(self._packed(some), is_last and number == len(lists)))
 
     def _packed(self, batches: Iterable[Batch]) -> bytes:
         octets = ipfix.encode(batches, export_time=int(time.time()), enterprise=self.host.settings.enterprise)
@@ -236,159 +236,83 @@ class SourceSession(Session):
 
     def _purge(self, action: Purge) -> Done:
         """Removes what was exported, except what a guest that stays still needs, and looks whether it is gone."""
-        if self._guest_is_back():
-            # What it brought has replaced what it left. A kernel gives ids again: even by id, that could be hit.
-            self.report.remarks.append("the guest was back before the purge; nothing was removed")
-            return Done("Purge")
-        for port in self._ports:
-            with self.host.deciding(port.scope):
-                stay = self.host.scopes.neighbours(port.scope)
-                for batch in port.exported.batches():
-                    victims = self._ours_alone(port, batch, stay)
-                    self._kept += len(batch) - len(victims)
-                    removed = self.host.driver.remove(port.scope, victims.identities)
-                    self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
-                self.note("purged")
-                self._prove(port, stay)
-                self.host.leaving.release(self.id, port.scope)
+        with self.host.purging(self.guest) as is_allowed:
+            if not is_allowed:
+                self.report.remark("the guest is back and its flows with it; what it left here before was not removed")
+                return Done("Purge", refused=self._exported_count())
+            for port in self._ports:
+                with self.host.deciding(port.scope):
+                    stay = self.host.scopes.neighbours(port.scope)
+                    for batch in port.exported.batches():
+                        victims = self._ours_alone(port, batch, stay)
+                        self._kept_for_others += len(batch) - len(victims)
+                        removed = self.host.driver.remove(port.scope, victims.identities)
+                        self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
+                    self.note("purged")
+                    self._left += self._prove(port, stay)
+                    self.host.leaving.release(self.id, port.scope)
         self.note("proved")
         return Done("Purge", self._removed, refused=self._left)
 
-    def _ours_alone(self, port: _Leaving, batch: Batch, stay: Addresses) -> Batch:
+    def _ours_alone(self, port: Leaving, batch: Batch, stay: Addresses) -> Batch:
         batch = self.host.leaving.unclaimed_by_others(self.id, port.scope, batch)
         return batch.take(~has_end_in(batch, stay)) if port.scope.is_shared else batch
 
-    def _prove(self, port: _Leaving, stay: Addresses) -> None:
-        """What is still there goes by name too: packets of peers made it after the pause. Then nothing may be left."""
-        for attempt in range(2):
-            self._left = 0
-            for piece in self.host.driver.export(port.scope):
-                if isinstance(piece, Omitted):
-                    continue
-                left = self._ours_alone(port, piece, stay)
-                self._left += len(left)
-                if len(left) and attempt == 0:
-                    self._late += len(left)
-                    self.report.name("removed at the source, made there after the pause", len(left), names(left))
-                    self.host.driver.remove(port.scope, left.identities)
-            if not self._left:
-                return
+    def _prove(self, port: Leaving, stay: Addresses) -> int:
+        """How many flows are left. What packets of peers made after the pause goes by name too, once."""
+        left = self._remaining(port, stay)
+        for batch in left:
+            self._late += len(batch)
+            self.report.name("removed at the source, made there after the pause", len(batch), names(batch))
+            self.host.driver.remove(port.scope, batch.identities)
+        return sum(map(len, self._remaining(port, stay))) if left else 0
 
-    def _guest_is_back(self) -> bool:
-        return self.guest in self.host.arriving_guests or bool(self.host.scopes.find(self.guest))
+    def _remaining(self, port: Leaving, stay: Addresses) -> list[Batch]:
+        pieces = (piece for piece in self.host.driver.export(port.scope) if not isinstance(piece, Omitted))
+        return [left for piece in pieces if len(left := self._ours_alone(port, piece, stay))]
+
+    # What the session asks of its role.
+
+    def _state(self) -> str:
+        return self._known.state.value
+
+    def _begin(self) -> None:
+        """Everything begins with the destination's Open, which is in the queue."""
+
+    def _step(self, event: Event, now: float) -> list[Action]:
+        self._known, actions = source.step(self._known, event, now)
+        if isinstance(event, PeerSaid):
+            self._note_message(event.message)
+        return actions
+
+    def _note_message(self, message: Message) -> None:
+        if isinstance(message, Open):
+            self._compression = compression.choose(message.compressions)
+        self.note(_SAID_TO_SOURCE.get(type(message), type(message).__name__))
+
+    def _note_phase(self, event: MigrationEvent) -> None:
+        self.note(event.phase.value)
+
+    def _exported_count(self) -> int:
+        return sum(len(port.exported) for port in self._ports)
 
     def _counts(self) -> dict[str, int]:
         return {
-            "exported": sum(len(port.exported) for port in self._ports),
+            "exported": self._exported_count(),
             "purged": self._removed,
-            "kept for other guests": self._kept,
+            "kept for other guests": self._kept_for_others,
             "late": self._late,
             "left_behind": self._left,
         }
 
-    def _clean_up(self) -> None:
+    def _let_go(self) -> None:
         for port in self._ports:
-            port.watch.close()
+            port.close()
             with self.host.deciding(port.scope):
                 self.host.leaving.release(self.id, port.scope)
 
 
-class _Sweep:
-    """A whole export beside the session's other work, compared with what was sent so far."""
-
-    def __init__(self, ports: list[_Leaving], host: Host) -> None:
-        self._host = host
-        self._seen = {port.scope.port: FlowTable() for port in ports}
-        self._ports = ports
-        self._pieces = self._export()
-
-    def _export(self) -> Iterator[tuple[_Leaving, Batch]]:
-        for port in self._ports:
-            for piece in self._host.driver.export(port.scope):
-                if isinstance(piece, Batch):
-                    yield port, piece
-
-    def advance(self, flows: int) -> bool:
-        """Exports about so many flows more; whether that was all."""
-        pieces, is_all = _take(self._pieces, flows)
-        for port, batch in _merged(pieces):
-            self._seen[port.scope.port].put(batch)
-        return is_all
-
-    def difference(self) -> Iterator[tuple[_Leaving, list[Batch], list[Batch]]]:
-        """Per port: names of what is gone, and what is new or is not what was sent."""
-        for port in self._ports:
-            seen = self._seen[port.scope.port]
-            gone: list[Batch] = []
-            for sent in port.exported.batches():
-                missing = sent.take(~seen.find(sent)[0])
-                if len(missing):
-                    # The export ran past some buckets before newer flows came into them: ask for each by name.
-                    _, there = self._host.driver.read_back(port.scope, missing)
-                    gone.append(missing.take(~there).identities)
-            yield port, gone, [_changed(batch, port.exported) for batch in seen.batches()]
-
-
-def _changed(batch: Batch, sent: FlowTable) -> Batch:
-    """The flows that were not sent, or were sent as something else but for their timeout."""
-    known, rows = sent.rows_of(batch)
-    return batch.take(~known | (lost_fields(batch, rows) != 0) | (batch.rows["flowId"] != rows["flowId"]))
-
-
-def _take(pieces: Iterator[tuple[_Leaving, Batch]], flows: int) -> tuple[list[tuple[_Leaving, Batch]], bool]:
-    """Pieces of about so many flows, and whether there are no more."""
-    taken: list[tuple[_Leaving, Batch]] = []
-    count = 0
-    for piece in pieces:
-        taken.append(piece)
-        count += len(piece[1])
-        if count >= flows:
-            return taken, False
-    return taken, True
-
-
-def _merged(pieces: Iterable[tuple[_Leaving, Batch]]) -> Iterator[tuple[_Leaving, Batch]]:
-    """The same flows with one batch per port and template."""
-    groups: dict[tuple[str, str], list[tuple[_Leaving, Batch]]] = {}
-    for port, batch in pieces:
-        groups.setdefault((port.scope.port, batch.template.name), []).append((port, batch))
-    for group in groups.values():
-        yield group[0][0], Batch.joined(group[0][1].template, [batch.rows for _, batch in group])
-
-
 # -------------------------------------------------------------------------------------------------- the guest comes
-
-
-@dataclass(frozen=True, slots=True)
-class _Unverified:
-    """Flows that were put in, what the device answered, and what it holds: looked up while more is being put in."""
-
-    port: _Arriving
-    batch: Batch
-    made: Results
-    look: Future[tuple[Batch, npt.NDArray[np.bool_]]]
-    """Rows and presence of each flow of `batch`."""
-
-    def without(self, gone: Batch) -> _Unverified:
-        """Without the flows that are named."""
-        if self.batch.template.key != gone.template.key:
-            return self
-        table = FlowTable()
-        table.put(gone)
-        stays = ~table.find(self.batch)[0]
-        found, is_there = self.look.result()
-        look: Future[tuple[Batch, npt.NDArray[np.bool_]]] = Future()
-        look.set_result((found.take(stays), is_there[stays]))
-        return _Unverified(self.port, self.batch.take(stays), self.made[stays], look)
-
-
-@dataclass(slots=True)
-class _Arriving:
-    """One port of the guest that comes, and what was put in for it."""
-
-    scope: Scope
-    held: FlowTable = field(default_factory=FlowTable)
-    """What the device holds thanks to this session, with the device's own ids."""
 
 
 class DestinationSession(Session):
@@ -398,19 +322,25 @@ class DestinationSession(Session):
 
     def __init__(self, host: Host, session: str, guest: str, peer: str, ended: Callable[[Session], None]) -> None:
         super().__init__(host, session, guest, peer, ended)
-        self._ports: list[_Arriving] = []
+        self._began_at = time.monotonic()
+        self._known = destination.new(host.settings.limits, self._began_at)
+        self._ports: list[Arriving] = []
         self._waiting: list[bytes] = []
-        self._unverified: list[_Unverified] = []
+        """Payloads that may hold flows of ports that are not known yet."""
+        self._unverified: list[Unverified] = []
         self._looker = ThreadPoolExecutor(1, thread_name_prefix=f"sami-look-{session[:8]}")
-        self._refused: dict[Reason, FlowTable] = {}
-        self._degraded: dict[str, FlowTable] = {}
-        self._present = FlowTable()
-        self._verified = self._discarded = 0
-        with host.lock:
-            host.arriving_guests.add(guest)
+        self._findings = Findings()
+        self._discarded = 0
+        host.arriving_guests[session] = guest
 
-    def _state(self) -> str:
-        return self._known.state.value if hasattr(self, "_known") else destination.State.ASKED.value
+    def _actions(self) -> Actions:
+        return {
+            FindScope: self._find_scope,
+            Import: self._import,
+            Verify: self._verify,
+            Renew: self._renew,
+            Discard: self._discard,
+        }
 
     def _begin(self) -> None:
         capabilities = self.host.driver.capabilities()
@@ -424,8 +354,161 @@ class DestinationSession(Session):
             free=free,
         )
         self.note("asked")
-        self._known, actions = destination.begin(self.host.settings.limits, said, time.monotonic())
-        self._enact("guest prepare", actions)
+        self._enact("guest prepare", destination.begin(self._known, said))
+
+    def _import(self, action: Import) -> Done:
+        self.keep_payload(action.payload)
+        if not self._known.has_scope:
+            self._waiting.append(action.payload)
+        if self._ports or self._known.has_scope:
+            self._apply(action.payload, self._ports, is_final=self._known.has_scope)
+        self._note_last()
+        self._settle(until_all=False)
+        return Done("Import")
+
+    def _find_scope(self, action: FindScope) -> Done:
+        """Looks for ports that were not known yet; what came before goes in for each as soon as it is known."""
+        known = {port.scope.port for port in self._ports}
+        found = [scope for scope in self.host.scopes.find(self.guest) if scope.port not in known]
+        if found and not self.host.may_put_in(self.guest):
+            return Done("FindScope", len(self._ports), is_all=False)
+        fresh = [Arriving(scope) for scope in found]
+        self._ports += fresh
+        is_all = action.is_last or len(self._ports) >= (self._known.ports or 0)
+        if fresh or is_all:
+            for payload in self._waiting:
+                self._apply(payload, fresh, is_final=is_all)
+        if is_all:
+            self._waiting = []
+            self.note("scope known")
+            self._note_last()
+        return Done("FindScope", len(self._ports), is_all=is_all)
+
+    def _apply(self, payload: bytes, ports: list[Arriving], *, is_final: bool) -> None:
+        """Takes out and puts in what the payload says of these ports. When final, refuses what is no port's at all."""
+        carried = ipfix.decode(compression.decompress(payload), enterprise=self.host.settings.enterprise)
+        for element in carried.skipped:
+            self.report.remark(f"skipped what is unknown here: {element}")
+        for batch in carried.batches:
+            if batch.template.is_identity:
+                self._take_out(batch, ports)
+        for batch in carried.batches:
+            if not batch.template.is_identity:
+                self._put_in(batch, ports)
+                if is_final:
+                    everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
+                    foreign = batch.take(~has_end_in(batch, everywhere))
+                    self._findings.refuse(foreign, Reason.FOREIGN_ADDRESS)
+
+    def _take_out(self, gone: Batch, ports: list[Arriving]) -> None:
+        """What the source lost goes here too, if it was this session that put it in."""
+        self._settle()  # what was put in a moment ago is among what is held only then
+        for port in ports:
+            here = gone.take(has_end_in(gone, port.scope.addresses))
+            self._findings.forget(here)
+            known, ids = port.held.find(here)
+            here = here.take(known)
+            # In a shared zone the other end's session may have put the flow in anew, with an id that we do not know.
+            here.rows["flowId"] = 0 if port.scope.is_shared else ids[known]
+            with self.host.deciding(port.scope):
+                self.host.arriving.withdraw(self.id, port.scope, here)
+                self.host.driver.remove(port.scope, self.host.arriving.unclaimed_by_others(self.id, port.scope, here))
+            port.held.discard(here)
+
+    def _put_in(self, batch: Batch, ports: list[Arriving]) -> None:
+        # Nothing tells this host that traffic renews the source's timeout: what is held here must not run out before
+        # the guest comes. What the source lets expire arrives as a removal.
+        hold = self.host.settings.limits.hold_seconds
+        batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
+        homeless = np.ones(len(batch), bool)
+        for port in ports:
+            here = has_end_in(batch, port.scope.addresses) & homeless
+            homeless &= ~here
+            mine = batch.take(here) if not here.all() else batch
+            with self.host.deciding(port.scope):
+                scope = self._with_neighbours(port.scope)
+                try:
+                    made = self.host.driver.insert(scope, mine)
+                except SamiError:
+                    port.doubtful.append((scope, mine))
+                    raise
+                self.host.arriving.claim(self.id, port.scope, mine.take(made["outcome"] == Outcome.IMPORTED))
+            look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
+            self._unverified.append(Unverified(port, scope, mine, made, look))
+
+    def _with_neighbours(self, scope: Scope) -> Scope:
+        """The scope with the ports whose guests run here: flows with them are this host's own business."""
+        if not scope.is_shared:
+            return scope
+        still_coming = {
+            address
+            for guest in set(self.host.arriving_guests.values())
+            for other in self.host.scopes.find(guest)
+            for address in other.addresses
+        }
+        running = tuple(one for one in self.host.scopes.neighbours(scope) if one not in still_coming)
+        return Scope(scope.port, scope.guest, scope.zones, scope.addresses, scope.namespace, True, running)
+
+    def _verify(self, action: Verify) -> Done:
+        """Compares what was put in since the last time with what the device kept of it."""
+        self._settle()
+        return Done("Verify", self._held_count(), refused=self._findings.refused)
+
+    def _settle(self, *, until_all: bool = True) -> None:
+        while self._unverified and (until_all or self._unverified[0].look.done()):
+            self._findings.settle(self._unverified[0])
+            del self._unverified[0]  # only now: what cannot be looked at may have to be discarded all the same
+
+    def _renew(self, action: Renew) -> Done:
+        """Gives time to what would run out while the guest runs elsewhere; puts in again what vanished."""
+        hold = self.host.settings.limits.hold_seconds
+        age = time.monotonic() - self._began_at
+        for port in self._ports:
+            for batch in port.held.batches():
+                # The rows are as they were when they were looked at, which is no longer ago than the session is old.
+                short = batch.take(batch.rows["remainingTimeoutSeconds"] < age + 2 * hold)
+                short.rows["remainingTimeoutSeconds"] = np.maximum(short.rows["remainingTimeoutSeconds"], hold)
+                made = self.host.driver.renew(port.scope, short)
+                vanished = short.take(made["outcome"] == Outcome.ABSENT)
+                if len(vanished):
+                    self.report.remark(f"{len(vanished)} flows vanished before the guest came; put in again")
+                    self._put_in(vanished, [port])
+        self._settle()
+        return Done("Renew")
+
+    def _discard(self, action: Discard) -> Done:
+        """The guest does not come: removes by name what this session put in and no other session claims."""
+        self._waiting = []
+        for part in self._unverified:
+            part.port.doubtful.append((part.scope, part.batch.take(part.made["outcome"] == Outcome.IMPORTED)))
+        self._unverified = []
+        for port in self._ports:
+            with self.host.deciding(port.scope):
+                for batch in port.held.batches():
+                    self._discarded += self._removed(port.scope, batch, by_id=not port.scope.is_shared)
+                for scope, batch in port.doubtful:
+                    self._discarded += self._removed(scope, batch, by_id=False)
+                self.host.arriving.release(self.id, port.scope)
+            port.held, port.doubtful = FlowTable(), []
+        self.note("discarded")
+        return Done("Discard", self._discarded)
+
+    def _removed(self, scope: Scope, batch: Batch, *, by_id: bool) -> int:
+        victims = self.host.arriving.unclaimed_by_others(self.id, scope, batch).identities
+        if not by_id:  # the source's id, or one that another session's insert has changed
+            victims = Batch(victims.template, victims.rows.copy())
+            victims.rows["flowId"] = 0
+        removed = self.host.driver.remove(scope, victims)
+        return int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
+
+    def is_about(self, source: str) -> bool:
+        """Whether this is the migration from that host that is under way, and not what is left of one before it."""
+        return source == self.peer and destination.is_open(self._known)
+
+    # What the session asks of its role.
+
+    def _state(self) -> str:
+        return self._known.state.value
 
     def _step(self, event: Event, now: float) -> list[Action]:
         self._known, actions = destination.step(self._known, event, now)
@@ -434,19 +517,15 @@ class DestinationSession(Session):
         return actions
 
     def _note_message(self, message: Message) -> None:
-        match message:
-            case Flows():
-                self.note("first flows")
-            case InSync():
-                self.note("in sync")
-            case FlowChanges(is_last=True):
+        if isinstance(message, FlowChanges):
+            if message.is_last:
                 self.note("last changes came")
-            case FlowChanges():
-                pass
-            case Purged():
-                self.note("source purged")
-            case _:
-                self.note(type(message).__name__.lower() + "ed")
+            return
+        self.note(_SAID_TO_DESTINATION.get(type(message), type(message).__name__))
+
+    def _note_last(self) -> None:
+        if self._known.has_last and not self._waiting:
+            self.note("last changes applied")
 
     def _say(self, message: Message) -> None:
         super()._say(message)
@@ -456,210 +535,36 @@ class DestinationSession(Session):
     def _note_phase(self, event: MigrationEvent) -> None:
         self.note(event.phase.value)
         if event.phase is Phase.RESUMED:
-            with self.host.lock:
-                self.host.arriving_guests.discard(self.guest)
-
-    def _actions(self) -> Actions:
-        return {
-            FindScope: self._find_scope,
-            Import: self._import,
-            Verify: self._verify,
-            Renew: self._renew,
-            Discard: self._discard,
-        }
-
-    def _find_scope(self, action: FindScope) -> Done:
-        scopes = self.host.scopes.find(self.guest)
-        if not scopes:
-            return Done("FindScope", is_all=False)
-        self.note("scope known")
-        self._ports = [_Arriving(scope) for scope in scopes]
-        waiting, self._waiting = self._waiting, []
-        for payload in waiting:
-            self._put_in_and_take_out(payload)
-        if self._known.has_last:
-            self.note("last changes applied")
-        return Done("FindScope", len(scopes))
-
-    def _import(self, action: Import) -> Done:
-        self.keep_payload(action.payload)
-        if not self._ports and not self._known.has_scope:
-            self._waiting.append(action.payload)
-            return Done("Import")
-        self._put_in_and_take_out(action.payload)
-        if self._known.has_last:
-            self.note("last changes applied")
-        while self._unverified and self._unverified[0].look.done():
-            self._settle(self._unverified.pop(0))
-        return Done("Import")
-
-    def _put_in_and_take_out(self, payload: bytes) -> None:
-        carried = ipfix.decode(compression.decompress(payload), enterprise=self.host.settings.enterprise)
-        for element in carried.skipped:
-            remark = f"skipped what is unknown here: {element}"
-            if remark not in self.report.remarks:
-                self.report.remarks.append(remark)
-        for batch in carried.batches:
-            if batch.template.is_identity:
-                self._take_out(batch)
-        for batch in carried.batches:
-            if not batch.template.is_identity:
-                self._put_in(batch)
-
-    def _take_out(self, gone: Batch) -> None:
-        """What the source lost goes here too, if it was this session that put it in."""
-        for port in self._ports:
-            known, ids = port.held.find(gone)
-            named = gone.take(known)
-            named.rows["flowId"] = ids[known]
-            with self.host.deciding(port.scope):
-                named = self.host.arriving.unclaimed_by_others(self.id, port.scope, named)
-                self.host.driver.remove(port.scope, named)
-            port.held.discard(gone)
-        for table in self._tables():
-            table.discard(gone)
-        self._unverified = [part.without(gone) for part in self._unverified]
-
-    def _put_in(self, batch: Batch) -> None:
-        # Nothing tells this host that traffic renews the source's timeout: what is held here must not run out before
-        # the guest comes. What the source lets expire arrives as a removal.
-        hold = self.host.settings.limits.hold_seconds
-        batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
-        homeless = np.ones(len(batch), bool)
-        for port in self._ports:
-            here = has_end_in(batch, port.scope.addresses) & homeless
-            homeless &= ~here
-            mine = batch.take(here) if not here.all() else batch
-            with self.host.deciding(port.scope):
-                made = self.host.driver.insert(self._with_neighbours(port.scope), mine)
-                self.host.arriving.claim(self.id, port.scope, mine.take(made["outcome"] == Outcome.IMPORTED))
-            self._unverified.append(
-                _Unverified(port, mine, made, self._looker.submit(self.host.driver.read_back, port.scope, mine))
-            )
-        if homeless.any():
-            foreign = batch.take(homeless)
-            look: Future[tuple[Batch, npt.NDArray[np.bool_]]] = Future()
-            look.set_result(
-                (Batch(foreign.template, foreign.template.empty(len(foreign))), np.zeros(len(foreign), bool))
-            )
-            made = results(len(foreign), Outcome.REFUSED, Reason.FOREIGN_ADDRESS)
-            self._unverified.append(_Unverified(_Arriving(_NOWHERE), foreign, made, look))
-
-    def _with_neighbours(self, scope: Scope) -> Scope:
-        """The scope with the ports whose guests run here: flows with them are this host's own business."""
-        if not scope.is_shared:
-            return scope
-        still_coming = {
-            address
-            for guest in self.host.arriving_guests
-            for other in self.host.scopes.find(guest)
-            for address in other.addresses
-        }
-        running = tuple(one for one in self.host.scopes.neighbours(scope) if one not in still_coming)
-        return Scope(scope.port, scope.guest, scope.zones, scope.addresses, scope.namespace, True, running)
-
-    def _verify(self, action: Verify) -> Done:
-        """Compares what was put in since the last time. What counts is what the device holds, not what it answered."""
-        unverified, self._unverified = self._unverified, []
-        for part in unverified:
-            self._settle(part)
-        return Done("Verify", self._held_count(), refused=sum(map(len, self._refused.values())))
-
-    def _corrected(self, part: _Unverified) -> Batch:
-        """Corrects the answers by what the device holds; returns what it holds thanks to us."""
-        found, is_there = part.look.result()
-        made = part.made
-        has_vanished = is_in_device(made) & ~is_there
-        made["outcome"][has_vanished], made["reason"][has_vanished] = Outcome.REFUSED, Reason.VANISHED
-        is_ours = made["outcome"] == Outcome.IMPORTED
-        made["lost"][is_ours] = lost_fields(part.batch.take(is_ours), found.rows[is_ours])
-        made["outcome"][made["lost"] != 0] = Outcome.DEGRADED
-        self._verified += int(np.count_nonzero(is_in_device(made)))
-        return found.take(is_ours)
-
-    def _settle(self, part: _Unverified) -> None:
-        """Files each flow under what became of it last."""
-        batch, made = part.batch, part.made
-        found = self._corrected(part)
-        for table in (part.port.held, *self._tables()):
-            table.discard(batch)
-        part.port.held.put(found)
-        self._present.put(batch.take(made["outcome"] == Outcome.PRESENT))
-        for code in np.unique(made["reason"][made["outcome"] == Outcome.REFUSED]):
-            self._refused.setdefault(Reason(int(code)), FlowTable()).put(batch.take(made["reason"] == code))
-        for position, state_field in enumerate(batch.template.state):
-            is_lost = (made["lost"] >> position) & 1 == 1
-            if is_lost.any():
-                self._degraded.setdefault(state_field[0], FlowTable()).put(batch.take(is_lost))
-
-    def _tables(self) -> list[FlowTable]:
-        return [self._present, *self._refused.values(), *self._degraded.values()]
-
-    def _renew(self, action: Renew) -> Done:
-        """Gives time to what would run out while the guest runs elsewhere; puts in again what vanished."""
-        hold = self.host.settings.limits.hold_seconds
-        for port in self._ports:
-            for batch in port.held.batches():
-                short = batch.take(batch.rows["remainingTimeoutSeconds"] < 4 * hold)
-                short.rows["remainingTimeoutSeconds"] = np.maximum(short.rows["remainingTimeoutSeconds"], hold)
-                made = self.host.driver.renew(port.scope, short)
-                vanished = short.take(made["outcome"] == Outcome.ABSENT)
-                if len(vanished):
-                    self.report.remarks.append(f"{len(vanished)} flows vanished before the guest came; put in again")
-                    self._put_in(vanished)
-        self._verify(Verify())
-        return Done("Renew")
-
-    def _discard(self, action: Discard) -> Done:
-        """The guest does not come: removes by name what this session put in and no other session claims."""
-        self._waiting = []
-        self._verify(Verify())
-        for port in self._ports:
-            with self.host.deciding(port.scope):
-                for batch in port.held.batches():
-                    victims = self.host.arriving.unclaimed_by_others(self.id, port.scope, batch)
-                    removed = self.host.driver.remove(port.scope, victims.identities)
-                    self._discarded += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
-                self.host.arriving.release(self.id, port.scope)
-            port.held = FlowTable()
-        self.note("discarded")
-        return Done("Discard", self._discarded)
+            self.host.arriving_guests.pop(self.id, None)
 
     def _held_count(self) -> int:
         return sum(len(port.held) for port in self._ports)
 
     def _counts(self) -> dict[str, int]:
-        for reason, table in self._refused.items():
-            for batch in table.batches():
-                self.report.name(f"refused: {WORDS[reason]}", len(batch), names(batch))
-        for element, table in self._degraded.items():
-            for batch in table.batches():
-                self.report.name(f"degraded: {element} was not kept", len(batch), names(batch))
-        return {
-            "imported": self._held_count(),
-            "degraded": _distinct(self._degraded.values()),
-            "present": len(self._present),
-            "refused": sum(map(len, self._refused.values())),
-            "verified": self._verified,
-            "discarded": self._discarded,
-        }
+        self._findings.name_in(self.report)
+        return {"imported": self._held_count(), **self._findings.counts(), "discarded": self._discarded}
 
-    def _clean_up(self) -> None:
+    def _let_go(self) -> None:
         self._looker.shutdown(wait=False)
         for port in self._ports:
             with self.host.deciding(port.scope):
                 self.host.arriving.release(self.id, port.scope)
-        with self.host.lock:
-            self.host.arriving_guests.discard(self.guest)
+        self.host.arriving_guests.pop(self.id, None)
 
 
-_NOWHERE = Scope(port="", guest="", zones={}, addresses=())
-
-
-def _distinct(tables: Iterable[FlowTable]) -> int:
-    """How many flows are in any of the tables."""
-    union = FlowTable()
-    for table in tables:
-        for batch in table.batches():
-            union.put(batch)
-    return len(union)
+_SAID_TO_SOURCE: Mapping[type[Message], str] = {
+    Open: "asked",
+    Complete: "complete",
+    Arrived: "arrived",
+    Stays: "the destination said that the guest stays",
+    GivesUp: "the destination gave up",
+}
+_SAID_TO_DESTINATION: Mapping[type[Message], str] = {
+    Offer: "offered",
+    Flows: "first flows",
+    InSync: "in sync",
+    Purged: "source purged",
+    Stays: "the source said that the guest stays",
+    GivesUp: "the source gave up",
+}
+"""The steps of the report that a message of the peer stands for."""

@@ -13,15 +13,15 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sami_plugin.channel.ordering import Inbox, Outbox
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import FlowDriver
-from sami_plugin.errors import IllegalMessage, JournalError, SamiError
+from sami_plugin.errors import Busy, IllegalMessage, JournalError, RepresentationError, SamiError
 from sami_plugin.journal.journal import Journal
 from sami_plugin.migration.claims import Claims
 from sami_plugin.migration.decision import (
@@ -30,16 +30,24 @@ from sami_plugin.migration.decision import (
     Done,
     End,
     Event,
+    ExportChanges,
+    ExportNext,
+    FindScope,
     GuestDid,
+    Import,
     PeerLost,
     PeerSaid,
     Purge,
+    Renew,
+    Resync,
+    Returns,
     Say,
     Superseded,
     TimePassed,
+    Verify,
     WakeAt,
 )
-from sami_plugin.model.migration import Message, MigrationEvent, Outcome
+from sami_plugin.model.migration import GivesUp, Message, MigrationEvent, Outcome
 from sami_plugin.model.report import Report
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
@@ -47,6 +55,15 @@ from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.transport.rpc import Sender, Transport
 
 LOG = logging.getLogger(__name__)
+
+MOST_KEPT_OCTETS = 64 * 1024 * 1024
+"""What a session keeps of its peer's messages until it has handled them; the peer sends the rest again later."""
+
+BULK = (ExportNext, ExportChanges, Resync)
+"""Actions that send much: the next of them waits until the sender has room."""
+
+ROUTINE = (*BULK, WakeAt, FindScope, Import, Verify, Renew)
+"""Actions that need no row in the journal where they change no state: each payload is kept there by itself."""
 
 
 @dataclass(slots=True)
@@ -61,13 +78,45 @@ class Host:
     transport: Transport
     leaving: Claims = field(default_factory=Claims)
     arriving: Claims = field(default_factory=Claims)
-    arriving_guests: set[str] = field(default_factory=set)
-    """Guests that are being received and do not run here yet."""
+    arriving_guests: dict[str, str] = field(default_factory=dict)
+    """By session, guests that are being received and do not run here yet."""
     lock: threading.RLock = field(default_factory=threading.RLock)
+    _turns: threading.Lock = field(default_factory=threading.Lock)
+    _purging: set[str] = field(default_factory=set)
+    _received: set[str] = field(default_factory=set)
 
     def deciding(self, scope: Scope) -> AbstractContextManager[object]:
         """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""
         return self.lock if scope.is_shared else nullcontext()
+
+    # A guest may come back while what it left here is being purged. A kernel gives ids again, so that even by id the
+    # purge could hit what comes with it: either the purge is over before anything is put in, or it does not begin.
+
+    @contextmanager
+    def purging(self, guest: str) -> Iterator[bool]:
+        """Whether the guest's old flows may be removed: nothing of it is put in here until the block ends."""
+        with self._turns:
+            is_allowed = guest not in self._received
+            if is_allowed:
+                self._purging.add(guest)
+        try:
+            yield is_allowed
+        finally:
+            with self._turns:
+                self._purging.discard(guest)
+
+    def may_put_in(self, guest: str) -> bool:
+        """Whether no purge of the guest's old flows is under way. Then none begins until the guest leaves again."""
+        with self._turns:
+            if guest in self._purging:
+                return False
+            self._received.add(guest)
+            return True
+
+    def leaves(self, guest: str) -> None:
+        """What the guest has here now is what it leaves, and is purged when it has left."""
+        with self._turns:
+            self._received.discard(guest)
 
 
 class Session(abc.ABC):
@@ -87,6 +136,8 @@ class Session(abc.ABC):
         self._wake_at: float | None = None
         self._inbox = Inbox()
         self._inbox_lock = threading.Lock()
+        self._kept: deque[int] = deque()
+        """The sizes of the peer's messages that are in the queue."""
         self._outbox = Outbox()
         self._decisions = 0
         self._payloads = 0
@@ -101,7 +152,7 @@ class Session(abc.ABC):
             window=host.settings.window,
             call_seconds=host.settings.call_seconds,
             lifetime_seconds=host.settings.message_seconds,
-            lost=lambda reason: self._events.put(PeerLost(reason)),
+            refused=lambda reason: self._events.put(PeerLost(reason)),
         )
         self._thread = threading.Thread(target=self._run, name=f"sami-{self.role}-{session[:8]}", daemon=True)
 
@@ -119,26 +170,62 @@ class Session(abc.ABC):
     def deliver(self, number: int, octets: bytes) -> None:
         """A message of the peer, in any order.
 
+        :raises Busy: this session has not yet handled what came before; nothing was taken.
         :raises IllegalMessage: its number was used for other bytes, or is out of the window.
-        :raises RepresentationError: it is no message.
+        :raises RepresentationError: it is no message; the session is over for the peer.
         """
         with self._inbox_lock:
+            is_next = number == self._inbox.next_number
+            if sum(self._kept) + (0 if is_next else self._inbox.waiting_octets) > MOST_KEPT_OCTETS:
+                raise Busy(f"session {self.id} has more to do than it can keep")
             for ready in self._inbox.accept(number, octets):
-                self._events.put(PeerSaid(messages.decode(ready)))
+                try:
+                    said = PeerSaid(messages.decode(ready))
+                except RepresentationError as error:
+                    self._events.put(PeerLost(f"{self.peer} said what is no message: {error}"))
+                    raise
+                self._kept.append(len(ready))
+                self._events.put(said)
 
     def supersede(self) -> None:
         """Another migration of the guest has begun here."""
         self._events.put(Superseded())
+
+    def expect_return(self) -> None:
+        """The guest is about to come to this host."""
+        self._events.put(Returns())
 
     def stop(self) -> None:
         """Ends the thread; what the session was about is left as it is. Waits for the action under way."""
         self._events.put(None)
         self._thread.join()
         self._sender.finish()
+        self._let_go()
 
     # In the session's own thread.
 
     def _run(self) -> None:
+        try:
+            self._live()
+        except Exception as error:  # the session boundary: our own mistake, or a device at the very beginning
+            LOG.exception("%s: the session failed", self.id)
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, reason: str) -> None:
+        """Ends the session whatever works and what not: nobody may wait for it, and nobody find it."""
+        try:
+            self._say(GivesUp(reason))
+            self._end(Outcome.FAILED, reason)
+        except Exception:
+            LOG.exception("%s: the session could not be ended in order", self.id)
+        finally:
+            if not self._is_over:
+                self._is_over = True
+                self._sender.finish()
+                self.has_answer.set()
+                self._ended(self)
+
+    def _live(self) -> None:
         try:
             self.host.journal.begin(self.id, self.guest, self.role, self.peer, self._state())
         except JournalError as error:
@@ -152,18 +239,22 @@ class Session(abc.ABC):
                 self._decide(event)
             except IllegalMessage as error:
                 LOG.warning("%s: %s said: %s", self.id, self.peer, error)
-                self.report.remarks.append(f"refused: {error}")
+                self.report.remark(f"refused: {error}")
+            if isinstance(event, PeerSaid):
+                self._kept.popleft()
 
     def _next_event(self) -> Event | None:
         if self._finished:
             return self._finished.popleft()
-        while True:
-            wait = None if self._wake_at is None else max(0.0, self._wake_at - time.monotonic())
-            try:
+        wait = None if self._wake_at is None else self._wake_at - time.monotonic()
+        try:
+            # The clock comes first: a peer that never stops speaking does not put off what has its time.
+            if wait is None or wait > 0:
                 return self._events.get(timeout=wait)
-            except queue.Empty:
-                self._wake_at = None
-                return TimePassed()
+        except queue.Empty:
+            pass
+        self._wake_at = None
+        return TimePassed()
 
     def _decide(self, event: Event) -> None:
         before = self._state()
@@ -173,11 +264,13 @@ class Session(abc.ABC):
         if self._state() != before:
             LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, self._state(), _label(event))
         if actions:
-            self._enact(_label(event), actions)
+            is_kept = self._state() != before or not all(isinstance(action, ROUTINE) for action in actions)
+            self._enact(_label(event), actions, is_kept)
 
-    def _enact(self, label: str, actions: list[Action]) -> None:
+    def _enact(self, label: str, actions: list[Action], is_kept: bool = True) -> None:
         """Records a decision, then does it, in order."""
-        self._record(label, actions)
+        if is_kept:
+            self._record(label, actions)
         for action in actions:
             if not self._act_safely(action):
                 break
@@ -199,7 +292,7 @@ class Session(abc.ABC):
     def _lose_journal(self, error: JournalError) -> None:
         """The migration goes on, but nothing is purged: after a restart nobody could finish it."""
         LOG.error("%s: %s; flows are carried, nothing is purged", self.id, error)
-        self.report.remarks.append(str(error))
+        self.report.remark(str(error))
         self._journal_works = False
 
     def _act_safely(self, action: Action) -> bool:
@@ -219,8 +312,11 @@ class Session(abc.ABC):
             self._finished.append(ActionFailed(type(action).__name__, f"{type(error).__name__}: {error}"))
             return False
         if done is not None:
-            # What is only a part of the whole goes behind what happened meanwhile: the guest's pause does not wait.
-            if done.is_all:
+            # Most is decided upon at once. What is only a part of a whole, and what sends much, goes behind what
+            # happened meanwhile: neither the guest's pause nor an abort waits for it.
+            if isinstance(action, BULK):
+                self._sender.when_there_is_room(lambda: self._events.put(done))
+            elif done.is_all:
                 self._finished.append(done)
             else:
                 self._events.put(done)
@@ -242,7 +338,7 @@ class Session(abc.ABC):
         self._sender.send(self._outbox.number(), messages.encode(message))
 
     def _end(self, outcome: Outcome, reason: str) -> None:
-        self._clean_up()
+        self._let_go()
         self.note("ended")
         self.report.outcome, self.report.reason = outcome.value, reason
         self.report.flows = self._counts()
@@ -298,8 +394,8 @@ class Session(abc.ABC):
         """The report's figures."""
 
     @abc.abstractmethod
-    def _clean_up(self) -> None:
-        """Lets go of what the session held."""
+    def _let_go(self) -> None:
+        """Closes what the session holds open. May be repeated."""
 
 
 def _label(item: Event | Action) -> str:

@@ -22,9 +22,11 @@ from sami_plugin.migration.decision import (
     End,
     Event,
     ExportChanges,
+    FindScope,
     GuestDid,
     PeerLost,
     PeerSaid,
+    Returns,
     Say,
     Superseded,
     TimePassed,
@@ -77,6 +79,7 @@ EVENTS: tuple[Event, ...] = (
     ActionFailed("Import", "reason"),
     PeerLost("reason"),
     Superseded(),
+    Returns(),
     TimePassed(),
 )
 LIMITS = Limits()
@@ -106,7 +109,7 @@ class Role:
 
 ROLES = (
     Role("source", source, source.Source(LIMITS, LIMITS.session_seconds)),
-    Role("destination", destination, destination.begin(LIMITS, OPEN, 0.0)[0]),
+    Role("destination", destination, destination.new(LIMITS, 0.0)),
 )
 
 
@@ -146,7 +149,9 @@ def _action(action: Action) -> str:
         case Say(message=message):
             return f"say {type(message).__name__}"
         case ExportChanges(is_last=True):
-            return "ExportChanges, the last"
+            return f"ExportChanges, the last{'' if action.says_removals else ', without removals'}"
+        case FindScope(is_last=True):
+            return "FindScope, the last"
         case End(outcome=outcome):
             return f"end: {outcome.value}"
     return type(action).__name__
@@ -155,8 +160,9 @@ def _action(action: Action) -> str:
 def _cause(cause: decision.Cause) -> str:
     words = {
         "ActionFailed": "an action failed",
-        "PeerLost": "the peer is lost",
+        "PeerLost": "the peer knows no such session",
         "Superseded": "another migration of the guest begins",
+        "Returns": "the guest is about to come here",
         TimePassed: "the time has come",
     }
     if cause in words:

@@ -25,6 +25,11 @@ class Inbox:
         """All messages before this number are here."""
         return self._next
 
+    @property
+    def waiting_octets(self) -> int:
+        """The size of what waits for a message that comes before it."""
+        return sum(map(len, self._waiting.values()))
+
     def accept(self, number: int, payload: bytes) -> list[bytes]:
         """The messages that are in order now, thanks to this one; none if it is early or a repetition.
 

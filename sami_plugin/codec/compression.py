@@ -14,8 +14,8 @@ except ImportError:  # the extra "zstd" is not installed
 
 ZSTD_LEVEL = 1
 ZLIB_LEVEL = 1
-MOST_OCTETS = 64 * 1024 * 1024
-"""What a payload may unpack to, so that a small message cannot fill the memory."""
+MOST_OCTETS = 16 * 1024 * 1024
+"""What a payload may unpack to, so that a small message cannot fill the memory; `ipfix` reads no more at once."""
 
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 

@@ -17,6 +17,9 @@ from sami_plugin.model.migration import PROTOCOL_VERSION, Message
 
 MOST_OCTETS = 16 * 1024 * 1024
 """RabbitMQ 4 refuses more."""
+MOST_CHARACTERS = 1024
+MOST_ENTRIES = 256
+"""Of a text and of a list in a message: reasons and names go into logs and journals."""
 
 KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in typing.get_args(migration.Message)}
 _HINTS = {kind: typing.get_type_hints(kind) for kind in KINDS.values()}
@@ -24,7 +27,10 @@ _HINTS = {kind: typing.get_type_hints(kind) for kind in KINDS.values()}
 
 def encode(message: Message) -> bytes:
     """The message as bytes."""
-    body = {"version": PROTOCOL_VERSION, "kind": type(message).__name__, **asdict(message)}
+    values = {
+        name: value[:MOST_CHARACTERS] if isinstance(value, str) else value for name, value in asdict(message).items()
+    }
+    body = {"version": PROTOCOL_VERSION, "kind": type(message).__name__, **values}
     packed: bytes = msgpack.packb(body)
     return packed
 
@@ -73,7 +79,10 @@ def _fits(value: object, hint: object) -> bool:
     if origin is types.UnionType or origin is typing.Union:
         return any(_fits(value, one) for one in typing.get_args(hint))
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(one, typing.get_args(hint)[0]) for one in value)
+        entry = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and len(value) <= MOST_ENTRIES and all(_fits(one, entry) for one in value)
+    if hint is str:
+        return isinstance(value, str) and len(value) <= MOST_CHARACTERS
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return isinstance(value, hint)  # type: ignore[arg-type]

@@ -121,8 +121,8 @@ MIGRATION_OPTIONS = [
         "batch_flows",
         default=_DEFAULTS.batch_flows,
         min=1,
-        max=1_000_000,
-        help="Flows in one message of the bulk copy; about 35 octets each for IPv4 before compression.",
+        max=100_000,
+        help="Flows in one message at the most; about 35 octets each for IPv4 before compression.",
     ),
     cfg.IntOpt(
         "window",
@@ -141,8 +141,8 @@ MIGRATION_OPTIONS = [
         "message_seconds",
         default=_DEFAULTS.message_seconds,
         min=0.1,
-        help="Seconds during which a message that is not taken is sent again; then the session counts its peer as "
-        "lost.",
+        help="Seconds during which a message that is not taken is still sent again after its session has ended. As "
+        "long as the session lasts, it is sent again without limit.",
     ),
 ]
 

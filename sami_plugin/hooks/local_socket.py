@@ -88,6 +88,8 @@ class LocalSocket:
     def _remove_stale(self) -> None:
         if not self._path.exists():
             return
+        if not self._path.is_socket():
+            raise ConfigurationError(f"socket {self._path}: there is a file of that name, and it is no socket")
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(str(self._path))

@@ -99,31 +99,19 @@ class Journal:
 
     def end(self, session: str, state: str, outcome: str, report: dict[str, Any]) -> None:
         """Closes a session and drops its payloads: the flows are where they belong now."""
+        told = json.dumps(report)
         with self._lock, self._failing():
-            self._db.execute("BEGIN")
-            self._db.execute(
-                "UPDATE sessions SET state = ?, outcome = ?, report = ?, ended_at = ? WHERE session = ?",
-                (state, outcome, json.dumps(report), time.time(), session),
-            )
-            self._db.execute("DELETE FROM payloads WHERE session = ?", (session,))
-            self._db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")
+            with self._db:  # commits, or rolls back
+                self._db.execute(
+                    "UPDATE sessions SET state = ?, outcome = ?, report = ?, ended_at = ? WHERE session = ?",
+                    (state, outcome, told, time.time(), session),
+                )
+                self._db.execute("DELETE FROM payloads WHERE session = ?", (session,))
 
     def sessions(self) -> list[dict[str, Any]]:
         """All sessions, newest first."""
         return self._read("SELECT * FROM sessions ORDER BY started_at DESC, rowid DESC", ())
-
-    def session(self, prefix: str) -> dict[str, Any]:
-        """The session whose id begins so, its report unpacked.
-
-        :raises JournalError: there is none, or more than one.
-        """
-        found = [row for row in self.sessions() if row["session"].startswith(prefix)] if prefix else []
-        if len(found) != 1:
-            what = "no session" if not found else f"{len(found)} sessions"
-            raise JournalError(f"{what} in {self.path} begin with {prefix!r}; `sami session list` shows them")
-        row = found[0]
-        row["report"] = json.loads(row["report"]) if row["report"] else {}
-        return row
 
     def decisions(self, session: str) -> list[dict[str, Any]]:
         """What was decided in a session, in order."""

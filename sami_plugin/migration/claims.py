@@ -43,6 +43,12 @@ class Claims:
                 others |= table.find(batch)[0]
         return batch.take(~others)
 
+    def withdraw(self, session: str, scope: Scope, gone: Batch) -> None:
+        """The session claims these flows no more. May be repeated."""
+        table = self._claimed.get(place_of(scope), {}).get(session)
+        if table is not None:
+            table.discard(gone)
+
     def release(self, session: str, scope: Scope) -> None:
         """The session claims nothing there any more. May be repeated."""
         if scope.is_shared:

@@ -53,7 +53,7 @@ class ActionFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """A message could not be delivered within its lifetime."""
+    """The other agent does not know this session, or said what is no message."""
 
     reason: str
 
@@ -65,10 +65,15 @@ class TimePassed:
 
 @dataclass(frozen=True, slots=True)
 class Superseded:
-    """Another migration of the same guest has begun on this host."""
+    """Another migration of the same guest has begun on this host, in the same role."""
 
 
-Event = GuestDid | PeerSaid | Done | ActionFailed | PeerLost | TimePassed | Superseded
+@dataclass(frozen=True, slots=True)
+class Returns:
+    """The guest that leaves this host, or has left it, is about to come here."""
+
+
+Event = GuestDid | PeerSaid | Done | ActionFailed | PeerLost | TimePassed | Superseded | Returns
 
 
 # What a session does about it.
@@ -97,6 +102,8 @@ class ExportChanges:
     """Send what changed since the last time."""
 
     is_last: bool
+    says_removals: bool = True
+    """False: the guest has been paused since the last time, and what is deleted here after the pause says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,13 @@ class Import:
 
 @dataclass(frozen=True, slots=True)
 class FindScope:
-    """Ask where the port's state lives here, and import what waited for the answer."""
+    """Ask where the ports' state lives here, and import what waited for the answer.
+
+    Done's `count` is how many ports are known, and it is all of them unless `is_all` is False.
+    """
+
+    is_last: bool = False
+    """There is no more time to wait: what belongs to none of the ports that are known now is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +201,7 @@ def cause_of(event: Event) -> Cause:
             return what
         case TimePassed():
             return TimePassed
-        case ActionFailed() | PeerLost() | Superseded():
+        case ActionFailed() | PeerLost() | Superseded() | Returns():
             return type(event).__name__
 
 

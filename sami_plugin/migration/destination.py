@@ -26,6 +26,7 @@ from sami_plugin.migration.decision import (
     End,
     Event,
     FindScope,
+    GuestDid,
     Import,
     PeerLost,
     PeerSaid,
@@ -75,6 +76,8 @@ class Destination:
     session_deadline: float
     state: State = State.ASKED
     is_started: bool = False
+    ports: int | None = None
+    """How many the source offered; None before it answered."""
     has_scope: bool = False
     zone_deadline: float = 0.0
     renew_at: float = math.inf
@@ -88,10 +91,19 @@ class Destination:
 Decision = tuple[Destination, list[Action]]
 
 
-def begin(limits: Limits, offer_to_take: Open, now: float) -> Decision:
-    """A guest is about to come."""
-    session = Destination(limits, now + limits.open_seconds, now + limits.session_seconds)
-    return session, [Say(offer_to_take), WakeAt(session.deadline)]
+def new(limits: Limits, now: float) -> Destination:
+    """What is known when a guest is about to come."""
+    return Destination(limits, now + limits.open_seconds, now + limits.session_seconds)
+
+
+def begin(session: Destination, offer_to_take: Open) -> list[Action]:
+    """What is done then."""
+    return [Say(offer_to_take), WakeAt(session.deadline)]
+
+
+def is_open(session: Destination) -> bool:
+    """Whether the flows are still on their way: what is told of a migration now may be told of this one."""
+    return session.state in (State.ASKED, State.RECEIVING) and not session.runs_here
 
 
 def step(session: Destination, event: Event, now: float) -> Decision:
@@ -107,26 +119,27 @@ def _offered(session: Destination, event: Event, now: float) -> Decision:
         state=State.RECEIVING,
         deadline=session.session_deadline,
         renew_at=now + session.limits.hold_seconds / 3,
-        has_scope=session.has_scope or event.message.ports == 0,
+        ports=event.message.ports,
+        has_scope=event.message.ports == 0,
     )
-    return session, [_next_wake(session, now)]
+    return session, [*([FindScope()] if session.is_started else []), _next_wake(session, now)]
 
 
 def _started(session: Destination, event: Event, now: float) -> Decision:
     if session.is_started:
         return session, []
     session = replace(session, is_started=True, zone_deadline=now + session.limits.zone_seconds)
-    return session, [FindScope()]
+    return session, [FindScope()] if session.ports else []
 
 
 def _scope_asked(session: Destination, event: Event, now: float) -> Decision:
     assert isinstance(event, Done)
-    if event.is_all:
-        session = replace(session, has_scope=True)
-        return session, [Verify(), _next_wake(session, now)]
-    if now < session.zone_deadline:
+    if not event.is_all:
         return session, [_next_wake(session, now)]
-    return _give_up(session, "the port's zone did not appear within zone_seconds; is the network's agent running?")
+    if not event.count:
+        return _give_up(session, "the port's zone did not appear within zone_seconds; is the network's agent running?")
+    session = replace(session, has_scope=True)
+    return session, [Verify(), _next_wake(session, now)]
 
 
 def _received(session: Destination, event: Event, now: float) -> Decision:
@@ -164,7 +177,8 @@ def _verified(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _runs(session: Destination, event: Event, now: float) -> Decision:
-    return replace(session, runs_here=True), []
+    """Where nobody said STARTED, this says it too."""
+    return _started(replace(session, runs_here=True), event, now)
 
 
 def _runs_complete(session: Destination, event: Event, now: float) -> Decision:
@@ -183,17 +197,21 @@ def _tick(session: Destination, event: Event, now: float) -> Decision:
             return _give_up(session, "the source did not answer; is its agent running?")
         return _give_up(session, "the migration took longer than session_seconds")
     actions: list[Action] = []
-    if session.is_started and not session.has_scope:
-        actions.append(FindScope())
+    if _looks_for_scope(session):
+        actions.append(FindScope(is_last=now >= session.zone_deadline))
     if now >= session.renew_at and not session.runs_here:
         session = replace(session, renew_at=now + session.limits.hold_seconds / 3)
         actions.append(Renew())
     return session, [*actions, _next_wake(session, now)]
 
 
+def _looks_for_scope(session: Destination) -> bool:
+    return session.is_started and session.ports is not None and not session.has_scope
+
+
 def _next_wake(session: Destination, now: float) -> WakeAt:
     times = [session.deadline]
-    if session.is_started and not session.has_scope:
+    if _looks_for_scope(session):
         times.append(now + ZONE_POLL_SECONDS)
     if not session.runs_here:
         times.append(session.renew_at)
@@ -233,6 +251,8 @@ def _end(session: Destination, outcome: Outcome, reason: str) -> Decision:
 
 def _failed(session: Destination, event: Event, now: float) -> Decision:
     match event:
+        case ActionFailed(what="Renew"):  # there is time for a second and a third try
+            return session, [_next_wake(session, now)]
         case ActionFailed(reason=reason) | PeerLost(reason=reason):
             return _give_up(session, reason)
         case PeerSaid(message=GivesUp(reason=reason)):
@@ -260,7 +280,9 @@ def _came_without(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _stayed_without(session: Destination, event: Event, now: float) -> Decision:
-    return _end(session, Outcome.STAYED, session.reason)
+    """Discards once more: the first time may have failed."""
+    said: list[Action] = [Say(Stays("the guest did not come"))] if isinstance(event, GuestDid) else []
+    return replace(session, state=State.ENDED), [*said, Discard(), End(Outcome.STAYED, session.reason)]
 
 
 def _orphan_ends(session: Destination, event: Event, now: float) -> Decision:
@@ -283,9 +305,9 @@ def _not_discarded(event: ActionFailed) -> str:
 
 
 def _superseded(session: Destination, event: Event, now: float) -> Decision:
-    actions: list[Action] = [] if session.runs_here else [Discard()]
-    actions.append(End(Outcome.UNCLEAR, session.reason or "another migration of the guest began"))
-    return replace(session, state=State.ENDED), actions
+    reason = session.reason or "another migration of the guest to here began"
+    actions: list[Action] = [Say(GivesUp(reason))] if session.runs_here else [Say(GivesUp(reason)), Discard()]
+    return replace(session, state=State.ENDED), [*actions, End(Outcome.UNCLEAR, reason)]
 
 
 def _ignore(session: Destination, event: Event, now: float) -> Decision:

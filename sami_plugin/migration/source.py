@@ -77,6 +77,8 @@ class Source:
     is_asked: bool = False
     is_outgoing: bool = False
     is_suspended: bool = False
+    is_paused_early: bool = False
+    """The guest was paused while the copy was under way: what is deleted here since then says nothing."""
     has_complete: bool = False
     has_arrived: bool = False
     is_gone: bool = False
@@ -113,7 +115,8 @@ def _leaves(session: Source, event: Event, now: float) -> Decision:
 
 
 def _begin(session: Source) -> Decision:
-    return replace(session, state=State.COPYING), [WakeAt(session.deadline), StartExport()]
+    session = replace(session, state=State.COPYING, is_paused_early=session.is_suspended)
+    return session, [WakeAt(session.deadline), StartExport()]
 
 
 def _never_left(session: Source, event: Event, now: float) -> Decision:
@@ -138,7 +141,10 @@ def _copied(session: Source, event: Event, now: float) -> Decision:
         return session, [ExportNext()]
     in_sync = Say(InSync(session.exported))
     if session.is_suspended:
-        return replace(session, state=State.DRAINED), [in_sync, ExportChanges(is_last=True)]
+        return replace(session, state=State.DRAINED), [
+            in_sync,
+            ExportChanges(is_last=True, says_removals=not session.is_paused_early),
+        ]
     session = replace(session, state=State.FOLLOWING, resync_at=now + session.limits.resync_seconds)
     return session, [in_sync, WakeAt(now + session.limits.delta_seconds)]
 
@@ -149,8 +155,15 @@ def _copies_too_long(session: Source, event: Event, now: float) -> Decision:
     return _abandon(session, TOO_LONG)
 
 
-def _paused_while_copying(session: Source, event: Event, now: float) -> Decision:
+def _paused_before_copying(session: Source, event: Event, now: float) -> Decision:
     return replace(session, is_suspended=True), []
+
+
+def _paused_while_copying(session: Source, event: Event, now: float) -> Decision:
+    """What was deleted up to here was deleted while the guest ran, and travels; what is deleted later does not."""
+    if session.is_suspended:
+        return session, []
+    return replace(session, is_suspended=True, is_paused_early=True), [ExportChanges(is_last=False)]
 
 
 def _follow(session: Source, event: Event, now: float) -> Decision:
@@ -281,8 +294,16 @@ def _abandon(session: Source, reason: str) -> Decision:
 
 
 def _superseded(session: Source, event: Event, now: float) -> Decision:
-    reason = "another migration of the guest began"
-    return replace(session, state=State.ENDED), [End(Outcome.UNCLEAR, session.reason or reason)]
+    """The guest can only move away from here because it stayed."""
+    reason = session.reason or "another migration of the guest from here began"
+    return replace(session, state=State.ENDED), [Say(Stays(reason)), End(Outcome.STAYED, reason)]
+
+
+def _comes_here(session: Source, event: Event, now: float) -> Decision:
+    """A guest can only come here because it has left: nothing has to be waited for."""
+    if not session.is_gone:
+        return session, []
+    return replace(session, state=State.PURGING, has_arrived=True), [Purge()]
 
 
 def _ignore(session: Source, event: Event, now: float) -> Decision:
@@ -301,7 +322,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
     State.WAITING: {
         Open: _asked,
         Phase.OUTGOING: _leaves,
-        Phase.SUSPENDED: _paused_while_copying,
+        Phase.SUSPENDED: _paused_before_copying,
         Phase.RESUMED: _resumed,
         Phase.STOPPED: _gone_unnoticed,
         TimePassed: _never_left,
@@ -335,6 +356,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.RESUMED: _comes_back,
         Phase.STOPPED: _gone,
         TimePassed: _nobody_spoke,
+        "Returns": _comes_here,
         **_WHEN_IT_FAILS,
     },
     State.PURGING: {
@@ -348,6 +370,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.RESUMED: _comes_back,
         Phase.STOPPED: _gone,
         TimePassed: _nobody_spoke,
+        "Returns": _comes_here,
         Complete: _ignore,
         Arrived: _ignore,
         GivesUp: _ignore,

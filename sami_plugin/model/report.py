@@ -7,6 +7,7 @@ from typing import Any
 
 NAMES_PER_REASON = 20
 """How many flows of one reason a report names; the count tells how many there were."""
+MOST_REMARKS = 50
 
 
 @dataclass(slots=True)
@@ -37,6 +38,11 @@ class Report:
         """Between two steps; None where one of them did not happen."""
         at = {name: monotonic for name, _, monotonic in self.steps}
         return (at[until] - at[since]) * 1000 if since in at and until in at else None
+
+    def remark(self, words: str) -> None:
+        """Notes something for the operator, the same thing once, and only so much of it."""
+        if words not in self.remarks and len(self.remarks) < MOST_REMARKS:
+            self.remarks.append(words)
 
     def name(self, reason: str, count: int, names: tuple[str, ...]) -> None:
         entry = self.named.setdefault(reason, {"count": 0, "flows": []})

@@ -66,7 +66,13 @@ class Hosts:
     def plug(self, host: str, guest: str, zone: int, *addresses: str, shared: bool = False) -> None:
         """The guest's port is on the host from now on."""
         self._ports[host].append(
-            {"port": f"tap-{guest[:8]}", "guest": guest, "zone": zone, "shared": shared, "addresses": addresses}
+            {
+                "port": f"tap-{guest[:8]}-{zone}",
+                "guest": guest,
+                "zone": zone,
+                "shared": shared,
+                "addresses": addresses,
+            }
         )
         self._write(host)
 

@@ -12,6 +12,7 @@ import base64
 import binascii
 import importlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,15 +24,15 @@ import oslo_messaging
 from oslo_config import cfg
 from oslo_messaging.rpc import dispatcher
 
-from sami_plugin.errors import ConfigurationError, PeerUnreachable, SamiError
+from sami_plugin.errors import Busy, ConfigurationError, PeerUnreachable, SamiError
 
 LOG = logging.getLogger(__name__)
 
 EXCHANGE = TOPIC = "sami"
 VERSION = "1.0"
 CLOSE_SECONDS = 1.0
-STOPPING = "stopping"
-"""Answered by an agent that ends: whoever sent the message sends it again, to the agent that comes next."""
+LATER = "later"
+"""Answered by an agent that ends, or has more to do than it can keep: the message is to be sent again."""
 
 Deliver = Callable[[str, str, int, bytes], None]
 """Called with sender, session, number and payload of each message, from any thread; may raise `SamiError`."""
@@ -50,7 +51,7 @@ class Endpoint:
     def deliver(self, context: object, sender: str, session: str, number: int, payload: str) -> str:
         """Takes one message. Answers "taken", or why not in words: exceptions do not travel well over RPC."""
         if self._has_stopped.is_set():
-            return STOPPING
+            return LATER
         try:
             if not (isinstance(sender, str) and isinstance(session, str) and type(number) is int):
                 return "sender, session and number have to be a text, a text and a number"
@@ -58,6 +59,8 @@ class Endpoint:
             self._deliver(sender, session, number, octets)
         except (binascii.Error, TypeError, ValueError):
             return "the payload is no base64"
+        except Busy:
+            return LATER
         except SamiError as error:
             LOG.warning("%s: message %s from %s refused: %s", session, number, sender, error)
             return str(error) or type(error).__name__
@@ -155,7 +158,7 @@ class Transport:
         """One try to hand a message over. Blocks up to `timeout_seconds`.
 
         :returns: "taken", or the peer's words why not.
-        :raises PeerUnreachable: nobody answered, or an agent that is about to end did.
+        :raises PeerUnreachable: nobody answered, or an agent that takes nothing now.
         """
         try:
             answer = self._client.prepare(server=peer, timeout=timeout_seconds, retry=0).call(
@@ -168,15 +171,16 @@ class Transport:
             )
         except (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, OSError) as error:
             raise PeerUnreachable(f"{peer} does not answer: {error or type(error).__name__}") from error
-        if answer == STOPPING:
-            raise PeerUnreachable(f"the agent of {peer} is being stopped")
+        if answer == LATER:
+            raise PeerUnreachable(f"the agent of {peer} is busy or about to end")
         return str(answer)
 
 
 class Sender:
-    """Sends the messages of one session, a window of them at a time, each until it is taken or its lifetime is over.
+    """Sends the messages of one session, a window of them at a time, each until it is taken.
 
-    `send` blocks while the window is full: that is what slows an export down to what the other side takes.
+    A peer that cannot be reached is tried for as long as the session lasts: whether that is too long is for its
+    decisions to say. After `finish` each message is tried for `lifetime_seconds` more. No method blocks.
     """
 
     RETRY_PAUSE_SECONDS = 0.2
@@ -190,26 +194,44 @@ class Sender:
         window: int,
         call_seconds: float,
         lifetime_seconds: float,
-        lost: Callable[[str], None],
+        refused: Callable[[str], None],
     ) -> None:
+        """`refused` is told, from another thread, that the peer does not take a message, and why."""
         self._transport = transport
         self._peer = peer
         self._session = session
+        self._window = window
         self._call_seconds = call_seconds
         self._lifetime_seconds = lifetime_seconds
-        self._lost = lost
-        self._room = threading.BoundedSemaphore(window)
+        self._refused = refused
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._waiting_for_room: list[Callable[[], None]] = []
+        self._last_try_at = math.inf
         self._pool = ThreadPoolExecutor(window, thread_name_prefix=f"sami-send-{session[:8]}")
 
     def send(self, number: int, octets: bytes) -> None:
-        self._room.acquire()
+        with self._lock:
+            self._under_way += 1
         try:
             self._pool.submit(self._deliver, number, octets)
         except RuntimeError:  # finished meanwhile
-            self._room.release()
+            self._one_less()
+
+    def when_there_is_room(self, then: Callable[[], None]) -> None:
+        """Calls `then`, now or later and from any thread, when fewer messages are under way than the window takes.
+
+        That is what slows an export down to what the other side takes.
+        """
+        with self._lock:
+            if self._under_way >= self._window:
+                self._waiting_for_room.append(then)
+                return
+        then()
 
     def finish(self) -> None:
-        """Nothing more will be sent; what is under way ends by itself. May be repeated, does not block."""
+        """Nothing more will be sent. May be repeated."""
+        self._last_try_at = min(self._last_try_at, time.monotonic() + self._lifetime_seconds)
         self._pool.shutdown(wait=False)
 
     def _deliver(self, number: int, octets: bytes) -> None:
@@ -219,19 +241,28 @@ class Sender:
             LOG.exception("%s: message %s could not be sent", self._session, number)
             failure = f"{type(error).__name__}: {error}"
         finally:
-            self._room.release()
+            self._one_less()
         if failure:
-            self._lost(failure)
+            self._refused(failure)
+
+    def _one_less(self) -> None:
+        with self._lock:
+            self._under_way -= 1
+            if self._under_way >= self._window:
+                return
+            then, self._waiting_for_room = self._waiting_for_room, []
+        for each in then:
+            each()
 
     def _try_until_taken(self, number: int, octets: bytes) -> str | None:
-        until = time.monotonic() + self._lifetime_seconds
         while True:
             try:
                 answer = self._transport.call(self._peer, self._session, number, octets, self._call_seconds)
                 return None if answer == "taken" else f"{self._peer} refused message {number}: {answer}"
             except PeerUnreachable as error:
-                if time.monotonic() > until:
-                    return str(error)
+                if time.monotonic() > self._last_try_at:
+                    LOG.warning("%s: message %s was never taken: %s", self._session, number, error)
+                    return None
                 LOG.info("%s: message %s is repeated: %s", self._session, number, error)
             if self._transport.has_stopped.wait(self.RETRY_PAUSE_SECONDS):
                 return None

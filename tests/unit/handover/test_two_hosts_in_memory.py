@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
+from sami_plugin.model.flows import Batch, ZoneRole
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.scope import Scope
-from sami_plugin.model.settings import Limits, Settings
 from sami_plugin.testing.hosts import Hosts, new_guest
-
-ZONES = {"host-a": 4097, "host-b": 5201, "host-c": 6305}
-GUEST_ADDRESS = "192.0.2.7"
-SETTINGS = Settings(
-    Limits(delta_seconds=0.02, resync_seconds=0.5, open_seconds=5.0, arrival_seconds=0.5), batch_flows=40
+from tests.unit.handover.memory import (
+    SETTINGS,
+    ZONES,
+    begin,
+    finish,
+    guest_with_flows,
+    held,
+    tcp_flows,
+    until_idle,
+    wait_for_step,
+    zone_scope,
 )
 
 
@@ -29,68 +32,9 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield made
 
 
-def tcp_flows(count: int, source: str = GUEST_ADDRESS, first_port: int = 1000) -> Batch:
-    template = TEMPLATES["tcp-ipv4"]
-    rows = template.empty(count)
-    rows["zoneRole"] = ZoneRole.PORT
-    rows["protocolIdentifier"] = 6
-    rows["sourceIPv4Address"] = int.from_bytes(map(int, source.split(".")), "big")
-    rows["destinationIPv4Address"] = 0xC6336401
-    rows["sourceTransportPort"] = np.arange(first_port, first_port + count)
-    rows["destinationTransportPort"] = 443
-    rows["conntrackStatus"] = FlowStatus.CONFIRMED | FlowStatus.SEEN_REPLY | FlowStatus.ASSURED
-    rows["remainingTimeoutSeconds"] = 432000
-    rows["tcpConnectionState"] = TcpState.ESTABLISHED
-    return Batch(template, rows)
-
-
-def zone_scope(host: str) -> Scope:
-    return Scope("any", "any", {ZoneRole.PORT: ZONES[host]}, ())
-
-
-def held(hosts: Hosts, host: str) -> set[tuple[int, int]]:
-    """Source port and mark of each flow in the host's zone."""
-    found = set()
-    for batch in hosts.drivers[host].export(zone_scope(host)):
-        assert not isinstance(batch, Omitted)
-        found |= {(int(row["sourceTransportPort"]), int(row["flowMark"])) for row in batch.rows}
-    return found
-
-
-def until_idle(hosts: Hosts) -> None:
-    for name, agent in hosts.agents.items():
-        assert agent.wait_until_idle(20), f"{name} still has sessions"
-
-
-def begin(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
-    hosts.say(source, Phase.OUTGOING, guest)
-    hosts.say(destination, Phase.PREPARE, guest, source)
-    hosts.plug(destination, guest, ZONES[destination], GUEST_ADDRESS)
-    hosts.say(destination, Phase.STARTED, guest)
-    wait_for_step(hosts, destination, guest, "in sync")
-
-
-def wait_for_step(hosts: Hosts, host: str, guest: str, step: str) -> None:
-    until = time.monotonic() + 10
-    while not hosts.has_step(host, guest, step):
-        assert time.monotonic() < until, f"{host} never came to {step!r}"
-        time.sleep(0.005)
-
-
-def finish(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
-    hosts.say(source, Phase.SUSPENDED, guest)
-    hosts.unplug(source, guest)
-    hosts.say(destination, Phase.RESUMED, guest)
-    hosts.say(source, Phase.STOPPED, guest)
-
-
 @pytest.fixture
 def guest(hosts: Hosts) -> str:
-    """A guest on host-a with 100 flows."""
-    guest = new_guest()
-    hosts.plug("host-a", guest, ZONES["host-a"], GUEST_ADDRESS)
-    hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), tcp_flows(100))
-    return guest
+    return guest_with_flows(hosts)
 
 
 def test_every_flow_is_where_the_guest_is_and_nowhere_else(hosts: Hosts, guest: str) -> None:

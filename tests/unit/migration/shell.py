@@ -13,6 +13,7 @@ from sami_plugin.migration.decision import (
     Done,
     End,
     Event,
+    FindScope,
     GuestDid,
     PeerSaid,
     Say,
@@ -75,7 +76,7 @@ class Shell:
                 case Say():
                     pass
                 case _:
-                    if not self._pretend(type(action).__name__):
+                    if not self._pretend(action):
                         break
 
     def kinds(self) -> list[str]:
@@ -94,12 +95,14 @@ class Shell:
             assert (again, more) == (self.session, []), f"{event.event.phase} twice is not once"
         self.enact(actions)
 
-    def _pretend(self, what: str) -> bool:
-        choice = next(self.choices, "all")
+    def _pretend(self, action: Action) -> bool:
+        what, choice = type(action).__name__, next(self.choices, "all")
         if choice == "fails":
             self._finished.append(ActionFailed(what, "pretended"))
             return False
-        if choice == "part" and what in MAY_GO_ON:
+        if choice == "part" and action == FindScope(is_last=True):
+            self._finished.append(Done(what, 0))
+        elif choice == "part" and what in MAY_GO_ON:
             self._behind.append(Done(what, is_all=False))
         else:
             self._finished.append(Done(what, 1, refused=int(choice == "part")))

@@ -57,12 +57,12 @@ LEFT, NOT_COME = "2 flows are left at the source", "the guest did not come"
 
 
 def new() -> Destination:
-    return destination.begin(LIMITS, OPEN, 0.0)[0]
+    return destination.new(LIMITS, 0.0)
 
 
 def shell(*events: Event) -> Shell:
     made = Shell(destination.step, new())
-    made.enact(destination.begin(LIMITS, OPEN, 0.0)[1])
+    made.enact(destination.begin(made.session, OPEN))
     for event in events:
         made.tell(event)
     return made
@@ -127,7 +127,7 @@ def test_last_of_these_inputs_has_these_actions(events: tuple[Event, ...], expec
 
 
 def test_session_begins_with_what_can_be_taken() -> None:
-    assert destination.begin(LIMITS, OPEN, 5.0)[1] == [Say(OPEN), WakeAt(15.0)]
+    assert destination.begin(destination.new(LIMITS, 5.0), OPEN) == [Say(OPEN), WakeAt(15.0)]
 
 
 @pytest.mark.parametrize("state", BEFORE_THE_GUEST)
@@ -225,7 +225,7 @@ USUAL = [OFFERED, STARTED, FLOWS, IN_SYNC, CHANGES, LAST, RESUMED, PURGED]
 @given(lives(USUAL), choices)
 def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> None:
     made = Shell(destination.step, new(), endless(drawn))
-    made.enact(destination.begin(LIMITS, OPEN, 0.0)[1])
+    made.enact(destination.begin(made.session, OPEN))
     ran = None
     for pause, event in life:
         made.wait_until(made.now + pause)

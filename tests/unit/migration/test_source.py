@@ -50,6 +50,7 @@ OPENED = PeerSaid(OPEN)
 COMPLETE, ARRIVED = PeerSaid(Complete(1, 0)), PeerSaid(Arrived())
 OUTGOING, SUSPENDED, RESUMED, STOPPED = map(guest, (Phase.OUTGOING, Phase.SUSPENDED, Phase.RESUMED, Phase.STOPPED))
 
+LAST_OF_A_PAUSED_GUEST = ExportChanges(is_last=True, says_removals=False)
 AGAIN = "the guest runs on the source again"
 TOO_EARLY = "the guest was gone before its last changes were sent"
 
@@ -94,8 +95,9 @@ HEARD: dict[State, set[type[Message]]] = {
         ((OPENED, OUTGOING, Done("StartExport", 2)), [Say(Offer(1, 2)), ExportNext()]),
         ((OPENED, OUTGOING, Done("ExportNext", 5, is_all=False)), [ExportNext()]),
         ((OPENED, OUTGOING, Done("ExportNext", 5)), [Say(InSync(5)), WakeAt(1.0)]),
-        ((OPENED, OUTGOING, SUSPENDED), []),
-        ((OPENED, OUTGOING, SUSPENDED, Done("ExportNext", 5)), [Say(InSync(5)), ExportChanges(is_last=True)]),
+        ((OPENED, OUTGOING, SUSPENDED), [ExportChanges(is_last=False)]),
+        ((OPENED, OUTGOING, SUSPENDED, Done("ExportNext", 5)), [Say(InSync(5)), LAST_OF_A_PAUSED_GUEST]),
+        ((OUTGOING, SUSPENDED, OPENED, Done("ExportNext", 5)), [Say(InSync(5)), LAST_OF_A_PAUSED_GUEST]),
         ((OPENED, OUTGOING, Done("ExportNext"), TimePassed()), [ExportChanges(is_last=False)]),
         ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED), [ExportChanges(is_last=True)]),
         ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, COMPLETE), []),

@@ -13,7 +13,7 @@ from sami_plugin.model.results import WORDS, Reason
 
 ROOT = pathlib.Path(__file__).parents[3]
 PAGE = (ROOT / "doc" / "source" / "reference" / "report.rst").read_text()
-WRITERS = [ROOT / "sami_plugin" / name for name in ("handover.py", "session.py")]
+WRITERS = [ROOT / "sami_plugin" / name for name in ("handover.py", "arriving.py", "session.py")]
 
 
 def new(role: str = "source") -> Report:
@@ -27,7 +27,13 @@ def written() -> tuple[set[str], set[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "note":
                 steps |= {each.value for each in node.args if isinstance(each, ast.Constant)}
-            if isinstance(node, ast.FunctionDef) and node.name == "_counts":
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.value, ast.Dict)
+                and "_SAID" in ast.unparse(node.target)
+            ):
+                steps |= {each.value for each in node.value.values if isinstance(each, ast.Constant)}
+            if isinstance(node, ast.FunctionDef) and node.name in ("_counts", "counts"):
                 for inner in ast.walk(node):
                     if isinstance(inner, ast.Dict):
                         counts |= {key.value for key in inner.keys if isinstance(key, ast.Constant)}
@@ -40,7 +46,7 @@ def test_page_tells_every_field() -> None:
 
 def test_page_tells_every_step_and_count() -> None:
     steps, counts = written()
-    assert {"asked", "ended", "proved", "in sync"} <= steps
+    assert {"asked", "ended", "proved", "in sync", "source purged"} <= steps
     assert {"exported", "imported", "left_behind"} <= counts
     assert [word for word in sorted(steps | counts) if f"``{word}``" not in PAGE] == []
 

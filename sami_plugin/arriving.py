@@ -1,0 +1,115 @@
+"""What a destination keeps of each port of a guest that comes: what was put in, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from sami_plugin.model.flows import Batch, names
+from sami_plugin.model.keys import FlowTable
+from sami_plugin.model.report import Report
+from sami_plugin.model.results import WORDS, Outcome, Reason, Results, is_in_device, lost_fields
+from sami_plugin.model.scope import Scope
+
+
+@dataclass(slots=True)
+class Arriving:
+    """One port of the guest that comes, and what was put in for it."""
+
+    scope: Scope
+    held: FlowTable = field(default_factory=FlowTable)
+    """What the device holds thanks to this session, with the device's own ids."""
+    doubtful: list[tuple[Scope, Batch]] = field(default_factory=list)
+    """What may be in the device, and for which scope it was put in: the device failed before it said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unverified:
+    """Flows that were put in, what the device answered, and what it holds: looked up while more is being put in."""
+
+    port: Arriving
+    scope: Scope
+    """As it was then, neighbours included."""
+    batch: Batch
+    made: Results
+    look: Future[tuple[Batch, npt.NDArray[np.bool_]]]
+    """Rows and presence of each flow of `batch`."""
+
+
+class Findings:
+    """Each flow filed under what became of it last, once however often it was sent."""
+
+    def __init__(self) -> None:
+        self._refused: dict[Reason, FlowTable] = {}
+        self._degraded: dict[str, FlowTable] = {}
+        self._present = FlowTable()
+        self._verified = 0
+
+    def settle(self, part: Unverified) -> None:
+        """Compares. What counts is what the device holds, not what it answered. Blocks until the look is over.
+
+        :raises SamiError: the device could not be looked at; nothing is filed.
+        """
+        found, is_there = part.look.result()
+        batch, made = part.batch, part.made
+        has_vanished = is_in_device(made) & ~is_there
+        made["outcome"][has_vanished], made["reason"][has_vanished] = Outcome.REFUSED, Reason.VANISHED
+        is_ours = made["outcome"] == Outcome.IMPORTED
+        made["lost"][is_ours] = lost_fields(batch.take(is_ours), found.rows[is_ours])
+        made["outcome"][made["lost"] != 0] = Outcome.DEGRADED
+        self._verified += int(np.count_nonzero(is_in_device(made)))
+        self.forget(batch)
+        part.port.held.discard(batch)
+        part.port.held.put(found.take(is_ours))
+        self._present.put(batch.take(made["outcome"] == Outcome.PRESENT))
+        for code in np.unique(made["reason"][made["outcome"] == Outcome.REFUSED]):
+            self.refuse(batch.take(made["reason"] == code), Reason(int(code)))
+        for position, state_field in enumerate(batch.template.state):
+            is_lost = (made["lost"] >> position) & 1 == 1
+            if is_lost.any():
+                self._degraded.setdefault(state_field[0], FlowTable()).put(batch.take(is_lost))
+
+    def refuse(self, batch: Batch, reason: Reason) -> None:
+        """Files flows that are not in the device."""
+        self._refused.setdefault(reason, FlowTable()).put(batch)
+
+    def forget(self, gone: Batch) -> None:
+        """These flows ended, or are about to be filed anew."""
+        for table in (self._present, *self._refused.values(), *self._degraded.values()):
+            table.discard(gone)
+
+    @property
+    def refused(self) -> int:
+        """How many flows are not in the device."""
+        return sum(map(len, self._refused.values()))
+
+    def counts(self) -> dict[str, int]:
+        """The report's figures."""
+        return {
+            "degraded": _distinct(self._degraded.values()),
+            "present": len(self._present),
+            "refused": self.refused,
+            "verified": self._verified,
+        }
+
+    def name_in(self, report: Report) -> None:
+        """Names what did not come as it was sent."""
+        for reason, table in self._refused.items():
+            for batch in table.batches():
+                report.name(f"refused: {WORDS[reason]}", len(batch), names(batch))
+        for element, table in self._degraded.items():
+            for batch in table.batches():
+                report.name(f"degraded: {element} was not kept", len(batch), names(batch))
+
+
+def _distinct(tables: Iterable[FlowTable]) -> int:
+    """How many flows are in any of the tables."""
+    union = FlowTable()
+    for table in tables:
+        for batch in table.batches():
+            union.put(batch)
+    return len(union)

@@ -1,0 +1,111 @@
+"""What a source keeps of each port of a guest that leaves: its watch, and what the other host has been told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from sami_plugin.drivers.base import Changes, FlowDriver, Watch
+from sami_plugin.model.flows import Batch, Omitted
+from sami_plugin.model.keys import FlowTable
+from sami_plugin.model.results import lost_fields
+from sami_plugin.model.scope import Scope
+
+
+@dataclass(slots=True)
+class Leaving:
+    """One port of the guest that leaves."""
+
+    scope: Scope
+    watch: Watch | None
+    """None where the driver cannot watch: then only another export tells what changed."""
+    exported: FlowTable = field(default_factory=FlowTable)
+
+    def changes(self) -> Changes:
+        """What changed since the last call."""
+        return Changes(is_complete=False) if self.watch is None else self.watch.collect()
+
+    def close(self) -> None:
+        """Ends the watch. May be repeated."""
+        if self.watch is not None:
+            self.watch.close()
+
+
+Piece = tuple[Leaving, Batch]
+"""Some flows of one port."""
+
+
+class Sweep:
+    """A whole export beside the session's other work, compared with what was told so far."""
+
+    def __init__(self, ports: list[Leaving], driver: FlowDriver) -> None:
+        self._driver = driver
+        self._seen = {port.scope.port: FlowTable() for port in ports}
+        self._ports = ports
+        self._pieces = (
+            (port, piece) for port in ports for piece in driver.export(port.scope) if not isinstance(piece, Omitted)
+        )
+
+    def advance(self, flows: int) -> bool:
+        """Exports about so many flows more; whether that was all."""
+        pieces, is_all = taken(self._pieces, flows)
+        for port, batch in merged(pieces):
+            self._seen[port.scope.port].put(batch)
+        return is_all
+
+    def difference(self) -> Iterator[tuple[Leaving, list[Batch], list[Batch]]]:
+        """Per port: the names of what is gone, and what is new or is not what was told."""
+        for port in self._ports:
+            seen = self._seen[port.scope.port]
+            gone: list[Batch] = []
+            for told in port.exported.batches():
+                missing = told.take(~seen.find(told)[0])
+                if len(missing):
+                    # The export ran past some buckets before newer flows came into them: ask for each by name.
+                    _, there = self._driver.read_back(port.scope, missing)
+                    gone.append(missing.take(~there).identities)
+            yield port, gone, [_changed(batch, port.exported) for batch in seen.batches()]
+
+
+def _changed(batch: Batch, told: FlowTable) -> Batch:
+    """The flows that were not told, or as something else but for their timeout."""
+    known, rows = told.rows_of(batch)
+    return batch.take(~known | (lost_fields(batch, rows) != 0) | (batch.rows["flowId"] != rows["flowId"]))
+
+
+def taken(pieces: Iterator[Piece], flows: int) -> tuple[list[Piece], bool]:
+    """Pieces of about so many flows, and whether there are no more."""
+    some: list[Piece] = []
+    count = 0
+    for piece in pieces:
+        some.append(piece)
+        count += len(piece[1])
+        if count >= flows:
+            return some, False
+    return some, True
+
+
+def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same flows with one batch per port and template."""
+    groups: dict[tuple[str, str], list[Piece]] = {}
+    for port, batch in pieces:
+        groups.setdefault((port.scope.port, batch.template.name), []).append((port, batch))
+    for group in groups.values():
+        yield group[0][0], Batch.joined(group[0][1].template, [batch.rows for _, batch in group])
+
+
+def split(batches: Iterable[Batch], flows: int) -> list[list[Batch]]:
+    """The same flows in the same order, in lists of at most so many; one empty list where there are none."""
+    lists: list[list[Batch]] = [[]]
+    room = flows
+    for batch in batches:
+        at = 0
+        while at < len(batch):
+            if not room:
+                lists.append([])
+                room = flows
+            part = Batch(batch.template, batch.rows[at : at + room])
+            lists[-1].append(part)
+            at += len(part)
+            room -= len(part)
+    return lists

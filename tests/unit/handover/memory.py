@@ -1,0 +1,91 @@
+"""Two or three hosts in memory, and the words of a usual migration."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from sami_plugin.drivers.memory import MemoryDriver
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
+from sami_plugin.model.migration import Phase
+from sami_plugin.model.scope import Scope
+from sami_plugin.model.settings import Limits, Settings
+from sami_plugin.testing.hosts import Hosts, new_guest
+
+ZONES = {"host-a": 4097, "host-b": 5201, "host-c": 6305}
+GUEST_ADDRESS = "192.0.2.7"
+SETTINGS = Settings(
+    Limits(delta_seconds=0.02, resync_seconds=0.5, open_seconds=5.0, arrival_seconds=0.5), batch_flows=40
+)
+
+
+def tcp_flows(count: int, source: str = GUEST_ADDRESS, first_port: int = 1000) -> Batch:
+    template = TEMPLATES["tcp-ipv4"]
+    rows = template.empty(count)
+    rows["zoneRole"] = ZoneRole.PORT
+    rows["protocolIdentifier"] = 6
+    rows["sourceIPv4Address"] = int.from_bytes(map(int, source.split(".")), "big")
+    rows["destinationIPv4Address"] = 0xC6336401
+    rows["sourceTransportPort"] = np.arange(first_port, first_port + count)
+    rows["destinationTransportPort"] = 443
+    rows["conntrackStatus"] = FlowStatus.CONFIRMED | FlowStatus.SEEN_REPLY | FlowStatus.ASSURED
+    rows["remainingTimeoutSeconds"] = 432000
+    rows["tcpConnectionState"] = TcpState.ESTABLISHED
+    return Batch(template, rows)
+
+
+def zone_scope(host: str, zone: int | None = None) -> Scope:
+    return Scope("any", "any", {ZoneRole.PORT: ZONES[host] if zone is None else zone}, ())
+
+
+def held(hosts: Hosts, host: str, zone: int | None = None) -> set[tuple[int, int]]:
+    """Source port and mark of each flow in the host's zone."""
+    found = set()
+    # Around what a test has made of the driver.
+    for batch in MemoryDriver.export(hosts.drivers[host], zone_scope(host, zone)):
+        assert not isinstance(batch, Omitted)
+        found |= {(int(row["sourceTransportPort"]), int(row["flowMark"])) for row in batch.rows}
+    return found
+
+
+def ports(hosts: Hosts, host: str) -> set[int]:
+    """Source port of each flow in the host's zone."""
+    return {port for port, _ in held(hosts, host)}
+
+
+def until_idle(hosts: Hosts) -> None:
+    for name, agent in hosts.agents.items():
+        assert agent.wait_until_idle(20), f"{name} still has sessions"
+
+
+def begin(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
+    hosts.say(source, Phase.OUTGOING, guest)
+    hosts.say(destination, Phase.PREPARE, guest, source)
+    hosts.plug(destination, guest, ZONES[destination], GUEST_ADDRESS)
+    hosts.say(destination, Phase.STARTED, guest)
+    wait_for_step(hosts, destination, guest, "in sync")
+
+
+def wait_for_step(hosts: Hosts, host: str, guest: str, step: str) -> None:
+    until = time.monotonic() + 10
+    while not hosts.has_step(host, guest, step):
+        assert time.monotonic() < until, f"{host} never came to {step!r}"
+        time.sleep(0.005)
+
+
+def finish(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
+    hosts.say(source, Phase.SUSPENDED, guest)
+    hosts.unplug(source, guest)
+    hosts.say(destination, Phase.RESUMED, guest)
+    hosts.say(source, Phase.STOPPED, guest)
+
+
+def guest_with_flows(hosts: Hosts, count: int = 100, timeout: int = 432000) -> str:
+    """A guest on host-a."""
+    guest = new_guest()
+    hosts.plug("host-a", guest, ZONES["host-a"], GUEST_ADDRESS)
+    flows = tcp_flows(count)
+    flows.rows["remainingTimeoutSeconds"] = timeout
+    hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), flows)
+    return guest

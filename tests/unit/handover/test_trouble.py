@@ -1,0 +1,591 @@
+"""What goes wrong on the way, one thing at a time: no flow is lost, none is left, none is said to be what it is not."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import netaddr
+import numpy as np
+import pytest
+
+from sami_plugin import agent as agent_module
+from sami_plugin.codec import messages
+from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.errors import DeviceFailed, NotAuthorised, PeerUnreachable
+from sami_plugin.migration import source as source_decisions
+from sami_plugin.model.flows import Batch, Omitted, ZoneRole
+from sami_plugin.model.migration import MigrationEvent, Open, Phase
+from sami_plugin.model.results import Outcome, Results, results
+from sami_plugin.model.scope import Scope
+from sami_plugin.model.settings import Settings
+from sami_plugin.testing.hosts import Hosts, new_guest
+from tests.unit.handover.memory import (
+    GUEST_ADDRESS,
+    SETTINGS,
+    ZONES,
+    begin,
+    finish,
+    guest_with_flows,
+    held,
+    ports,
+    tcp_flows,
+    until_idle,
+    wait_for_step,
+    zone_scope,
+)
+
+SECOND_ADDRESS = "192.0.2.8"
+
+
+def hosts_in(
+    folder: Path,
+    settings: Settings = SETTINGS,
+    driver: Callable[[str], MemoryDriver] = lambda name: MemoryDriver(MemoryDevice(name)),
+) -> Hosts:
+    return Hosts(folder, tuple(ZONES), driver, settings=settings)
+
+
+def limited(**limits: Any) -> Settings:
+    return replace(SETTINGS, limits=replace(SETTINGS.limits, **limits))
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.005)
+
+
+def report(hosts: Hosts, host: str, guest: str) -> dict[str, Any]:
+    return hosts.reports(host, guest)[0]
+
+
+# --- flows that end on the way
+
+
+def test_a_flow_that_ended_before_the_zone_was_known_is_not_at_the_destination(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        wait_for_step(hosts, "host-b", guest, "in sync")
+        (leaving,) = hosts.agents["host-a"].sessions()
+        hosts.drivers["host-a"].remove(hosts.scope("host-a", guest), tcp_flows(20).identities)
+        until(lambda: leaving._exported_count() == 80)  # type: ignore[attr-defined]
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 80
+
+
+class SlowLook(MemoryDriver):
+    def read_back(self, scope: Scope, batch: Batch) -> Any:
+        if self.device.name == "host-b":
+            time.sleep(0.1)
+        return super().read_back(scope, batch)
+
+
+def test_a_flow_that_ends_before_it_was_looked_at_is_not_left_at_the_destination(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=lambda name: SlowLook(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        here = hosts.scope("host-a", guest)
+        hosts.drivers["host-a"].insert(here, tcp_flows(1, first_port=7000))
+        until(lambda: 7000 in ports(hosts, "host-b"))
+        hosts.drivers["host-a"].remove(here, tcp_flows(1, first_port=7000).identities)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == set(range(1000, 1100))
+
+
+class GoesBetween(MemoryDriver):
+    """Events are lost, and a flow that the watch has just told goes before the export that makes up for it."""
+
+    goes: Batch | None = None
+
+    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        if self.goes is not None:
+            gone, self.goes = self.goes, None
+            self.device.faults.lose_events = False
+            self.remove(scope, gone)
+        yield from super().export(scope)
+
+
+def test_a_flow_that_goes_between_lost_events_and_the_new_export_is_gone_there_too(tmp_path: Path) -> None:
+    settings = limited(delta_seconds=0.3, resync_seconds=100)
+    with hosts_in(tmp_path, settings, lambda name: GoesBetween(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        driver, here = hosts.drivers["host-a"], hosts.scope("host-a", guest)
+        assert isinstance(driver, GoesBetween)
+        with driver.device.lock:
+            driver.insert(here, tcp_flows(1, first_port=7000))
+            driver.device.faults.lose_events = True
+            driver.insert(here, tcp_flows(1, first_port=7001))
+            driver.goes = tcp_flows(1, first_port=7000).identities
+        until(lambda: 7001 in ports(hosts, "host-b"))
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == {*range(1000, 1100), 7001}
+
+
+class SlowExport(MemoryDriver):
+    pause = 0.0
+
+    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        for piece in super().export(scope):
+            if not self.pause or isinstance(piece, Omitted):
+                yield piece
+                continue
+            for at in range(0, len(piece), 5):
+                yield piece.take(np.arange(at, min(at + 5, len(piece))))
+                time.sleep(self.pause)
+
+
+def test_what_is_deleted_at_the_source_after_the_pause_does_not_travel(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, replace(SETTINGS, batch_flows=5), lambda name: SlowExport(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        driver, here = hosts.drivers["host-a"], hosts.scope("host-a", guest)
+        assert isinstance(driver, SlowExport)
+        driver.pause = 0.03
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        wait_for_step(hosts, "host-b", guest, "first flows")
+        (leaving,) = hosts.agents["host-a"].sessions()
+        hosts.say("host-a", Phase.SUSPENDED, guest)  # while the first export is under way
+        until(lambda: leaving._known.is_suspended)  # type: ignore[attr-defined]
+        driver.remove(here, tcp_flows(100).identities)  # the network's own agent
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+
+
+def test_a_flow_of_medium_timeout_is_there_when_a_long_copy_ends(tmp_path: Path) -> None:
+    began = time.monotonic()
+    clocks = {"host-a": lambda: began}  # traffic renews the timeouts there, of which no event tells
+    driver = lambda name: MemoryDriver(MemoryDevice(name, clock=clocks.get(name, time.monotonic)))  # noqa: E731
+    with hosts_in(tmp_path, limited(hold_seconds=1), driver) as hosts:
+        guest = guest_with_flows(hosts, timeout=5)
+        begin(hosts, guest)
+        until(lambda: time.monotonic() > began + 6)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+
+
+# --- devices that fail
+
+
+class FailsOnce(MemoryDriver):
+    """The first look at the destination, or the first question what it can do, fails."""
+
+    what = ""
+
+    def capabilities(self, scope: Scope | None = None) -> Any:
+        self._fail("capabilities")
+        return super().capabilities(scope)
+
+    def read_back(self, scope: Scope, batch: Batch) -> Any:
+        self._fail("read_back")
+        return super().read_back(scope, batch)
+
+    def _fail(self, what: str) -> None:
+        if what == self.what:
+            self.what = ""
+            raise DeviceFailed("the kernel dropped messages for lack of room in the receive buffer")
+
+
+def test_a_device_that_fails_when_a_guest_is_announced_ends_that_session_alone(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=lambda name: FailsOnce(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.drivers["host-b"].what = "capabilities"  # type: ignore[attr-defined]
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        began = time.monotonic()
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        assert time.monotonic() - began < SETTINGS.verdict_seconds, "the migration waits for nobody"
+        until_idle(hosts)
+        assert report(hosts, "host-b", guest)["outcome"] == "failed"
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+
+
+def announced(hosts: Hosts, guest: str) -> None:
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+    hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+    hosts.say("host-b", Phase.STARTED, guest)
+
+
+def test_what_a_failed_insert_left_in_the_device_is_discarded(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        faults = hosts.drivers["host-b"].device.faults  # type: ignore[attr-defined]
+        faults.fail_after = 10
+        announced(hosts, guest)
+        until(lambda: len(held(hosts, "host-b")) == 10)
+        faults.fail_after = None  # it answers again, and what was begun is found there
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-b") == set()
+        assert len(held(hosts, "host-a")) == 100
+
+
+def test_a_look_that_fails_leaves_nothing_behind_at_the_destination(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=lambda name: FailsOnce(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.drivers["host-b"].what = "read_back"  # type: ignore[attr-defined]
+        announced(hosts, guest)
+        wait_for_step(hosts, "host-b", guest, "discarded")
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-b") == set()
+        assert len(held(hosts, "host-a")) == 100
+
+
+def test_a_driver_that_cannot_watch_still_moves_flows(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=lambda name: MemoryDriver(MemoryDevice(name), can_watch=False)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), tcp_flows(1, first_port=7000))
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 101
+
+
+def test_a_decision_that_fails_ends_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+
+        def broken(*_: object) -> None:
+            raise AssertionError("our own mistake")
+
+        monkeypatch.setattr(source_decisions, "step", broken)
+        assert hosts.agents["host-a"].wait_until_idle(5)
+        assert "our own mistake" in report(hosts, "host-a", guest)["reason"]
+
+
+class Stubborn(MemoryDriver):
+    """The first port's zone keeps its flows."""
+
+    def remove(self, scope: Scope, identities: Batch) -> Results:
+        if self.device.name == "host-a" and scope.zones[ZoneRole.PORT] == ZONES["host-a"]:
+            return results(len(identities), Outcome.REFUSED)
+        return super().remove(scope, identities)
+
+
+def test_flows_that_are_left_of_any_port_are_told(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=lambda name: Stubborn(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.plug("host-a", guest, 4098, SECOND_ADDRESS)
+        announced(hosts, guest)
+        hosts.plug("host-b", guest, 5202, SECOND_ADDRESS)
+        wait_for_step(hosts, "host-b", guest, "in sync")
+        finish(hosts, guest)
+        until_idle(hosts)
+        told = report(hosts, "host-a", guest)
+        assert (told["flows"]["left_behind"], told["outcome"]) == (100, "failed")
+
+
+# --- words of the hypervisor that come early, late, twice or not at all
+
+
+def test_the_source_purges_though_its_port_is_still_there_when_the_guest_arrives(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-a") == set()
+        assert report(hosts, "host-a", guest)["outcome"] == "moved"
+
+
+def test_a_guest_that_comes_back_before_anybody_said_that_it_arrived_has_its_flows(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, limited(arrival_seconds=60.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        away = hosts.agents["host-b"].host.transport
+        real, away.call = away.call, unreachable  # type: ignore[method-assign]
+        finish(hosts, guest)
+        until(lambda: hosts.has_step("host-b", guest, "arrived"))
+        hosts.drivers["host-b"].remove(zone_scope("host-b"), tcp_flows(50).identities)
+        away.call = real  # type: ignore[method-assign]
+        begin(hosts, guest, "host-b", "host-a")
+        finish(hosts, guest, "host-b", "host-a")
+        until_idle(hosts)
+        assert ports(hosts, "host-a") == set(range(1050, 1100))
+        assert held(hosts, "host-b") == set()
+
+
+def unreachable(*_: object) -> str:
+    raise PeerUnreachable("the broker is away")
+
+
+def test_resumed_alone_is_enough_to_look_for_the_scope(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        wait_for_step(hosts, "host-b", guest, "in sync")
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+
+
+def test_flows_of_a_port_that_appears_later_than_the_first_are_put_in(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.plug("host-a", guest, 4098, SECOND_ADDRESS)
+        two = hosts.agents["host-a"].host.scopes.find(guest)[1]
+        hosts.drivers["host-a"].insert(two, tcp_flows(50, SECOND_ADDRESS))
+        announced(hosts, guest)
+        until(lambda: len(held(hosts, "host-b")) == 100)  # the first port's do not wait for the second
+        hosts.plug("host-b", guest, 5202, SECOND_ADDRESS)
+        wait_for_step(hosts, "host-b", guest, "scope known")
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b", 5202)) == 50
+        assert report(hosts, "host-b", guest)["flows"]["refused"] == 0
+
+
+def test_a_port_that_never_appears_costs_its_own_flows_and_names_them(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, limited(zone_seconds=0.3)) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.plug("host-a", guest, 4098, SECOND_ADDRESS)
+        two = hosts.agents["host-a"].host.scopes.find(guest)[1]
+        hosts.drivers["host-a"].insert(two, tcp_flows(50, SECOND_ADDRESS))
+        announced(hosts, guest)
+        wait_for_step(hosts, "host-b", guest, "scope known")
+        finish(hosts, guest)
+        until_idle(hosts)
+        told = report(hosts, "host-b", guest)
+        assert (told["flows"]["imported"], told["flows"]["refused"]) == (100, 50)
+        assert told["named"]["refused: neither end is an address of the port"]["count"] == 50
+
+
+def test_a_second_try_after_a_failed_one_carries_flows(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, limited(open_seconds=0.2)) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")  # the source's hypervisor says nothing
+        wait_for_step(hosts, "host-b", guest, "discarded")
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+
+
+def test_the_former_destination_lets_go_when_the_guest_moves_elsewhere(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        # Aborted while memory was copied: the source is told nothing, and B's libvirt died with its QEMU.
+        begin(hosts, guest, destination="host-c")
+        finish(hosts, guest, destination="host-c")
+        until_idle(hosts)
+        assert len(held(hosts, "host-c")) == 100
+        assert held(hosts, "host-b") == set()
+
+
+def test_a_second_migration_to_here_from_another_source_asks_that_one(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)  # aborted without a word
+        hosts.unplug("host-b", guest)
+        begin(hosts, guest, destination="host-c")
+        finish(hosts, guest, destination="host-c")
+        until_idle(hosts)
+        begin(hosts, guest, "host-c", "host-b")
+        finish(hosts, guest, "host-c", "host-b")
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+        assert held(hosts, "host-c") == set()
+
+
+def test_a_pause_that_comes_before_the_destination_asked_still_drains(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        hosts.say("host-a", Phase.SUSPENDED, guest)  # a small guest, a slow broker
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        until_idle(hosts)
+        assert report(hosts, "host-b", guest)["outcome"] == "moved"
+        assert len(held(hosts, "host-b")) == 100
+        assert held(hosts, "host-a") == set()
+
+
+def test_outgoing_that_comes_while_the_question_is_handled_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hosts_in(tmp_path, limited(open_seconds=1.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        says: list[threading.Thread] = []
+
+        class Late(agent_module.SourceSession):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                says.append(threading.Thread(target=hosts.say, args=("host-a", Phase.OUTGOING, guest)))
+                says[-1].start()
+                says[-1].join(0.1)
+                super().__init__(*arguments, **options)
+
+        monkeypatch.setattr(agent_module, "SourceSession", Late)
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        wait_for_step(hosts, "host-b", guest, "in sync")
+        says[0].join()
+
+
+def test_prepare_by_hook_and_by_nova_at_once_makes_one_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        made: list[object] = []
+
+        class Slow(agent_module.DestinationSession):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                time.sleep(0.05)
+                super().__init__(*arguments, **options)
+                made.append(self)
+
+        monkeypatch.setattr(agent_module, "DestinationSession", Slow)
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        both = [threading.Thread(target=hosts.say, args=("host-b", Phase.PREPARE, guest, "host-a")) for _ in range(2)]
+        for one in both:
+            one.start()
+        for one in both:
+            one.join()
+        assert len(made) == 1
+
+
+def test_words_of_the_hypervisor_are_taken_at_once(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        is_held, may_go = threading.Event(), threading.Event()
+
+        def other() -> None:
+            with hosts.agents["host-b"].host.lock:  # another session puts flows into a shared zone
+                is_held.set()
+                may_go.wait(10)
+
+        busy = threading.Thread(target=other)
+        busy.start()
+        is_held.wait(10)
+        telling = threading.Thread(target=hosts.say, args=("host-b", Phase.RESUMED, guest))
+        telling.start()
+        telling.join(5)
+        was_taken = not telling.is_alive()
+        may_go.set()
+        busy.join()
+        telling.join()
+        assert was_taken
+
+
+# --- peers and brokers
+
+
+def test_stays_is_heard_when_the_broker_comes_back_after_longer_than_a_message_lives(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, replace(SETTINGS, message_seconds=0.2)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        transport = hosts.agents["host-a"].host.transport
+        tries: list[int] = []
+
+        def away(peer: str, session: str, number: int, *_: object) -> str:
+            tries.append(number)
+            raise PeerUnreachable("the broker is away")
+
+        real, transport.call = transport.call, away  # type: ignore[method-assign]
+        hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), tcp_flows(1, first_port=8000))
+        until(lambda: len(tries) > 3)
+        transport.call = real  # type: ignore[method-assign]
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.say("host-a", Phase.RESUMED, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-b") == set()
+
+
+def test_a_host_that_the_guest_does_not_move_to_is_refused(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        asked = hosts.agents["host-a"]
+        asked.tell(MigrationEvent(guest, Phase.OUTGOING, "host-a", "host-b"))
+        question = messages.encode(Open(guest, "host-c", (1,), (), ("zlib",), None))
+        with pytest.raises(NotAuthorised, match="moves to host-b, not to host-c"):
+            asked.deliver("host-c", str(uuid.uuid4()), 0, question)
+        assert asked.sessions() == []
+
+
+def test_a_quiet_copy_fills_no_journal(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        (leaving,) = hosts.agents["host-a"].sessions()
+        journal = hosts.agents["host-a"].host.journal
+        before = len(journal.decisions(leaving.id))
+        looks: list[object] = []
+        port = leaving._ports[0]  # type: ignore[attr-defined]
+        real = port.watch.collect
+        port.watch.collect = lambda: looks.append(None) or real()
+        until(lambda: len(looks) > 20)
+        assert len(journal.decisions(leaving.id)) == before
+
+
+# --- zones that ports share
+
+
+def two_that_share(hosts: Hosts) -> tuple[str, str, Batch]:
+    """Two guests of one zone that both move, and the one flow between them."""
+    one, two = new_guest(), new_guest()
+    hosts.plug("host-a", one, ZONES["host-a"], GUEST_ADDRESS, shared=True)
+    hosts.plug("host-a", two, ZONES["host-a"], SECOND_ADDRESS, shared=True)
+    between = tcp_flows(1)
+    between.rows["destinationIPv4Address"] = int(netaddr.IPAddress(SECOND_ADDRESS))
+    own = Scope("any", one, {ZoneRole.PORT: ZONES["host-a"]}, hosts.scope("host-a", one).addresses)
+    hosts.drivers["host-a"].insert(own, between)
+    for guest in (one, two):
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+    hosts.plug("host-b", one, ZONES["host-b"], GUEST_ADDRESS, shared=True)
+    hosts.plug("host-b", two, ZONES["host-b"], SECOND_ADDRESS, shared=True)
+    for guest in (one, two):
+        hosts.say("host-b", Phase.STARTED, guest)
+        wait_for_step(hosts, "host-b", guest, "in sync")
+    arriving = hosts.agents["host-b"].sessions()
+    until(lambda: all(session._held_count() == 1 for session in arriving))  # type: ignore[attr-defined]
+    return one, two, between
+
+
+def test_a_shared_flow_that_ends_during_the_copy_ends_at_the_destination_too(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        one, two, between = two_that_share(hosts)
+        hosts.drivers["host-a"].remove(zone_scope("host-a"), between.identities)
+        for guest in (one, two):
+            finish(hosts, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-b") == set()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_shared_flow_is_discarded_with_the_last_of_both_roll_backs(tmp_path: Path, first: int) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guests = two_that_share(hosts)[:2]
+        for guest in (guests[first], guests[1 - first]):
+            hosts.say("host-b", Phase.STOPPED, guest)
+            until(lambda guest=guest: hosts.reports("host-b", guest))
+        until_idle(hosts)
+        assert held(hosts, "host-b") == set()
+        assert len(held(hosts, "host-a")) == 1
