@@ -50,7 +50,7 @@ lint-types:
 
 # /run is the lab's own; what another user left in /tmp is in nobody's way.
 run-tests:
-	$(PYTHON_HERE) -m lab.isolation -- env PYTEST_DEBUG_TEMPROOT=/run $(PYTHON_HERE) -m pytest -n 4 --dist loadgroup tests $(ARGS)
+	$(PYTHON_HERE) -m lab.isolation -- env PYTEST_DEBUG_TEMPROOT=/run $(PYTHON_HERE) -m pytest -n 4 tests $(ARGS)
 
 prepare-demo:
 	@tools/prepare demo

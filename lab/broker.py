@@ -15,26 +15,29 @@ from types import TracebackType
 from lab.deadline import wait_until
 from lab.errors import CommandFailed, LabUnavailable
 
-PORT = 5672
 START_SECONDS = 60.0
 
 
 class Broker:
     """A context manager; `url` is what agents of the same lab use."""
 
-    def __init__(self, folder: Path, port: int = PORT) -> None:
-        """Its files stand below `folder`. Raises LabUnavailable when RabbitMQ is not installed."""
+    def __init__(self, folder: Path, port: int | None = None) -> None:
+        """Its files stand below `folder`; without `port` it takes a free one, so that several run side by side.
+
+        Raises LabUnavailable when RabbitMQ is not installed.
+        """
         found = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))
         if not found:
             raise LabUnavailable("RabbitMQ is not installed", "apt-get install rabbitmq-server")
         # Debian's wrapper in PATH changes the user and finds its folders in /var; this is the script behind it.
         self._server = found[-1]
-        self._folder = folder / f"rabbitmq-{port}"
-        self._port = port
+        self.port = port if port is not None else _free_port()
+        self._folder = folder / f"rabbitmq-{self.port}"
+        self._epmd_port = _free_port()
         # epmd outlives a node and may still know the one of another broker that was killed a moment ago.
         self._name = f"sami-{uuid.uuid4().hex[:8]}@localhost"
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"rabbit://guest:guest@127.0.0.1:{port}/"
+        self.url = f"rabbit://guest:guest@127.0.0.1:{self.port}/"
 
     def start(self) -> None:
         """Blocks until it takes connections."""
@@ -46,9 +49,9 @@ class Broker:
             "RABBITMQ_NODENAME": self._name,
             "RABBITMQ_PID_FILE": str(self._folder / "pid"),
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODE_PORT": str(self._port),
+            "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(_free_port()),  # epmd may not know yet that the last one is free again
-            "ERL_EPMD_PORT": str(self._port + 10000),
+            "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_MNESIA_BASE": str(self._folder / "data"),
             "RABBITMQ_LOG_BASE": str(self._folder / "log"),
@@ -101,7 +104,7 @@ class Broker:
     def is_up(self) -> bool:
         """Whether something takes AMQP connections at its port."""
         try:
-            with socket.create_connection(("127.0.0.1", self._port), timeout=1) as connection:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
                 connection.sendall(b"AMQP\x00\x00\x09\x01")
                 return connection.recv(1) == b"\x01"
         except OSError:

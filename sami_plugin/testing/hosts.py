@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,8 +60,9 @@ class Hosts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with ThreadPoolExecutor() as pool:  # each takes half a second
+            list(pool.map(Agent.stop, self.agents.values()))
         for agent in self.agents.values():
-            agent.stop()
             agent.host.journal.close()
 
     def plug(self, host: str, guest: str, zone: int, *addresses: str, shared: bool = False) -> None:

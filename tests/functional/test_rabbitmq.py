@@ -18,7 +18,7 @@ from lab.migration import Action, Call, Delay
 from lab.verdict import has_survived
 from sami_plugin.model.migration import Phase
 
-pytestmark = [pytest.mark.usefixtures("world"), pytest.mark.xdist_group("rabbitmq")]  # one broker at a time
+pytestmark = pytest.mark.usefixtures("world")
 
 WATCHED_SECONDS = 5.0
 
