@@ -47,7 +47,7 @@ from sami_plugin.migration.decision import (
     Verify,
     WakeAt,
 )
-from sami_plugin.model.migration import GivesUp, Message, MigrationEvent, Outcome
+from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome
 from sami_plugin.model.report import Report
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
@@ -63,7 +63,7 @@ BULK = (ExportNext, ExportChanges, Resync)
 """Actions that send much: the next of them waits until the sender has room."""
 
 ROUTINE = (*BULK, WakeAt, FindScope, Import, Verify, Renew)
-"""Actions that need no row in the journal where they change no state: each payload is kept there by itself."""
+"""Actions that may be decided upon many times a second."""
 
 
 @dataclass(slots=True)
@@ -264,8 +264,7 @@ class Session(abc.ABC):
         if self._state() != before:
             LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, self._state(), _label(event))
         if actions:
-            is_kept = self._state() != before or not all(isinstance(action, ROUTINE) for action in actions)
-            self._enact(_label(event), actions, is_kept)
+            self._enact(_label(event), actions, self._state() != before or not _is_routine(event, actions))
 
     def _enact(self, label: str, actions: list[Action], is_kept: bool = True) -> None:
         """Records a decision, then does it, in order."""
@@ -396,6 +395,13 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def _let_go(self) -> None:
         """Closes what the session holds open. May be repeated."""
+
+
+def _is_routine(event: Event, actions: list[Action]) -> bool:
+    """Whether this happens again and again and needs no row in the journal; flows are kept there by themselves."""
+    is_usual = isinstance(event, TimePassed | Done)
+    is_usual |= isinstance(event, PeerSaid) and isinstance(event.message, Flows | FlowChanges)
+    return is_usual and all(isinstance(action, ROUTINE) for action in actions)
 
 
 def _label(item: Event | Action) -> str:

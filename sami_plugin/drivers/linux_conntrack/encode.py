@@ -29,6 +29,7 @@ class Request(enum.Enum):
     INSERT = "insert"
     RENEW = "renew"
     GET = "get"
+    DELETE = "delete"
     DELETE_WITH_ID = "delete with id"
 
 
@@ -37,6 +38,7 @@ _KINDS = {
     Request.INSERT: (nl.CT_NEW, nl.NLM_F_REQUEST | nl.NLM_F_CREATE | nl.NLM_F_EXCL),
     Request.RENEW: (nl.CT_NEW, nl.NLM_F_REQUEST),
     Request.GET: (nl.CT_GET, nl.NLM_F_REQUEST),
+    Request.DELETE: (nl.CT_DELETE, nl.NLM_F_REQUEST),
     Request.DELETE_WITH_ID: (nl.CT_DELETE, nl.NLM_F_REQUEST),
 }
 
