@@ -5,11 +5,18 @@ from __future__ import annotations
 import abc
 
 from sami_plugin.model.flows import Addresses
+from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.scope import Scope
 
 
 class ScopeFinder(abc.ABC):
     """Answers from what this host knows; what came with a guest from elsewhere is nobody's knowledge."""
+
+    def learn(self, guest: str, ports: tuple[GuestPort, ...]) -> None:  # noqa: B027 - a file of ports needs not
+        """What this host's hypervisor says of the guest's ports; the newest word counts, and none at all forgets it.
+
+        Called before `find` where there is a hypervisor to ask, from any thread.
+        """
 
     @abc.abstractmethod
     def find(self, guest: str) -> tuple[Scope, ...]:
