@@ -1,8 +1,13 @@
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import isolation
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -20,3 +25,18 @@ def machine_root() -> None:
     """Skips where nobody can become another user: for an ordinary user all tests run as an ordinary user."""
     if Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]:
         pytest.skip("only the machine's root can become another user; here every test runs as an ordinary user")
+
+
+@pytest.fixture(scope="session")
+def open_clone() -> Iterator[Path]:
+    """This clone where an ordinary user can read it: root's home, where many clone, is root's alone."""
+    if all(parent.stat().st_mode & 0o001 for parent in ROOT.parents):
+        yield ROOT
+        return
+    with tempfile.TemporaryDirectory(dir="/run") as folder:  # the world's own, as the mount is
+        Path(folder).chmod(0o755)
+        place = Path(folder, "clone")
+        place.mkdir()
+        subprocess.run(["mount", "--bind", ROOT, place], check=True)
+        yield place
+        subprocess.run(["umount", "--lazy", place], check=True)

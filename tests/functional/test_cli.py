@@ -26,15 +26,17 @@ ORDINARY_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 KERNEL_CHECKS = ("events", "flows over IPv4", "flows over IPv6", "UDP flows", "marks", "removal", "nf_conntrack")
 
 
-def run(*arguments: object, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [*before, *SAMI, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+def run(*arguments: object, as_ordinary_user_in: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [*SAMI, *map(str, arguments)]
+    if as_ordinary_user_in is not None:
+        command = [*ORDINARY_USER, str(as_ordinary_user_in / ".venv/bin/python"), *command[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=as_ordinary_user_in)
     assert "Traceback" not in done.stderr
     return done
 
 
-def table(*arguments: object, code: int = 0, before: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    done = run(*arguments, "-f", "json", before=before)
+def table(*arguments: object, code: int = 0, as_ordinary_user_in: Path | None = None) -> list[dict[str, Any]]:
+    done = run(*arguments, "-f", "json", as_ordinary_user_in=as_ordinary_user_in)
     assert done.returncode == code, done.stderr
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
@@ -129,18 +131,18 @@ def test_wrong_arguments_end_in_one_line_that_says_why(arguments: tuple[object, 
 
 
 @pytest.mark.usefixtures("machine_root")
-def test_driver_list_is_of_use_to_an_ordinary_user() -> None:
+def test_driver_list_is_of_use_to_an_ordinary_user(open_clone: Path) -> None:
     usable = {row["Name"]: row["Usable"] for row in table("driver", "list")}
     assert usable == {"linux_conntrack": True, "memory": True}
-    ordinary = {row["Name"]: row for row in table("driver", "list", before=ORDINARY_USER)}
+    ordinary = {row["Name"]: row for row in table("driver", "list", as_ordinary_user_in=open_clone)}
     assert ordinary["memory"]["Usable"]
     assert not ordinary["linux_conntrack"]["Usable"]
     assert "CAP_NET_ADMIN" in ordinary["linux_conntrack"]["Notes"][0]
 
 
 @pytest.mark.usefixtures("machine_root")
-def test_ordinary_user_is_told_what_listing_flows_takes() -> None:
-    done = run("flow", "list", "--zone", 1, before=ORDINARY_USER)
+def test_ordinary_user_is_told_what_listing_flows_takes(open_clone: Path) -> None:
+    done = run("flow", "list", "--zone", 1, as_ordinary_user_in=open_clone)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "CAP_NET_ADMIN" in done.stderr
 
@@ -167,8 +169,8 @@ def test_doctor_leaves_no_file_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("machine_root")
-def test_doctor_of_an_ordinary_user_says_what_is_missing() -> None:
-    rows = {row["Check"]: row for row in table("doctor", code=1, before=ORDINARY_USER)}
+def test_doctor_of_an_ordinary_user_says_what_is_missing(open_clone: Path) -> None:
+    rows = {row["Check"]: row for row in table("doctor", code=1, as_ordinary_user_in=open_clone)}
     assert rows["CAP_NET_ADMIN"]["Result"] == rows["nf_conntrack"]["Result"] == "missing"
     assert rows["trial namespace"]["Result"] == "limited"
     assert "events" not in rows

@@ -1,3 +1,4 @@
+import json
 import os
 import select
 import shutil
@@ -75,9 +76,14 @@ def test_a_world_has_its_own_run_proc_and_sys():
     assert done.stdout.split() == ["/run:", "/sys/class/net:", "lo", "4"]
 
 
+def mounts() -> list[str]:
+    """All but those of other tests' labs, which come and go beside this one."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line for line in lines if " /run/" not in line]
+
+
 def test_a_killed_world_leaves_nothing():
-    with open("/proc/self/mountinfo") as mounts:
-        before = mounts.read()
+    before = mounts()
     with subprocess.Popen([*IN_A_WORLD, sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True) as process:
         mount, pid = map(int, first_line(process).split())
         # Pid 1, the script, two processes of the download at least.
@@ -86,8 +92,7 @@ def test_a_killed_world_leaves_nothing():
         process.wait()
     # With its processes go its mounts, and with its mounts the network namespaces: nothing else holds them.
     wait_until(lambda: not processes_in("pid", pid) and not processes_in("mnt", mount), "the world to end")
-    with open("/proc/self/mountinfo") as mounts:
-        assert mounts.read() == before
+    assert mounts() == before
 
 
 def test_a_world_that_dies_with_its_parent_leaves_nothing():
@@ -100,11 +105,10 @@ def test_a_world_that_dies_with_its_parent_leaves_nothing():
         wait_until(lambda: not processes_in("pid", pid) and not processes_in("mnt", mount), "the world to end")
 
 
-def test_an_ordinary_user_has_a_lab_too():
-    if os.geteuid() != 0 or Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]:
-        pytest.skip("only the machine's root can become somebody else; as an ordinary user all tests show it")
+@pytest.mark.usefixtures("machine_root")
+def test_an_ordinary_user_has_a_lab_too(open_clone):
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    pythons = [sys.executable, shutil.which("python3", path=SBIN)]
+    pythons = [open_clone / ".venv/bin/python", shutil.which("python3", path=SBIN)]
     # Through env: setpriv itself still has the capability to read what nobody may not.
     usable = [
         each
@@ -128,6 +132,7 @@ print("moved")
         capture_output=True,
         text=True,
         env=os.environ | {"HOME": "/"},
+        cwd=open_clone,
     )
     assert (done.stdout, done.stderr) == ("moved\n", "")
 
@@ -143,6 +148,22 @@ def test_a_kernel_that_refuses_is_named_with_the_mend():
     assert done.returncode == 125
     assert "the lab cannot run here" in done.stderr
     assert "user.max_user_namespaces" in done.stderr
+
+
+def test_demo_where_the_kernel_refuses_shows_the_memory_driver_and_says_so(tmp_path):
+    refused = (
+        "echo 0 > /proc/sys/user/max_user_namespaces; "
+        f"exec setpriv --bounding-set=-all --inh-caps=-all {sys.executable} -m lab.demo --case a f --output {tmp_path}"
+    )
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "sh", "-c", refused], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 125
+    assert "user.max_user_namespaces" in done.stderr
+    assert "memory driver: no kernel, no packets" in done.stdout
+    made = json.loads((tmp_path / "result.json").read_text())
+    assert made["label"] == "memory driver: no kernel, no packets"
+    assert [(case["without"]["survived"], case["with"]["survived"]) for case in made["cases"]] == [(False, True)] * 2
 
 
 def test_a_lab_outside_of_a_world_says_what_to_run():
