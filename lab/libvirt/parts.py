@@ -30,8 +30,10 @@ KERNEL = FOLDER / "kernel"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_pci", "virtio_net")
 INITRAMFS = FOLDER / "initramfs.gz"
+ENTER = FOLDER / "enter"
 HOOK = FOLDER / "hook"
 STREAMS = FOLDER / "streams"
+DIRTY = FOLDER / "dirty"
 
 KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
@@ -43,7 +45,7 @@ def check() -> None:
     for program in ("libvirtd", "virsh"):
         if shutil.which(program, path=search_path()) is None:
             raise LabUnavailable(f"{program} is not installed", HOW)
-    for part in (QEMU, KERNEL, INITRAMFS, HOOK, STREAMS):
+    for part in (QEMU, KERNEL, INITRAMFS, ENTER, HOOK, STREAMS):
         if not part.exists():
             raise LabUnavailable(f"{part} is not there", HOW)
 
@@ -63,12 +65,12 @@ def fetch() -> None:
     if not KERNEL.exists():
         apt.unpack([apt.dependency(KERNEL_PACKAGE, "linux-image-")], KERNEL)
     apt.clean()
-    for program in (HOOK, STREAMS, FOLDER / "dirty"):
+    for program in (ENTER, HOOK, STREAMS, DIRTY):
         source = SOURCES / f"{program.name}.c"
         if _is_older(program, source):
             print(f"Building {program.name}")
             _run(["gcc", "-O2", "-Wall", "-static", "-o", program, source])
-    if _is_older(INITRAMFS, SOURCES / "init", STREAMS, FOLDER / "dirty", KERNEL):
+    if _is_older(INITRAMFS, SOURCES / "init", STREAMS, DIRTY, KERNEL):
         print(f"Building {INITRAMFS.name}")
         _pack_initramfs(FOLDER / "initramfs")
 
@@ -124,9 +126,9 @@ class Apt:
         mirrors = _run(["apt-get", "indextargets", *wanted]).split()
         if not mirrors:
             raise LabError(f"apt knows no mirror of {release}; check /etc/apt/sources.list, then: apt-get update")
-        (self._folder / "sources.list").write_text(
-            "".join(f"deb [signed-by={KEYS}] {mirrors[0]} {suite} main\n" for suite in (release, f"{release}-backports"))
-        )
+        suites = (release, f"{release}-backports")
+        lines = [f"deb [signed-by={KEYS}] {mirrors[0]} {suite} main\n" for suite in suites]
+        (self._folder / "sources.list").write_text("".join(lines))
         _run(["apt-get", *self._options, "-qq", "update"])
 
 
@@ -143,7 +145,7 @@ def _pack_initramfs(root: Path) -> None:
     busybox = shutil.which("busybox", path=search_path())
     if busybox is None:
         raise LabUnavailable("busybox is not installed", HOW)
-    for program in (Path(busybox), STREAMS, FOLDER / "dirty"):
+    for program in (Path(busybox), STREAMS, DIRTY):
         shutil.copy(program, root / "bin")
     shutil.copy(SOURCES / "init", root)
     (root / "init").chmod(0o755)
