@@ -71,13 +71,13 @@ def tcp(
     lab: Lab, guest: Guest, *, family: int = 4, ask: float = 0.0, send: float = 0.0, is_echo: bool = False
 ) -> Traffic:
     """The guest's connection to the outside: it wants `ask` bytes a second and sends `send`."""
-    address, port, log = _outside(family), next(_ports), _log(lab, "tcp")
+    address, port, log = _outside(family), next(_ports), new_log(lab.folder, "tcp")
     client_receives = bool(ask or is_echo)
-    server = _start(lab.outside, "tcp-serve", address, port, log=None if client_receives else log)
-    _ready(server)
+    server = start_program(lab.outside, "tcp-serve", address, port, log=None if client_receives else log)
+    wait_until_ready(server)
     more = ["--ask", str(ask), "--send", str(send), *(["--echo"] if is_echo else [])]
-    client = _start(guest, "tcp-connect", address, port, *more, log=log if client_receives else None)
-    _ready(client)
+    client = start_program(guest, "tcp-connect", address, port, *more, log=log if client_receives else None)
+    wait_until_ready(client)
     return Traffic("tcp", (server, client), log, port)
 
 
@@ -86,12 +86,12 @@ def serve(
 ) -> Traffic:
     """The outside (or another guest) connects to the guest's `port`, which an ingress rule must admit, and downloads
     `rate` bytes a second; the client's receiving counts."""
-    log = _log(lab, "serve")
+    log = new_log(lab.folder, "serve")
     place: Place = client or lab.outside
-    server = _start(guest, "tcp-serve", guest.address(family), port)
-    _ready(server)
-    asking = _start(place, "tcp-connect", guest.address(family), port, "--ask", str(rate), log=log)
-    _ready(asking)
+    server = start_program(guest, "tcp-serve", guest.address(family), port)
+    wait_until_ready(server)
+    asking = start_program(place, "tcp-connect", guest.address(family), port, "--ask", str(rate), log=log)
+    wait_until_ready(asking)
     return Traffic("serve", (server, asking), log, port)
 
 
@@ -107,9 +107,9 @@ def udp_stream(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 50.0
 
 def icmp_echo(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 20.0) -> Traffic:
     """The guest sends `packets` echo requests a second with one identifier; the answers count."""
-    log = _log(lab, "icmp")
-    sender = _start(guest, "icmp-echo", _outside(family), 0, "--send", str(packets), log=log)
-    _ready(sender)
+    log = new_log(lab.folder, "icmp")
+    sender = start_program(guest, "icmp-echo", _outside(family), 0, "--send", str(packets), log=log)
+    wait_until_ready(sender)
     return Traffic("icmp", (sender,), log)
 
 
@@ -118,19 +118,19 @@ def flows(lab: Lab, guest: Guest, *, family: int = 4, count: int = 100_000, new_
 
     The outside drops them in silence. The log's totals are flows begun. Each lives as long as nf_conntrack_udp_timeout.
     """
-    log = _log(lab, "flows")
+    log = new_log(lab.folder, "flows")
     more = ["--count", str(count), "--send", str(new_per_second)]
-    sender = _start(guest, "udp-flows", _outside(family), 0, *more, log=log)
-    _ready(sender, 60.0)
+    sender = start_program(guest, "udp-flows", _outside(family), 0, *more, log=log)
+    wait_until_ready(sender, 60.0)
     return Traffic("flows", (sender,), log)
 
 
 def _udp(lab: Lab, guest: Guest, family: int, packets: float, answers: float) -> Traffic:
-    address, port, log = _outside(family), next(_ports), _log(lab, "udp")
-    server = _start(lab.outside, "udp-serve", address, port, "--send", str(answers))
-    _ready(server)
-    client = _start(guest, "udp-stream", address, port, "--send", str(packets), log=log)
-    _ready(client)
+    address, port, log = _outside(family), next(_ports), new_log(lab.folder, "udp")
+    server = start_program(lab.outside, "udp-serve", address, port, "--send", str(answers))
+    wait_until_ready(server)
+    client = start_program(guest, "udp-stream", address, port, "--send", str(packets), log=log)
+    wait_until_ready(client)
     return Traffic("udp", (server, client), log, port)
 
 
@@ -138,13 +138,15 @@ def _outside(family: int) -> str:
     return addresses.OUTSIDE_V6 if family == 6 else addresses.OUTSIDE_V4
 
 
-def _log(lab: Lab, name: str) -> Path:
-    return lab.folder / f"{name}-{next(_ports)}.log"
+def new_log(folder: Path, name: str) -> Path:
+    """A path for samples that no other traffic has."""
+    return folder / f"{name}-{next(_ports)}.log"
 
 
-def _start(
+def start_program(
     place: Place, program: str, address: str, port: int, *more: str, log: Path | None = None
 ) -> subprocess.Popen:
+    """Start one of lab/programs.py; `wait_until_ready` is next."""
     # -I -S: the program starts in 20 ms and can import the standard library only.
     argv = [sys.executable, "-I", "-S", programs.__file__, program, "--address", address, "--port", str(port), *more]
     if log is not None:
@@ -152,7 +154,8 @@ def _start(
     return place.start(argv, stdout=subprocess.PIPE)
 
 
-def _ready(process: subprocess.Popen, seconds: float = START_SECONDS) -> None:
+def wait_until_ready(process: subprocess.Popen, seconds: float = START_SECONDS) -> None:
+    """Return when a program does what it is for. Raises DeadlinePassed, and LabError when it ended instead."""
     deadline = time.monotonic() + seconds
     readable, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
     if not readable:
