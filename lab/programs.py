@@ -7,12 +7,14 @@ continued, and a network that is away for a while.
 
 import argparse
 import errno
+import fcntl
 import json
 import os
 import select
 import socket
 import struct
 import sys
+import termios
 import time
 
 SAMPLE_SECONDS = 0.02
@@ -150,6 +152,31 @@ def tcp_connect(options):
     pump(connection, options.send, log)
 
 
+def tcp_feed(options):
+    """Send `--send` bytes a second to one client that says nothing; what its kernel has acknowledged counts."""
+    listener = socket.create_server((options.address, options.port), family=family_of(options.address))
+    log, sent, is_open = Log(options.log), 0, True
+    ready()
+    connection, _ = listener.accept()
+    connection.setblocking(False)
+    pace = Pace(options.send)
+    while True:
+        time.sleep(0.005)
+        try:
+            if is_open and (due := pace.due()):
+                accepted = connection.send(CHUNK[:due])
+                pace.did(accepted)
+                sent += accepted
+        except OSError as error:
+            if error.errno not in PASSING:
+                print(f"connection ended: {error}", file=sys.stderr, flush=True)
+                is_open = False
+        acknowledged = sent - struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0]
+        if is_open and acknowledged > log.total:
+            log.add(acknowledged - log.total)
+        log.write()
+
+
 def udp_serve(options):
     """Echo what comes (`--send 0`), or send `--send` packets a second to whoever spoke last."""
     server = socket.socket(family_of(options.address), socket.SOCK_DGRAM)
@@ -284,6 +311,7 @@ def udp_flows(options):
 PROGRAMS = {
     "tcp-serve": tcp_serve,
     "tcp-connect": tcp_connect,
+    "tcp-feed": tcp_feed,
     "udp-serve": udp_serve,
     "udp-stream": udp_stream,
     "icmp-echo": icmp_echo,

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from lab.deadline import wait_until
 from lab.errors import DeadlinePassed
 
+# Guests need the processor more.
+POLL_SECONDS = 0.01
+
 
 class Entry(NamedTuple):
     """At `time` (CLOCK_MONOTONIC seconds) `host` said it of `guest`.
@@ -55,7 +58,7 @@ class Journal:
             return bool(found)
 
         try:
-            wait_until(is_said, f"host {host} to say {what} of {guest}", seconds)
+            wait_until(is_said, f"host {host} to say {what} of {guest}", seconds, poll_seconds=POLL_SECONDS)
         except DeadlinePassed as error:
             raise DeadlinePassed(f"{error.what}; said was:\n{show(self.entries(guest, since))}", seconds) from error
         return found[0]

@@ -14,6 +14,7 @@ from lab.libvirt.host import LibvirtHost
 from lab.libvirt.journal import Entry, Journal
 
 MIGRATION_SECONDS = 90.0
+QUERY_SECONDS = 0.1
 # So long may a guest be paused that is meant to be caught in its pause.
 LONG_PAUSE_MILLISECONDS = 60_000
 
@@ -83,7 +84,7 @@ class Migration:
             answer = json.loads(self.source.virsh("qemu-monitor-command", self.guest.name, query))
             return answer["return"]["status"] == "completed"
 
-        wait_until(is_sent, "all memory to be sent", seconds)
+        wait_until(is_sent, "all memory to be sent", seconds, poll_seconds=QUERY_SECONDS)
 
     def abort(self) -> str:
         """`virsh domjobabort`; returns its words. Raises CommandFailed when it is refused, as in post-copy."""

@@ -139,6 +139,7 @@ static void receive(struct stream *stream)
     for (;;) {
         ssize_t size = recv(stream->fd, into + stream->have, sizeof stream->in - stream->have, 0);
 
+        look_at_clock();
         if (size <= 0) {
             if (!stream->is_udp && (size == 0 || (errno != EAGAIN && errno != EINTR))) {
                 epoll_ctl(epoll_fd, EPOLL_CTL_DEL, stream->fd, NULL);   /* ended for good: the log's silence says it */
@@ -162,6 +163,7 @@ static int send_packet(struct stream *stream)
     struct packet *out = &stream->out, *going = &stream->going;
 
     if (!stream->left) {
+        look_at_clock();
         *going = *out;
         going->sequence++;
         going->sent_us = now_us;
