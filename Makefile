@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz lint docs clean run-tests run-lint lint-style lint-layers lint-types
-.PHONY: prepare-demo prepare-test
+.PHONY: prepare-demo prepare-test prepare-libvirt test-libvirt
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ demo: prepare-demo ## two hosts, one guest that moves, and its connections with 
 # -k: when lint fails the tests run all the same, and make still fails.
 test: prepare-test ## lint, then all tests: unit tests, the real kernel, the lab
 	@$(MAKE) --no-print-directory -k run-lint run-tests
+
+test-libvirt: prepare-libvirt ## the tests that take real libvirt hosts; as root
+	$(PYTHON_HERE) -m lab.isolation -- env PYTEST_DEBUG_TEMPROOT=/run $(PYTHON_HERE) -m pytest tests/libvirt $(ARGS)
 
 bench: prepare-test ## measure
 	$(PYTHON_HERE) -m benchmarks $(ARGS)
@@ -57,3 +60,6 @@ prepare-demo:
 
 prepare-test:
 	@tools/prepare test
+
+prepare-libvirt:
+	@tools/prepare libvirt

@@ -1,6 +1,9 @@
-"""The address plan: every NIC of a guest is in the network of its place (0: the first), where the outside is, too."""
+"""The address plan: every NIC of a guest is in the network of its place (0: the first), where the outside is, too.
 
-from lab import addresses
+The first is that of lab.addresses.
+"""
+
+import ipaddress
 
 NICS = 4  # of a guest, at most
 UNDERLAY = "10.91.0.{}"
@@ -13,11 +16,14 @@ def underlay(host_number: int) -> str:
 
 def guest(nic: int, number: int) -> tuple[str, str]:
     """An IPv4 and an IPv6 address; `number` counts those of all guests."""
-    return f"10.92.{nic}.{11 + number}", f"fd92:0:0:{nic}::{11 + number:x}"
+    return f"10.92.{nic}.{11 + number}", _shortest(f"fd92:0:0:{nic}::{11 + number:x}")
 
 
 def outside(family: int, nic: int = 0) -> str:
     """The outside's address in the network of that NIC, family 4 or 6."""
-    if nic == 0:
-        return addresses.OUTSIDE_V6 if family == 6 else addresses.OUTSIDE_V4
-    return f"fd92:0:0:{nic}::fe" if family == 6 else f"10.92.{nic}.254"
+    return _shortest(f"fd92:0:0:{nic}::fe") if family == 6 else f"10.92.{nic}.254"
+
+
+def _shortest(v6: str) -> str:
+    """As tools print it."""
+    return str(ipaddress.IPv6Address(v6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
@@ -134,11 +135,12 @@ class LibvirtHost:
         with log.open("ab") as words:
             self._libvirtd = self.start(["libvirtd", "--listen"], stdout=words, stderr=words)
 
-    def stop_libvirtd(self) -> None:
-        """Guests go on without it. Returns when it ended. May be repeated."""
+    def stop_libvirtd(self, with_signal: int = signal.SIGTERM) -> None:
+        """Guests go on without it. Returns when it ended; it ends an outgoing migration first, unless it is killed
+        (SIGKILL). May be repeated."""
         process, self._libvirtd = self._libvirtd, None
         if process is not None:
-            process.terminate()
+            process.send_signal(with_signal)
             process.wait()
 
     @contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -177,9 +178,9 @@ class LibvirtLab:
         self.hosts[host].start_libvirtd()
         wait_until(lambda: self._watched(host) > before, f"libvirtd of {host} to answer", START_SECONDS)
 
-    def restart_libvirtd(self, host: str) -> None:
-        """End libvirtd (SIGTERM) and start it anew; guests run on. Blocks until it answers and its events are heard."""
-        self.hosts[host].stop_libvirtd()
+    def restart_libvirtd(self, host: str, with_signal: int = signal.SIGTERM) -> None:
+        """LibvirtHost.stop_libvirtd, then `start_libvirtd`."""
+        self.hosts[host].stop_libvirtd(with_signal)
         self.start_libvirtd(host)
 
     # --- Building ----------------------------------------------------------------------------------------------------

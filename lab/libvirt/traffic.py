@@ -21,15 +21,14 @@ def download(
     lab: LibvirtLab, guest: Guest, *, family: int = 4, nic: int = 0, rate: float = BYTES_PER_SECOND
 ) -> Traffic:
     """The guest connects and says nothing, then or ever; the outside sends `rate` bytes a second. Counted is what the
-    guest acknowledged. Needs open egress, and no ingress rule."""
+    guest acknowledged. Needs open egress to begin, and no ingress rule. Close egress then: else a guest that happens to
+    acknowledge first where it arrives is picked up in the middle, and lives without its entry."""
     address, port, log = addresses.outside(family, nic), next(_ports), new_log(lab.folder, "download")
     feeder = start_program(lab.outside, "tcp-feed", address, port, "--send", str(rate), log=log)
     wait_until_ready(feeder)
     # At the end of its input nc would shut its side down, and the connection were not ESTABLISHED any more.
     guest.tell(f"tail -f /dev/null | nc {address} {port} >/dev/null")
-    traffic = Traffic("download", (feeder,), log, port)
-    wait_until(lambda: _total(traffic) > 0, f"the download of {guest.name}", START_SECONDS)
-    return traffic
+    return _flowing(Traffic("download", (feeder,), log, port))
 
 
 def echo(lab: LibvirtLab, guest: Guest, *, family: int = 4, nic: int = 0, rate: float = BYTES_PER_SECOND) -> Traffic:
@@ -39,9 +38,14 @@ def echo(lab: LibvirtLab, guest: Guest, *, family: int = 4, nic: int = 0, rate: 
     more = ["--send", str(rate), "--echo"]
     client = start_program(lab.outside, "tcp-connect", guest.address(family, nic), ECHO_PORT, *more, log=log)
     wait_until_ready(client)
-    return Traffic("echo", (client,), log, ECHO_PORT)
+    return _flowing(Traffic("echo", (client,), log, ECHO_PORT))
 
 
-def _total(traffic: Traffic) -> int:
-    samples = traffic.samples() if traffic.log.exists() else []
-    return samples[-1].total if samples else 0
+def _flowing(traffic: Traffic) -> Traffic:
+    """It, as soon as bytes have come."""
+
+    def has_bytes() -> bool:
+        return traffic.log.exists() and any(sample.total for sample in traffic.samples())
+
+    wait_until(has_bytes, f"bytes of the {traffic.name}", START_SECONDS)
+    return traffic

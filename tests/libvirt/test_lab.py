@@ -1,8 +1,12 @@
 """The lab of real libvirt itself: what its hosts are, what they say of each kind of migration, what it measures."""
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +30,6 @@ WATCHED_SECONDS = 6.0
 INCOMING = ["migrate begin", "prepare begin", "start begin", "started begin"]
 OUTGOING = ["stopped end", "release end"]
 CANCELED = "canceled by client"
-QEMU_DIED = "qemu unexpectedly closed the monitor"
 
 
 def hooks(migration: Migration, host: LibvirtHost) -> list[str]:
@@ -131,7 +134,7 @@ def test_hosts_are_fast_and_go_without_a_trace():
 
 def test_a_host_sees_its_own_files_processes_and_links(lab):
     a = lab.hosts["a"]
-    assert a.run(["cat", "/proc/1/cmdline"]).split("\0")[-5].endswith("first.py")
+    assert "first.py" in a.run(["cat", "/proc/1/cmdline"])
     assert "under0" in a.run(["ls", "/sys/class/net"])
     a.run(["sh", "-c", "echo mine >/etc/mine; echo mine >/var/mine"])
     assert not Path("/etc/mine").exists()
@@ -156,31 +159,27 @@ def test_a_python_client_inside_reaches_libvirt(lab):
 
 
 def test_the_relay_is_cut_frozen_and_mended(lab):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as broker:
+        threading.Thread(target=say_hello_to_all, args=[broker], daemon=True).start()
         port = broker.getsockname()[1]
         relay = lab.hosts["a"].relay(port)
         probe = f"import socket; print(socket.create_connection(('127.0.0.1', {port}), 2).recv(5))"
 
-        def ask() -> str:
-            process = lab.hosts["a"].start([sys.executable, "-c", probe], stdout=subprocess.PIPE, stderr=-3, text=True)
-            broker.settimeout(1)
-            try:
-                broker.accept()[0].sendall(b"hello")
-            except TimeoutError:
-                pass
-            return process.communicate()[0].strip()
+        def hears_hello() -> bool:
+            process = lab.hosts["a"].start([sys.executable, "-c", probe], stdout=subprocess.PIPE, stderr=-3)
+            return b"hello" in process.communicate()[0]
 
-        assert ask() == "b'hello'"
-        relay.cut()
-        assert ask() == ""
-        relay.mend()
-        assert ask() == "b'hello'"
-        relay.freeze()
-        assert ask() == ""
-        relay.mend()
-        assert ask() == "b'hello'"
+        heard = [hears_hello()]
+        for change in (relay.cut, relay.mend, relay.freeze, relay.mend):
+            change()
+            heard.append(hears_hello())
+        assert heard == [True, False, True, False, True]
+
+
+def say_hello_to_all(broker: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            broker.accept()[0].sendall(b"hello")
 
 
 # --- Guests ----------------------------------------------------------------------------------------------------------
@@ -194,10 +193,11 @@ def test_guests_boot_together_with_ports_of_all_kinds(lab):
     assert none.ports == ()
     every = [address for port in many.ports for address in port.addresses]
     assert len(set(every)) == 8
-    many.allow("icmp")
-    for address in every:
-        lab.outside.run(["ping", "-c", "1", "-W", "5", address])
     many.allow("tcp", ECHO_PORT)
+    for address in every:
+        with lab.outside.inside(), socket.create_connection((address, ECHO_PORT), 5) as connection:
+            connection.sendall(b"?")
+            assert connection.recv(1) == b"?"
     assert traffic.echo(lab, many, family=6, nic=1).samples()
     assert traffic.download(lab, many, nic=1).samples()
     zones = {host.zone(port) for host in lab.hosts.values() for port in many.ports}
@@ -214,6 +214,7 @@ def test_a_download_dies_without_its_entry_and_lives_with_a_copy(kind):
         for guest in guests:
             guest.wait_until_ready(lab.hosts["a"])
             downloads.append(traffic.download(lab, guest, family=4 if kind == "bridge" else 6))
+            guest.close_egress()
         carry(lab.hosts["a"], lab.hosts["b"], guests[1])
         migrations = [lab.start_migration(guest, "a", "b") for guest in guests]
         assert all(migration.wait().is_ok for migration in migrations)
@@ -326,13 +327,13 @@ def test_qemu_killed_while_copying(moves):
     migration = moves.start(bandwidth=4)
     migration.wait_until_copying()
     moves.destination.kill_qemu(moves.guest.name)
-    assert QEMU_DIED in migration.wait().words
+    assert not migration.wait().is_ok
     moves.stays(migration)
     assert events(migration, moves.source) == []
 
 
 def test_abort_in_the_pause(moves):
-    with moves.source.slow_cable(32):
+    with moves.source.slow_cable(100):
         migration = moves.start()
         migration.wait_until_paused()
         migration.abort()
@@ -346,7 +347,7 @@ def test_qemu_killed_in_the_pause(moves):
         migration = moves.start()
         migration.wait_until_paused()
         moves.destination.kill_qemu(moves.guest.name)
-        assert QEMU_DIED in migration.wait().words
+        assert not migration.wait().is_ok
     moves.stays(migration)
     assert events(migration, moves.source) == ["SUSPENDED/MIGRATED", "RESUMED/UNPAUSED"]
 
@@ -358,7 +359,7 @@ def test_qemu_dies_when_all_is_sent(moves):
         with moves.destination.frozen_libvirtd():
             migration.wait_until_all_is_sent()
             moves.destination.kill_qemu(moves.guest.name)
-    assert QEMU_DIED in migration.wait().words
+    assert not migration.wait().is_ok
     moves.stays(migration)
     assert events(migration, moves.source) == ["SUSPENDED/MIGRATED", "RESUMED/MIGRATED"]
 
@@ -421,14 +422,36 @@ def test_offline(lab):
     lab.remove_guest(guest)
 
 
-@pytest.mark.parametrize("side", ["source", "destination"])
-def test_libvirtd_restarted_while_copying(moves, side):
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGKILL])
+def test_libvirtd_of_the_destination_restarted_while_copying(moves, with_signal):
     migration = moves.start(bandwidth=4)
     migration.wait_until_copying()
-    moves.lab.restart_libvirtd(getattr(moves, side).name)
+    moves.lab.restart_libvirtd(moves.destination.name, with_signal)
+    assert migration.wait().words == "error: internal error: client socket is closed"
+    assert hooks(migration, moves.destination) == [*INCOMING, *OUTGOING]
+    assert [entry for entry in migration.entries() if "STOPPED" in entry.what] == []  # who was to hear it was not there
+    assert moves.state(moves.source).startswith("running")
+
+
+def test_libvirtd_of_the_source_killed_while_copying(moves):
+    migration = moves.start(bandwidth=4)
+    migration.wait_until_copying()
+    moves.lab.restart_libvirtd(moves.source.name, signal.SIGKILL)
     assert not migration.wait().is_ok
-    wait_until(lambda: moves.state(moves.source).startswith("running"), "the guest to run where it was", 30)
-    wait_until(lambda: moves.state(moves.destination) == "", "the destination to give up", 30)
+    migration.wait_for("STOPPED/DESTROYED", moves.destination)
+    assert hooks(migration, moves.destination) == [*INCOMING, *OUTGOING]
+    assert hooks(migration, moves.source) == ["reconnect begin"]
+    assert moves.state(moves.source).startswith("running")
+
+
+def test_libvirtd_of_the_source_ends_a_migration_before_it_ends_itself(moves):
+    migration = moves.start(bandwidth=16)
+    migration.wait_until_copying()
+    moves.lab.restart_libvirtd(moves.source.name)
+    assert not migration.wait().is_ok  # virsh has lost its libvirtd
+    assert events(migration, moves.destination) == ["STARTED/MIGRATED", "RESUMED/MIGRATED"]
+    assert hooks(migration, moves.source) == OUTGOING
+    assert moves.state(moves.destination).startswith("running")
 
 
 def test_three_guests_at_once(lab):
