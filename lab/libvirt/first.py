@@ -70,8 +70,8 @@ def make_devices(dev: Path) -> None:
     mount("tmpfs", dev, "tmpfs", MS_NOSUID, "mode=755")
     for folder in ("net", "pts", "shm"):
         (dev / folder).mkdir()
-    misc = dict(reversed(line.split()) for line in Path("/proc/misc").read_text().splitlines())
-    for name, numbers in {**DEVICES, "userfaultfd": (10, int(misc["userfaultfd"]))}.items():
+    misc = {name: int(minor) for minor, name in map(str.split, Path("/proc/misc").read_text().splitlines())}
+    for name, numbers in {**DEVICES, "userfaultfd": (10, misc["userfaultfd"])}.items():
         os.mknod(dev / name, 0o20666, os.makedev(*numbers))
         (dev / name).chmod(0o666)
     mount("devpts", dev / "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lab.errors import CommandFailed, LabError
 from lab.host import Host
@@ -75,6 +76,7 @@ class LibvirtHost:
         new = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", sys.executable, "-I", "-S"]
         folders = [str(self._lab_folder), str(self.folder), str(parts.QEMU)]
         process = self.network.namespace.start([*new, first.__file__, self.name, *folders], stdout=subprocess.PIPE)
+        assert process.stdout is not None
         word, _, pid = process.stdout.readline().decode().partition(" ")
         if word != "ready":
             raise LabError(f"host {self.name} did not come up; its reason is on stderr")
@@ -88,15 +90,15 @@ class LibvirtHost:
 
     # --- Commands and files ------------------------------------------------------------------------------------------
 
-    def start(self, argv: Sequence[str | Path], **options) -> subprocess.Popen:
+    def start(self, argv: Sequence[str | Path], **options: Any) -> subprocess.Popen:
         """Start a process inside of the host; `options` are Popen's.
 
         Signals to what is returned reach the process, SIGSTOP excepted, and it ends as the process did. It ends with
         the host at the latest.
         """
         environment = os.environ | {"PATH": search_path(), "LC_ALL": "C"}
-        options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": environment} | options
-        return subprocess.Popen([parts.ENTER, str(self._pid), *argv], **options)
+        defaults = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": environment}
+        return subprocess.Popen([parts.ENTER, str(self._pid), *argv], **(defaults | options))
 
     def run(self, argv: Sequence[str | Path], text: str = "") -> str:
         """Run a command inside of the host, `text` on its stdin; return its stdout. Blocks. Raises CommandFailed."""

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from lab import isolation
@@ -212,7 +213,7 @@ class LibvirtLab:
         self.journal = Journal(self.folder / "events", hooks)
         self._start_watch(stack)
         for name in self._host_names:
-            wait_until(lambda name=name: self._watched(name), f"libvirtd of {name} to answer", START_SECONDS)
+            wait_until(partial(self._watched, name), f"libvirtd of {name} to answer", START_SECONDS)
 
     def _start_watch(self, stack: contextlib.ExitStack) -> None:
         sockets = [f"{name}={host.outer_socket}" for name, host in self.hosts.items()]

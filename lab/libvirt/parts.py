@@ -8,6 +8,7 @@ the packages.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -45,6 +46,8 @@ def check() -> None:
     for program in ("libvirtd", "virsh"):
         if shutil.which(program, path=search_path()) is None:
             raise LabUnavailable(f"{program} is not installed", HOW)
+    if importlib.util.find_spec("libvirt") is None:
+        raise LabUnavailable("libvirt-python is not in this environment", HOW)
     for part in (QEMU, KERNEL, INITRAMFS, ENTER, HOOK, STREAMS):
         if not part.exists():
             raise LabUnavailable(f"{part} is not there", HOW)
