@@ -82,7 +82,7 @@ class Guest:
     def tell(self, line: str) -> None:
         """Its shell runs the line in the background, its words go to the console. Returns when the shell has taken it.
 
-        Blocks while the guest is paused; raises LabError where it runs nowhere or does not listen.
+        Raises LabError where it runs on no host, or does not listen.
         """
         path = self._find().folder / f"{self.name}.control"
         with socket.socket(socket.AF_UNIX) as control:

@@ -91,7 +91,7 @@ class LibvirtHost:
     # --- Commands and files ------------------------------------------------------------------------------------------
 
     def start(self, argv: Sequence[str | Path], **options: Any) -> subprocess.Popen:
-        """Start a process inside of the host; `options` are Popen's.
+        """Start a process inside of the host, in its root folder; `options` are Popen's.
 
         Signals to what is returned reach the process, SIGSTOP excepted, and it ends as the process did. It ends with
         the host at the latest.

@@ -40,9 +40,9 @@ class Journal:
 
     def entries(self, guest: str | None = None, since: float = 0.0, host: str | None = None) -> list[Entry]:
         """All that was said until now, by time; of one guest, one host, from a time on, where given."""
-        every = [Entry(float(time), host, guest, what) for time, host, guest, what in _lines(self._events, 3)]
+        every = [Entry(float(time), *words) for time, *words in _lines(self._events, 3)]
         for name, file in self._hooks.items():
-            every += [Entry(float(time), name, guest, what) for time, guest, what in _lines(file, 2)]
+            every += [Entry(float(time), name, *words) for time, *words in _lines(file, 2)]
         return sorted(
             entry
             for entry in every
