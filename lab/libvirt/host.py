@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lab.deadline import wait_until
 from lab.errors import CommandFailed, LabError
 from lab.host import Host
 from lab.isolation import search_path
@@ -21,6 +22,7 @@ from lab.libvirt.relay import Relay
 from lab.port import Port
 
 UNDERLAY = "under0"
+END_SECONDS = 20.0
 LIBVIRTD_CONF = """listen_tls = 0
 listen_tcp = 1
 listen_addr = "{address}"
@@ -63,7 +65,7 @@ class LibvirtHost:
         self.address = underlay[self.name]
         self._lab_folder = lab_folder
         self._underlay = underlay
-        self._pid = 0
+        self._pid = -1
         self._libvirtd: subprocess.Popen | None = None
         self._relays: list[Relay] = []
 
@@ -87,6 +89,8 @@ class LibvirtHost:
         for relay in self._relays:
             relay.close()
         self.network.close()
+        # It was killed as its starter's child, and is the last of the host to go.
+        wait_until(lambda: not Path(f"/proc/{self._pid}").exists(), f"host {self.name} to end", END_SECONDS)
 
     # --- Commands and files ------------------------------------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class LibvirtHost:
     @property
     def _etc(self) -> Path:
         # The kernel does not promise to show what is written beside it to a mounted overlay.
-        return self.path("/etc") if self._pid else self.folder / "etc"
+        return self.path("/etc") if self._pid > 0 else self.folder / "etc"
 
     def _write_files(self) -> None:
         etc, var = self.folder / "etc", self.folder / "var"
