@@ -337,7 +337,7 @@ def test_abort_in_the_pause(moves):
         migration = moves.start()
         migration.wait_until_paused()
         migration.abort()
-    assert CANCELED in migration.wait().words
+    assert not migration.wait().is_ok  # "canceled by client", or what QEMU said last
     moves.stays(migration)
     assert events(migration, moves.source) == ["SUSPENDED/MIGRATED", "RESUMED/UNPAUSED"]
 
