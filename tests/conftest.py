@@ -33,7 +33,7 @@ def open_clone() -> Iterator[Path]:
     if all(parent.stat().st_mode & 0o001 for parent in ROOT.parents):
         yield ROOT
         return
-    with tempfile.TemporaryDirectory(dir="/run") as folder:  # the world's own, as the mount is
+    with tempfile.TemporaryDirectory(prefix="sami-clone-") as folder:  # the mount ends with the world
         Path(folder).chmod(0o755)
         place = Path(folder, "clone")
         place.mkdir()
