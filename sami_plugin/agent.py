@@ -7,8 +7,9 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from oslo_config import cfg
 from stevedore import driver as stevedore_driver
@@ -20,9 +21,13 @@ from sami_plugin.drivers import loader
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import ConfigurationError, IllegalMessage, NotAuthorised, NotAvailable, OperatorError
 from sami_plugin.handover import DestinationSession, SourceSession
+from sami_plugin.hooks import domain_xml
+from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket
 from sami_plugin.journal.journal import Journal
-from sami_plugin.model.migration import MigrationEvent, Open, Phase
+from sami_plugin.model.guest_port import GuestPort
+from sami_plugin.model.migration import MigrationEvent, Open, Outcome, Phase
+from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.session import Host, Session
@@ -44,6 +49,18 @@ class _Outgoing:
     destination: str | None
     """Where to, if the hypervisor said so."""
     is_suspended: bool = False
+    scopes: tuple[Scope, ...] = ()
+    """Its ports, where no session knows them."""
+
+
+class Hypervisor(Protocol):
+    """What an agent asks of its host's hypervisor. Both may be called from any thread and block for a moment only."""
+
+    def is_leaving(self, guest: str) -> bool:
+        """Whether the guest is in a job that moves it away."""
+
+    def ports(self, guest: str) -> tuple[GuestPort, ...]:
+        """The guest's ports, none where it is not there."""
 
 
 class Agent:
@@ -59,10 +76,12 @@ class Agent:
         journal: Journal,
         settings: Settings,
         transport_url: str | None = None,
+        hypervisor: Hypervisor | None = None,
     ) -> None:
         """:raises ConfigurationError: the broker is not one that this version may use."""
-        transport = Transport(conf, name, self.deliver, transport_url)
+        transport = Transport(conf, name, self, transport_url)
         self.host = Host(name, settings, driver, scopes, journal, transport)
+        self._hypervisor = hypervisor
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._outgoing: dict[str, _Outgoing] = {}
@@ -87,31 +106,78 @@ class Agent:
             session.stop()
 
     def tell(self, event: MigrationEvent) -> None:
-        """This host's hypervisor said something of a guest. The same may be said twice.
+        """As `note`, and waits where the teller can hold the migration up for a while.
 
-        Returns at once, but for `prepare`: there it waits up to `verdict_seconds` for the source's answer, so that the
-        guest does not leave before its flows begin to.
+        `prepare` waits up to `verdict_seconds` for the source's answer, so that the guest does not leave before its
+        flows begin to; `started` up to `started_seconds` until all that the source had at first is in the firewall.
 
         :raises OperatorError: something is missing in what was said.
         """
+        self.note(event)
+        session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
+        if session is None:
+            return
+        settings = self.host.settings
+        if event.phase is Phase.PREPARE and not session.has_answer.wait(settings.verdict_seconds):
+            LOG.warning("%s: the source has not answered yet; the migration goes on", session.id)
+        if event.phase is Phase.STARTED and not session.has_caught_up.wait(settings.started_seconds):
+            LOG.warning("%s: not all flows are here yet; the migration goes on", session.id)
+
+    def note(self, event: MigrationEvent) -> None:
+        """This host's hypervisor said something of a guest. The same may be said twice. Returns at once.
+
+        :raises OperatorError: something is missing in what was said.
+        """
+        if event.domain is not None:
+            self.host.scopes.learn(event.guest, domain_xml.ports_of(event.domain))
         match event.phase:
             case Phase.PREPARE:
                 self._expect(event)
-            case Phase.OUTGOING:
-                with self._lock:
-                    self._outgoing[event.guest] = _Outgoing(event.destination)
-                    self._lead(event, (SourceSession,))
             case Phase.STARTED:
-                self._lead(event, (DestinationSession,))
+                self._lead(event, DestinationSession)
+            case Phase.OUTGOING:
+                self._note_outgoing(event.guest, event.destination)
+                self._lead(event, SourceSession)
             case Phase.SUSPENDED:
+                self._pauses(event)
+            case Phase.RESUMED:
                 with self._lock:
-                    if event.guest in self._outgoing:
-                        self._outgoing[event.guest] = replace(self._outgoing[event.guest], is_suspended=True)
-                    self._lead(event, (SourceSession,))
-            case Phase.RESUMED | Phase.STOPPED:
+                    if event.guest in self._outgoing and self._outgoing[event.guest].is_suspended:
+                        del self._outgoing[event.guest]
+                self._lead(event, SourceSession, DestinationSession)
+            case Phase.ROLLBACK:
                 with self._lock:
                     self._outgoing.pop(event.guest, None)
-                    self._lead(event, (SourceSession, DestinationSession))
+                self._lead(event, SourceSession)
+            case Phase.STOPPED:
+                self._stops(event)
+
+    def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
+        with self._lock:
+            if guest in self._outgoing:
+                return
+            self._outgoing[guest] = _Outgoing(destination)
+        if self._hypervisor is not None:
+            self.host.scopes.learn(guest, self._hypervisor.ports(guest))
+
+    def _pauses(self, event: MigrationEvent) -> None:
+        """Where no session knows of the guest, its ports are noted now: when it is gone, so are they."""
+        if event.guest not in self._outgoing:
+            self._note_outgoing(event.guest)
+            self._lead(replace(event, phase=Phase.OUTGOING), SourceSession)
+        self._lead(event, SourceSession)
+        scopes = () if self._sessions_of(event.guest, SourceSession) else self.host.scopes.find(event.guest)
+        with self._lock:
+            if event.guest in self._outgoing:
+                self._outgoing[event.guest] = replace(self._outgoing[event.guest], is_suspended=True, scopes=scopes)
+
+    def _stops(self, event: MigrationEvent) -> None:
+        with self._lock:
+            outgoing = self._outgoing.pop(event.guest, None)
+            if outgoing is not None and outgoing.scopes and not self._sessions_of(event.guest, SourceSession):
+                LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
+                self._add(self._leaving(str(uuid.uuid4()), event.guest, "", outgoing))
+        self._lead(event, SourceSession, DestinationSession)
 
     def deliver(self, sender: str, session_id: str, number: int, octets: bytes) -> None:
         """A peer's message.
@@ -134,25 +200,57 @@ class Agent:
         with self._lock:
             return list(self._sessions.values())
 
+    def underway(self) -> list[tuple[str, str]]:
+        """The guests that are on their way, and this host's role in it."""
+        return [(session.guest, session.role) for session in self.sessions()]
+
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Whether all sessions ended within the time."""
         with self._idle:
             return self._idle.wait_for(lambda: not self._sessions, timeout_seconds)
 
+    def asked(self, sender: str, session: str, guest: str) -> None:
+        """Another host awaits a guest and asks which one it leaves. Only who is about to lose it answers.
+
+        :raises PeerUnreachable: the answer cannot be sent.
+        """
+        if sender != self.host.name and _is_uuid(guest) and self._is_leaving(guest, sender):
+            LOG.info("guest %s leaves this host, as %s asked", guest, sender)
+            self.host.transport.tell_found(sender, session)
+
+    def found(self, sender: str, session: str) -> None:
+        """The answer to such a question of ours."""
+        with self._lock:
+            asking = self._sessions.get(session)
+        if isinstance(asking, DestinationSession):
+            asking.find(sender)
+
+    def _is_leaving(self, guest: str, destination: str) -> bool:
+        """Whether this host's hypervisor has the guest in a job that moves it there, as far as it says where to."""
+        with self._lock:
+            outgoing = self._outgoing.get(guest)
+        if outgoing is not None:
+            return outgoing.destination in (None, destination)
+        is_coming = bool(self._sessions_of(guest, DestinationSession))  # a hypervisor is not asked of such a guest
+        if self._hypervisor is None or is_coming or not self._hypervisor.is_leaving(guest):
+            return False
+        self._note_outgoing(guest)
+        return True
+
     def _expect(self, event: MigrationEvent) -> None:
-        if event.source is None:
-            raise OperatorError("source: has to be told with `prepare`")
+        if event.source is None and self._hypervisor is None:
+            raise OperatorError("source: has to be told with `prepare`, since no hypervisor is there to be asked")
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
+        source = event.source or ""
         with self._lock:  # the hook and Nova may say it at the same time
             session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
-            if session is None or not session.is_about(event.source):
+            if session is None or not session.is_about(source):
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
-                session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, event.source, self._forget)
-                self._add(session)
-        if not session.has_answer.wait(self.host.settings.verdict_seconds):
-            LOG.warning("%s: %s has not answered yet; the migration goes on", session.id, event.source)
+                self._add(DestinationSession(self.host, str(uuid.uuid4()), event.guest, source, self._forget))
+            elif source:
+                session.find(source)
 
     def _open(self, sender: str, session_id: str, number: int, octets: bytes) -> Session:
         said = messages.decode(octets)
@@ -160,26 +258,29 @@ class Agent:
             raise IllegalMessage(f"there is no session {session_id[:40]} here; it begins with message 0, Open")
         if said.destination != sender:
             raise NotAuthorised(f"{sender} may not speak for {said.destination}")
-        try:
-            uuid.UUID(session_id)
-            guest = str(uuid.UUID(said.guest))
-        except ValueError as error:
-            raise IllegalMessage("session and guest are UUIDs") from error
+        if not (_is_uuid(session_id) and _is_uuid(said.guest)):
+            raise IllegalMessage("session and guest are UUIDs")
+        guest = str(uuid.UUID(said.guest))
+        self._is_leaving(guest, sender)
         with self._lock:
-            leaving = self._outgoing.get(guest)
-            if leaving is not None and leaving.destination not in (None, sender):
-                raise NotAuthorised(f"{guest} moves to {leaving.destination}, not to {sender}")
-            return self._add(
-                SourceSession(
-                    self.host,
-                    session_id,
-                    guest,
-                    sender,
-                    self._forget,
-                    is_outgoing=leaving is not None,
-                    is_suspended=leaving is not None and leaving.is_suspended,
-                )
-            )
+            outgoing = self._outgoing.get(guest)
+            if outgoing is not None and outgoing.destination not in (None, sender):
+                raise NotAuthorised(f"{guest} moves to {outgoing.destination}, not to {sender}")
+            if any(not one.peer for one in self._sessions_of(guest, SourceSession)):
+                raise NotAuthorised(f"{guest} has left, and nobody had asked for its flows")
+            return self._add(self._leaving(session_id, guest, sender, outgoing))
+
+    def _leaving(self, session: str, guest: str, peer: str, outgoing: _Outgoing | None) -> SourceSession:
+        return SourceSession(
+            self.host,
+            session,
+            guest,
+            peer,
+            self._forget,
+            is_outgoing=outgoing is not None,
+            is_suspended=outgoing is not None and outgoing.is_suspended,
+            scopes=outgoing.scopes if outgoing is not None and not peer else None,
+        )
 
     def _add(self, session: Session) -> Session:
         with self._lock:
@@ -192,21 +293,35 @@ class Agent:
             session.start()
             return session
 
-    def _lead(self, event: MigrationEvent, kinds: tuple[type[Session], ...]) -> None:
-        for session in [one for one in self.sessions() if one.guest == event.guest and isinstance(one, kinds)][-1:]:
-            session.tell(event)
+    def _lead(self, event: MigrationEvent, *kinds: type[Session]) -> None:
+        """Tells the guest's newest session, of the role that the event is about where that is known."""
+        for session in reversed(self.sessions()):
+            if session.guest == event.guest and isinstance(session, kinds) and event.role in (None, session.role):
+                session.tell(event)
+                return
 
     def _sessions_of(self, guest: str, kind: type[SessionT]) -> list[SessionT]:
         """The guest's sessions of this role, newest first."""
         return [one for one in reversed(self.sessions()) if one.guest == guest and isinstance(one, kind)]
 
     def _forget(self, session: Session) -> None:
+        has_stayed = session.report.outcome == Outcome.STAYED.value
+        if has_stayed == (session.role == "destination"):
+            self.host.scopes.learn(session.guest, ())  # it is not here any more
         with self._idle:
             self._sessions.pop(session.id, None)
             self._ended[session.id] = None
             while len(self._ended) > ENDED_REMEMBERED:
                 self._ended.popitem(last=False)
             self._idle.notify_all()
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return False
+    return True
 
 
 def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
@@ -225,6 +340,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
     :raises SamiError: it cannot start; the message says what to change.
     """
     settings = options.settings(conf)
+    libvirt = LibvirtHost(conf.libvirt.uri) if conf.libvirt.uri else None
     agent = Agent(
         conf,
         name=conf.agent.host,
@@ -232,14 +348,15 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
         scopes=load_scopes(conf.agent.scopes, conf),
         journal=Journal(conf.agent.journal),
         settings=settings,
+        hypervisor=libvirt,
     )
-    agent.start()
-    try:
+    with ExitStack() as stack:
+        agent.start()
+        stack.callback(agent.stop)
         socket = LocalSocket(conf.agent.socket, agent.tell)
         socket.start()
-        try:
-            wait()
-        finally:
-            socket.stop()
-    finally:
-        agent.stop()
+        stack.callback(socket.stop)
+        if libvirt is not None:
+            libvirt.start(agent.note, agent.underway)
+            stack.callback(libvirt.stop)
+        wait()

@@ -1,6 +1,7 @@
 """What happens to a guest's flows when it moves, from the first word of the migration to the purge.
 
- 1. The destination's hypervisor says that a guest is about to come. `DestinationSession` asks the source for its flows.
+ 1. The destination's hypervisor says that a guest is about to come. `DestinationSession` asks the source for its flows,
+    and before that all hosts which one that is, where nobody said it (`_look`, `_ask`).
  2. The source has the guest in an outgoing job: `SourceSession` begins to watch the guest's ports, exports them, and
     sends the flows batch by batch while the guest runs (`_start_export`, `_export_next`).
  3. The destination puts each batch into its firewall as soon as the port's place is known there, looks at what the
@@ -28,11 +29,12 @@ import numpy as np
 
 from sami_plugin.arriving import Arriving, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
-from sami_plugin.errors import SamiError
+from sami_plugin.errors import PeerUnreachable, SamiError
 from sami_plugin.leaving import Leaving, Piece, Sweep, merged, split, taken
 from sami_plugin.migration import destination, source
 from sami_plugin.migration.decision import (
     Action,
+    Ask,
     Discard,
     Done,
     Event,
@@ -40,6 +42,8 @@ from sami_plugin.migration.decision import (
     ExportNext,
     FindScope,
     Import,
+    Keep,
+    Look,
     PeerSaid,
     Purge,
     Renew,
@@ -90,12 +94,15 @@ class SourceSession(Session):
         *,
         is_outgoing: bool,
         is_suspended: bool = False,
+        scopes: tuple[Scope, ...] | None = None,
     ) -> None:
+        """`scopes` are the guest's ports where it is gone already, and they with it."""
         super().__init__(host, session, guest, peer, ended)
         limits = host.settings.limits
         self._known = source.Source(
             limits, time.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
         )
+        self._scopes = scopes
         self._ports: list[Leaving] = []
         self._compression = "zlib"
         self._pieces: Iterator[Piece] = iter(())
@@ -105,6 +112,7 @@ class SourceSession(Session):
 
     def _actions(self) -> Actions:
         return {
+            Keep: self._keep,
             StartExport: self._start_export,
             ExportNext: self._export_next,
             ExportChanges: self._export_changes,
@@ -115,11 +123,24 @@ class SourceSession(Session):
     def _start_export(self, action: StartExport) -> Done:
         """Watches before it exports, so that no change falls between the two."""
         self.note("export began")
-        for scope in self.host.scopes.find(self.guest):
+        for scope in self._scopes if self._scopes is not None else self.host.scopes.find(self.guest):
             can_watch = self.host.driver.capabilities(scope).can_watch
             self._ports.append(Leaving(scope, self.host.driver.watch(scope) if can_watch else None))
         self._pieces = self._export()
         return Done("StartExport", len(self._ports))
+
+    def _keep(self, action: Keep) -> Done:
+        """Nobody asked for the guest's flows. What it leaves is noted, to be removed by name like all else."""
+        self._start_export(StartExport())
+        told: list[Batch] = []
+        for port, batch in merged(self._pieces):
+            self._tell(port, batch, told)
+        for some in split(told, self.host.settings.batch_flows) if told else ():
+            self._packed(some)
+        for port in self._ports:
+            port.close()
+        self.note("export ended")
+        return Done("Keep", self._exported_count())
 
     def _export(self) -> Iterator[Piece]:
         for port in self._ports:
@@ -335,6 +356,8 @@ class DestinationSession(Session):
 
     def _actions(self) -> Actions:
         return {
+            Look: self._look,
+            Ask: self._ask,
             FindScope: self._find_scope,
             Import: self._import,
             Verify: self._verify,
@@ -343,6 +366,19 @@ class DestinationSession(Session):
         }
 
     def _begin(self) -> None:
+        self._known, actions = destination.begin(self._known, self.peer, time.monotonic())
+        self._enact("guest prepare", actions)
+
+    def _look(self, action: Look) -> Done:
+        """Asks all hosts; the answer is an event. A broker that is away is asked again."""
+        try:
+            self.host.transport.ask_all(self.id, self.guest)
+        except PeerUnreachable as error:
+            self.report.remark(str(error))
+        return Done("Look")
+
+    def _ask(self, action: Ask) -> Done:
+        self.peer = self.report.peer = action.source
         capabilities = self.host.driver.capabilities()
         free = None if capabilities.capacity is None else max(0, capabilities.capacity - capabilities.in_use)
         said = Open(
@@ -354,7 +390,8 @@ class DestinationSession(Session):
             free=free,
         )
         self.note("asked")
-        self._enact("guest prepare", destination.begin(self._known, said))
+        self._say(said)
+        return Done("Ask")
 
     def _import(self, action: Import) -> Done:
         self.keep_payload(action.payload)
@@ -502,8 +539,11 @@ class DestinationSession(Session):
         return int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
 
     def is_about(self, source: str) -> bool:
-        """Whether this is the migration from that host that is under way, and not what is left of one before it."""
-        return source == self.peer and destination.is_open(self._known)
+        """Whether this is the migration from that host that is under way, and not what is left of one before it.
+
+        Either may be unknown yet, and is the same then.
+        """
+        return destination.is_open(self._known) and (source == self.peer or not source or not self.peer)
 
     # What the session asks of its role.
 
@@ -514,6 +554,9 @@ class DestinationSession(Session):
         self._known, actions = destination.step(self._known, event, now)
         if isinstance(event, PeerSaid):
             self._note_message(event.message)
+        if destination.has_caught_up(self._known):
+            self.has_answer.set()
+            self.has_caught_up.set()
         return actions
 
     def _note_message(self, message: Message) -> None:

@@ -33,6 +33,7 @@ from sami_plugin.migration.decision import (
     ExportChanges,
     ExportNext,
     FindScope,
+    Found,
     GuestDid,
     Import,
     PeerLost,
@@ -129,7 +130,7 @@ class Session(abc.ABC):
         self.id = session
         self.guest = guest
         self.peer = peer
-        self.report = Report(session, guest, self.role, host.name, peer)
+        self.report = Report(session, guest, self.role, host.name, peer or "not known")
         self._ended = ended
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._finished: deque[Done | ActionFailed] = deque()
@@ -145,9 +146,11 @@ class Session(abc.ABC):
         self._journal_works = True
         self.has_answer = threading.Event()
         """Set when the peer has answered, or will not."""
+        self.has_caught_up = threading.Event()
+        """Set when all that the peer had at first is in the device here, or will not be."""
         self._sender = Sender(
             host.transport,
-            peer,
+            lambda: self.peer,
             session,
             window=host.settings.window,
             call_seconds=host.settings.call_seconds,
@@ -191,6 +194,10 @@ class Session(abc.ABC):
         """Another migration of the guest has begun here."""
         self._events.put(Superseded())
 
+    def find(self, source: str) -> None:
+        """This host's agent says that the guest is about to leave it."""
+        self._events.put(Found(source))
+
     def expect_return(self) -> None:
         """The guest is about to come to this host."""
         self._events.put(Returns())
@@ -223,6 +230,7 @@ class Session(abc.ABC):
                 self._is_over = True
                 self._sender.finish()
                 self.has_answer.set()
+                self.has_caught_up.set()
                 self._ended(self)
 
     def _live(self) -> None:
@@ -334,6 +342,8 @@ class Session(abc.ABC):
         return None
 
     def _say(self, message: Message) -> None:
+        if not self.peer:  # nobody was found yet, or nobody asked
+            return
         self._sender.send(self._outbox.number(), messages.encode(message))
 
     def _end(self, outcome: Outcome, reason: str) -> None:
@@ -351,6 +361,7 @@ class Session(abc.ABC):
         self._is_over = True
         self._sender.finish()
         self.has_answer.set()
+        self.has_caught_up.set()
         self._ended(self)
 
     def note(self, step: str) -> None:
@@ -419,6 +430,8 @@ def _label(item: Event | Action) -> str:
             return f"{what} failed: {reason}"
         case PeerLost(reason=reason):
             return f"peer lost: {reason}"
+        case Found(source=source):
+            return f"found: {source}"
         case End(outcome=outcome):
             return f"end: {outcome.value}"
     return type(item).__name__

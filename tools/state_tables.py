@@ -23,6 +23,7 @@ from sami_plugin.migration.decision import (
     Event,
     ExportChanges,
     FindScope,
+    Found,
     GuestDid,
     PeerLost,
     PeerSaid,
@@ -80,6 +81,8 @@ EVENTS: tuple[Event, ...] = (
     PeerLost("reason"),
     Superseded(),
     Returns(),
+    Found("host-a"),
+    Found("host-b"),
     TimePassed(),
 )
 LIMITS = Limits()
@@ -109,7 +112,7 @@ class Role:
 
 ROLES = (
     Role("source", source, source.Source(LIMITS, LIMITS.session_seconds)),
-    Role("destination", destination, destination.new(LIMITS, 0.0)),
+    Role("destination", destination, destination.begin(destination.new(LIMITS, 0.0), "", 0.0)[0]),
 )
 
 
@@ -163,6 +166,7 @@ def _cause(cause: decision.Cause) -> str:
         "PeerLost": "the peer knows no such session",
         "Superseded": "another migration of the guest begins",
         "Returns": "the guest is about to come here",
+        "Found": "a host says that the guest leaves it",
         TimePassed: "the time has come",
     }
     if cause in words:

@@ -97,6 +97,13 @@ MIGRATION_OPTIONS = [
         "the migration goes on, and the flows follow as soon as they can.",
     ),
     cfg.FloatOpt(
+        "started_seconds",
+        default=_DEFAULTS.started_seconds,
+        min=0.0,
+        help="Seconds that the start of the guest's empty shell on the destination is held up until all that the "
+        "source had at first is in the firewall. Most guests' flows are there in a fraction of a second.",
+    ),
+    cfg.FloatOpt(
         "zone_seconds",
         default=_LIMITS.zone_seconds,
         min=0.1,
@@ -147,9 +154,21 @@ MIGRATION_OPTIONS = [
 ]
 
 
+LIBVIRT = cfg.OptGroup("libvirt", title="This host's libvirt")
+LIBVIRT_OPTIONS: list[cfg.Opt] = [
+    cfg.StrOpt(
+        "uri",
+        default="",
+        help="libvirt's connection URI, qemu:///system for most hosts. With it the agent hears of migrations and asks "
+        "whether a guest is about to leave; a read-only connection is used. Without it only hooks tell the agent of "
+        "migrations, and they have to name the source. Needs the extra `libvirt`.",
+    ),
+]
+
+
 def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     """For oslo-config-generator."""
-    return [(AGENT, AGENT_OPTIONS), (MIGRATION, MIGRATION_OPTIONS)]
+    return [(AGENT, AGENT_OPTIONS), (MIGRATION, MIGRATION_OPTIONS), (LIBVIRT, LIBVIRT_OPTIONS)]
 
 
 def register(conf: cfg.ConfigOpts) -> None:
@@ -178,5 +197,6 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         call_seconds=values.call_seconds,
         message_seconds=values.message_seconds,
         verdict_seconds=values.verdict_seconds,
+        started_seconds=values.started_seconds,
         enterprise=conf.agent.enterprise_number,
     )

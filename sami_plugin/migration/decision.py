@@ -33,6 +33,13 @@ class PeerSaid:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """This host's agent says that the guest is about to leave it."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """An action is finished. `what` is the action's class name, `count` the flows it concerned."""
 
@@ -73,10 +80,22 @@ class Returns:
     """The guest that leaves this host, or has left it, is about to come here."""
 
 
-Event = GuestDid | PeerSaid | Done | ActionFailed | PeerLost | TimePassed | Superseded | Returns
+Event = GuestDid | PeerSaid | Found | Done | ActionFailed | PeerLost | TimePassed | Superseded | Returns
 
 
 # What a session does about it.
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Ask all agents whose host the guest is about to leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Ask this host for the guest's flows: say Open, with what can be taken here."""
+
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +128,11 @@ class ExportChanges:
 @dataclass(frozen=True, slots=True)
 class Resync:
     """Export again and send the differences: changes may have been missed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Note what the guest leaves, in the journal too: it will be removed by name, and nobody has asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +190,9 @@ class End:
 
 Action = (
     Say
+    | Look
+    | Ask
+    | Keep
     | StartExport
     | ExportNext
     | ExportChanges
@@ -201,7 +228,7 @@ def cause_of(event: Event) -> Cause:
             return what
         case TimePassed():
             return TimePassed
-        case ActionFailed() | PeerLost() | Superseded() | Returns():
+        case Found() | ActionFailed() | PeerLost() | Superseded() | Returns():
             return type(event).__name__
 
 

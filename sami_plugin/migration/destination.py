@@ -1,5 +1,6 @@
 """What the host does that a guest comes to.
 
+LOOKING     it is not known yet which host the guest leaves; all are asked
 ASKED       the source has been asked for the guest's flows
 RECEIVING   flows come; they go into the device as soon as the port's scope is known here
 COMPLETE    all of it is in the device, read back and journaled; the guest is not here yet
@@ -21,13 +22,16 @@ from sami_plugin.migration import decision
 from sami_plugin.migration.decision import (
     Action,
     ActionFailed,
+    Ask,
     Discard,
     Done,
     End,
     Event,
     FindScope,
+    Found,
     GuestDid,
     Import,
+    Look,
     PeerLost,
     PeerSaid,
     Renew,
@@ -44,7 +48,6 @@ from sami_plugin.model.migration import (
     GivesUp,
     InSync,
     Offer,
-    Open,
     Outcome,
     Phase,
     Purged,
@@ -53,11 +56,14 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.settings import Limits
 
 ZONE_POLL_SECONDS = 0.02
+LOOK_SECONDS = 1.0
+"""After so long all hosts are asked again: one may have been busy, or its hypervisor not so far."""
 
 
 class State(enum.Enum):
     """Where the destination's session is; told above."""
 
+    LOOKING = "looking"
     ASKED = "asked"
     RECEIVING = "receiving"
     COMPLETE = "complete"
@@ -72,9 +78,12 @@ class Destination:
 
     limits: Limits
     deadline: float
-    """While ASKED, the time until which the source has to answer; afterwards that at which the session ends."""
+    """While LOOKING and ASKED, until when somebody has to answer; afterwards, when the session ends at the latest."""
     session_deadline: float
-    state: State = State.ASKED
+    state: State = State.LOOKING
+    source: str = ""
+    in_sync: bool = False
+    has_caught_up: bool = False
     is_started: bool = False
     ports: int | None = None
     """How many the source offered; None before it answered."""
@@ -96,14 +105,37 @@ def new(limits: Limits, now: float) -> Destination:
     return Destination(limits, now + limits.open_seconds, now + limits.session_seconds)
 
 
-def begin(session: Destination, offer_to_take: Open) -> list[Action]:
-    """What is done then."""
-    return [Say(offer_to_take), WakeAt(session.deadline)]
+def begin(session: Destination, source: str, now: float) -> Decision:
+    """What is done then; `source` may be empty, where nobody said which host the guest leaves."""
+    return _ask(session, source, now) if source else (session, [Look(), WakeAt(now + LOOK_SECONDS)])
+
+
+def _ask(session: Destination, source: str, now: float) -> Decision:
+    session = replace(session, state=State.ASKED, source=source, deadline=now + session.limits.open_seconds)
+    return session, [WakeAt(session.deadline), Ask(source)]
+
+
+def _found(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, Found)
+    return _ask(session, event.source, now)
+
+
+def _found_another(session: Destination, event: Event, now: float) -> Decision:
+    """One of them errs or lies, and nobody here knows which."""
+    assert isinstance(event, Found)
+    if event.source == session.source:
+        return session, []
+    return _give_up(session, f"{session.source} and {event.source} both say that the guest leaves them")
 
 
 def is_open(session: Destination) -> bool:
     """Whether the flows are still on their way: what is told of a migration now may be told of this one."""
-    return session.state in (State.ASKED, State.RECEIVING) and not session.runs_here
+    return session.state in (State.LOOKING, State.ASKED, State.RECEIVING) and not session.runs_here
+
+
+def has_caught_up(session: Destination) -> bool:
+    """Whether all that the source had at first is in the device, and was looked at; or nothing more is waited for."""
+    return session.has_caught_up or session.state in (State.COMPLETE, State.ARRIVED, State.ORPHANED, State.ENDED)
 
 
 def step(session: Destination, event: Event, now: float) -> Decision:
@@ -149,7 +181,7 @@ def _received(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _in_sync(session: Destination, event: Event, now: float) -> Decision:
-    return session, [Verify()] if session.has_scope else []
+    return replace(session, in_sync=True), [Verify()] if session.has_scope else []
 
 
 def _changed(session: Destination, event: Event, now: float) -> Decision:
@@ -165,7 +197,12 @@ def _changed(session: Destination, event: Event, now: float) -> Decision:
 
 def _verified(session: Destination, event: Event, now: float) -> Decision:
     assert isinstance(event, Done)
-    session = replace(session, imported=event.count, refused=event.refused)
+    session = replace(
+        session,
+        imported=event.count,
+        refused=event.refused,
+        has_caught_up=session.has_caught_up or (session.in_sync and session.has_scope),
+    )
     if not (session.has_last and session.has_scope):
         return session, []
     session = replace(session, state=State.COMPLETE)
@@ -188,6 +225,14 @@ def _runs_complete(session: Destination, event: Event, now: float) -> Decision:
 def _tell_arrival(session: Destination, now: float) -> Decision:
     actions: list[Action] = [Say(Arrived(), is_durable=True), WakeAt(now + session.limits.arrival_seconds)]
     return replace(session, state=State.ARRIVED), actions
+
+
+def _look_again(session: Destination, event: Event, now: float) -> Decision:
+    if now < session.deadline:
+        return session, [Look(), WakeAt(min(now + LOOK_SECONDS, session.deadline))]
+    return _give_up(
+        session, "no host says that the guest leaves it; does the source's agent run, and does it see its libvirt?"
+    )
 
 
 def _tick(session: Destination, event: Event, now: float) -> Decision:
@@ -315,6 +360,7 @@ def _ignore(session: Destination, event: Event, now: float) -> Decision:
 
 
 _WHEN_IT_FAILS: dict[decision.Cause, decision.Handler[Destination]] = {
+    "Found": _found_another,
     "ActionFailed": _failed,
     "PeerLost": _failed,
     GivesUp: _failed,
@@ -324,6 +370,15 @@ _WHEN_IT_FAILS: dict[decision.Cause, decision.Handler[Destination]] = {
 }
 
 TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
+    State.LOOKING: {
+        "Found": _found,
+        Phase.STARTED: _started,
+        Phase.RESUMED: _runs,
+        TimePassed: _look_again,
+        "ActionFailed": _failed,
+        Phase.STOPPED: _never_came,
+        "Superseded": _superseded,
+    },
     State.ASKED: {
         Offer: _offered,
         Phase.STARTED: _started,

@@ -5,7 +5,7 @@ COPYING     the guest runs here; what there is is being sent
 FOLLOWING   the guest runs here; only what changes is being sent
 DRAINED     the guest is paused and the last change is sent; nothing may be purged yet
 PURGING     the destination has it all and the guest runs there, or the guest has left and nobody spoke
-ABANDONED   nothing is carried any more; still to be seen is whether the guest leaves
+ABANDONED   nothing is carried, or not any more; still to be seen is whether the guest leaves
 ENDED
 
 Nothing is removed here before the destination has said both COMPLETE and ARRIVED and this host's hypervisor has not
@@ -28,6 +28,7 @@ from sami_plugin.migration.decision import (
     Event,
     ExportChanges,
     ExportNext,
+    Keep,
     PeerLost,
     PeerSaid,
     Purge,
@@ -210,7 +211,7 @@ def _purge_when_arrived(session: Source) -> Decision:
 
 
 def _comes_back(session: Source, event: Event, now: float) -> Decision:
-    reason = "the guest runs on the source again"
+    reason = "the guest stays on the source"
     return replace(session, state=State.ENDED), [Say(Stays(reason)), End(Outcome.STAYED, reason)]
 
 
@@ -238,13 +239,21 @@ def _noted_gone(session: Source, now: float) -> Source:
 
 def _gone_while_copying(session: Source, event: Event, now: float) -> Decision:
     """The guest was faster than its flows: they are still here, and go on their way."""
-    if session.is_suspended:
-        return _noted_gone(session, now), []
-    return _gone_unnoticed(session, event, now)
+    return replace(_noted_gone(session, now), is_suspended=True, is_paused_early=True), []
 
 
-def _gone_unnoticed(session: Source, event: Event, now: float) -> Decision:
-    return _abandon(_noted_gone(session, now), "the guest was gone before its last changes were sent")
+def _gone_unasked(session: Source, event: Event, now: float) -> Decision:
+    """Nobody will take what it leaves: it is noted, and removed when nobody has come for it."""
+    if session.is_asked:
+        return _abandon(_noted_gone(session, now), "the guest was gone before its flows were sent")
+    session = replace(_noted_gone(session, now), state=State.ABANDONED, reason="no agent at the destination asked")
+    return session, [_next_wake(session), Keep()]
+
+
+def _gone_unpaused(session: Source, event: Event, now: float) -> Decision:
+    """Nobody said that it was paused for the move, as of a guest that its user had paused: its flows are still here."""
+    session = replace(_noted_gone(session, now), state=State.DRAINED, is_suspended=True)
+    return session, [ExportChanges(is_last=True, says_removals=False)]
 
 
 def _next_wake(session: Source) -> WakeAt:
@@ -324,7 +333,8 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.OUTGOING: _leaves,
         Phase.SUSPENDED: _paused_before_copying,
         Phase.RESUMED: _resumed,
-        Phase.STOPPED: _gone_unnoticed,
+        Phase.ROLLBACK: _never_left,
+        Phase.STOPPED: _gone_unasked,
         TimePassed: _never_left,
         "ActionFailed": _nothing_sent_yet,
         "PeerLost": _nothing_sent_yet,
@@ -337,6 +347,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         "ExportNext": _copied,
         Phase.SUSPENDED: _paused_while_copying,
         Phase.RESUMED: _resumed,
+        Phase.ROLLBACK: _comes_back,
         Phase.STOPPED: _gone_while_copying,
         TimePassed: _copies_too_long,
         **_WHEN_IT_FAILS,
@@ -346,7 +357,8 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         "ExportChanges": _followed,
         "Resync": _resynced,
         Phase.SUSPENDED: _paused,
-        Phase.STOPPED: _gone_unnoticed,
+        Phase.ROLLBACK: _comes_back,
+        Phase.STOPPED: _gone_unpaused,
         **_WHEN_IT_FAILS,
     },
     State.DRAINED: {
@@ -354,6 +366,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Complete: _complete,
         Arrived: _arrived,
         Phase.RESUMED: _comes_back,
+        Phase.ROLLBACK: _comes_back,
         Phase.STOPPED: _gone,
         TimePassed: _nobody_spoke,
         "Returns": _comes_here,
@@ -368,6 +381,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
     },
     State.ABANDONED: {
         Phase.RESUMED: _comes_back,
+        Phase.ROLLBACK: _comes_back,
         Phase.STOPPED: _gone,
         TimePassed: _nobody_spoke,
         "Returns": _comes_here,

@@ -28,6 +28,8 @@ class Phase(enum.Enum):
     """The guest runs on this host: on the destination it has come, on the source it stays."""
     STOPPED = "stopped"
     """The guest is gone from this host: on the source it has left, on the destination it never came."""
+    ROLLBACK = "rollback"
+    """Source: the job that moved the guest is over, and the guest has not left. Said where nothing else says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ class MigrationEvent:
     source: str | None = None
     """Host name of the source, where the teller knows it."""
     destination: str | None = None
+    role: str | None = None
+    """What this host is in the migration, "source" or "destination", where the teller knows it."""
+    domain: str | None = None
+    """The guest's libvirt domain as XML, where the teller has it."""
 
 
 class Outcome(enum.Enum):

@@ -28,4 +28,5 @@ class Settings:
     call_seconds: float = 10.0
     message_seconds: float = 120.0
     verdict_seconds: float = 5.0
+    started_seconds: float = 2.0
     enterprise: int = 32473

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import netaddr
@@ -34,8 +35,18 @@ CLOSE_SECONDS = 1.0
 LATER = "later"
 """Answered by an agent that ends, or has more to do than it can keep: the message is to be sent again."""
 
-Deliver = Callable[[str, str, int, bytes], None]
-"""Called with sender, session, number and payload of each message, from any thread; may raise `SamiError`."""
+
+class Receiver(Protocol):
+    """Who takes what other hosts say. Called from any thread; may raise `SamiError`."""
+
+    def deliver(self, sender: str, session: str, number: int, octets: bytes) -> None:
+        """One message of a session."""
+
+    def asked(self, sender: str, session: str, guest: str) -> None:
+        """The sender awaits this guest and asks all hosts which one it leaves."""
+
+    def found(self, sender: str, session: str) -> None:
+        """The sender says that the guest of this session, which was asked for, is about to leave it."""
 
 
 class Endpoint:
@@ -43,9 +54,27 @@ class Endpoint:
 
     target = oslo_messaging.Target(version=VERSION)
 
-    def __init__(self, deliver: Deliver, has_stopped: threading.Event) -> None:
-        self._deliver = deliver
+    def __init__(self, receiver: Receiver, has_stopped: threading.Event) -> None:
+        self._receiver = receiver
         self._has_stopped = has_stopped
+
+    @oslo_messaging.expose
+    def who_is_left(self, context: object, sender: str, session: str, guest: str) -> None:
+        """The question of a host that awaits a guest. Nobody waits for an answer; who has one calls `is_left`."""
+        if not self._has_stopped.is_set() and all(isinstance(each, str) for each in (sender, session, guest)):
+            self._say(self._receiver.asked, sender, session, guest)
+
+    @oslo_messaging.expose
+    def is_left(self, context: object, sender: str, session: str) -> None:
+        """The answer."""
+        if not self._has_stopped.is_set() and all(isinstance(each, str) for each in (sender, session)):
+            self._say(self._receiver.found, sender, session)
+
+    def _say(self, to: Callable[..., None], *words: str) -> None:
+        try:
+            to(*words)
+        except SamiError as error:
+            LOG.warning("%s: question or answer refused: %s", words, error)
 
     @oslo_messaging.expose
     def deliver(self, context: object, sender: str, session: str, number: int, payload: str) -> str:
@@ -56,7 +85,7 @@ class Endpoint:
             if not (isinstance(sender, str) and isinstance(session, str) and type(number) is int):
                 return "sender, session and number have to be a text, a text and a number"
             octets = base64.b64decode(payload, validate=True)
-            self._deliver(sender, session, number, octets)
+            self._receiver.deliver(sender, session, number, octets)
         except (binascii.Error, TypeError, ValueError):
             return "the payload is no base64"
         except Busy:
@@ -107,7 +136,7 @@ def _register_what_it_forgets(conf: cfg.ConfigOpts) -> None:
 class Transport:
     """One agent's end of the broker."""
 
-    def __init__(self, conf: cfg.ConfigOpts, host: str, deliver: Deliver, url: str | None = None) -> None:
+    def __init__(self, conf: cfg.ConfigOpts, host: str, receiver: Receiver, url: str | None = None) -> None:
         """Does not connect yet. Without `url`, the option `transport_url` says where the broker is.
 
         :raises ConfigurationError: the URL is not one that this version may use.
@@ -123,7 +152,7 @@ class Transport:
         self._server = oslo_messaging.get_rpc_server(
             self._transport,
             oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=host),
-            [Endpoint(deliver, self.has_stopped)],
+            [Endpoint(receiver, self.has_stopped)],
             executor="threading",
             access_policy=dispatcher.ExplicitRPCAccessPolicy,
         )
@@ -175,6 +204,26 @@ class Transport:
             raise PeerUnreachable(f"the agent of {peer} is busy or about to end")
         return str(answer)
 
+    def ask_all(self, session: str, guest: str) -> None:
+        """Asks all hosts which one this guest leaves. Who it is calls `Receiver.found`, some time.
+
+        :raises PeerUnreachable: the broker does not take the question.
+        """
+        self._cast(self._client.prepare(fanout=True, retry=0), "who_is_left", session=session, guest=guest)
+
+    def tell_found(self, peer: str, session: str) -> None:
+        """The answer to another host's question. Is asked again where it gets lost.
+
+        :raises PeerUnreachable: the broker does not take the answer.
+        """
+        self._cast(self._client.prepare(server=peer, retry=0), "is_left", session=session)
+
+    def _cast(self, client: oslo_messaging.RPCClient, method: str, **words: str) -> None:
+        try:
+            client.cast({}, method, sender=self.host, **words)
+        except (oslo_messaging.MessagingException, OSError) as error:
+            raise PeerUnreachable(f"the broker does not answer: {error or type(error).__name__}") from error
+
 
 class Sender:
     """Sends the messages of one session, a window of them at a time, each until it is taken.
@@ -188,7 +237,7 @@ class Sender:
     def __init__(
         self,
         transport: Transport,
-        peer: str,
+        peer: Callable[[], str],
         session: str,
         *,
         window: int,
@@ -196,7 +245,10 @@ class Sender:
         lifetime_seconds: float,
         refused: Callable[[str], None],
     ) -> None:
-        """`refused` is told, from another thread, that the peer does not take a message, and why."""
+        """`peer` tells whom to send to: it may be known only later, but before the first message.
+
+        `refused` is told, from another thread, that the peer does not take a message, and why.
+        """
         self._transport = transport
         self._peer = peer
         self._session = session
@@ -257,8 +309,9 @@ class Sender:
     def _try_until_taken(self, number: int, octets: bytes) -> str | None:
         while True:
             try:
-                answer = self._transport.call(self._peer, self._session, number, octets, self._call_seconds)
-                return None if answer == "taken" else f"{self._peer} refused message {number}: {answer}"
+                peer = self._peer()
+                answer = self._transport.call(peer, self._session, number, octets, self._call_seconds)
+                return None if answer == "taken" else f"{peer} refused message {number}: {answer}"
             except PeerUnreachable as error:
                 if time.monotonic() > self._last_try_at:
                     LOG.warning("%s: message %s was never taken: %s", self._session, number, error)

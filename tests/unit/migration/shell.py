@@ -49,11 +49,19 @@ class Shell:
         self._finished: deque[Event] = deque()
         self._behind: deque[Event] = deque()
 
+    def begin(self, actions: list[Action]) -> None:
+        """What is done before anything happens."""
+        self.enact(actions)
+        self._settle()
+
     def tell(self, event: Event) -> None:
         """Something happens now, and what comes of it is done."""
         if self.is_over:
             return
         self._behind.append(event)
+        self._settle()
+
+    def _settle(self) -> None:
         while not self.is_over and (self._finished or self._behind):
             self._decide(self._finished.popleft() if self._finished else self._behind.popleft())
 

@@ -11,11 +11,13 @@ from sami_plugin.errors import IllegalMessage
 from sami_plugin.migration import destination
 from sami_plugin.migration.decision import (
     ActionFailed,
+    Ask,
     Discard,
     Done,
     End,
     Event,
     FindScope,
+    Found,
     Import,
     PeerLost,
     PeerSaid,
@@ -43,7 +45,7 @@ from sami_plugin.model.migration import (
 )
 from tests.unit.migration.sequences import LIMITS, choices, endless, lives
 from tests.unit.migration.shell import Shell, guest
-from tools.state_tables import MESSAGES, OPEN
+from tools.state_tables import MESSAGES
 
 OFFERED = PeerSaid(Offer(1, 1))
 FLOWS, IN_SYNC = PeerSaid(Flows(b"flows")), PeerSaid(InSync(1))
@@ -52,23 +54,25 @@ PURGED, STAYS, GIVES_UP = PeerSaid(Purged(1, 0)), PeerSaid(Stays("stays")), Peer
 STARTED, RESUMED, STOPPED = map(guest, (Phase.STARTED, Phase.RESUMED, Phase.STOPPED))
 ARRIVES = [Say(Arrived(), is_durable=True), WakeAt(20.0)]
 
+ASKS = destination.begin(destination.new(LIMITS, 0.0), "host-a", 0.0)[1]
 NOT_ALL = PeerSaid(Purged(5, 2))
 LEFT, NOT_COME = "2 flows are left at the source", "the guest did not come"
 
 
 def new() -> Destination:
-    return destination.new(LIMITS, 0.0)
+    return destination.begin(destination.new(LIMITS, 0.0), "host-a", 0.0)[0]
 
 
 def shell(*events: Event) -> Shell:
     made = Shell(destination.step, new())
-    made.enact(destination.begin(made.session, OPEN))
+    made.begin(ASKS)
     for event in events:
         made.tell(event)
     return made
 
 
 IN_STATE: dict[State, tuple[Event, ...]] = {
+    State.LOOKING: (),
     State.ASKED: (),
     State.RECEIVING: (OFFERED, STARTED, FLOWS, IN_SYNC),
     State.COMPLETE: (OFFERED, STARTED, FLOWS, IN_SYNC, LAST),
@@ -77,6 +81,7 @@ IN_STATE: dict[State, tuple[Event, ...]] = {
     State.ENDED: (OFFERED, STARTED, FLOWS, STAYS),
 }
 HEARD: dict[State, set[type[Message]]] = {
+    State.LOOKING: set(),
     State.ASKED: {Offer, GivesUp, Stays},
     State.RECEIVING: {Flows, InSync, FlowChanges, GivesUp, Stays},
     State.COMPLETE: {GivesUp, Stays},
@@ -126,8 +131,48 @@ def test_last_of_these_inputs_has_these_actions(events: tuple[Event, ...], expec
     assert actions == expected
 
 
-def test_session_begins_with_what_can_be_taken() -> None:
-    assert destination.begin(destination.new(LIMITS, 5.0), OPEN) == [Say(OPEN), WakeAt(15.0)]
+def test_source_that_is_known_is_asked_at_once() -> None:
+    assert destination.begin(destination.new(LIMITS, 5.0), "host-a", 5.0)[1] == [WakeAt(15.0), Ask("host-a")]
+
+
+def looking() -> Shell:
+    made = Shell(destination.step, destination.new(LIMITS, 0.0))
+    made.session, actions = destination.begin(made.session, "", 0.0)
+    made.begin(actions)
+    return made
+
+
+def test_source_that_is_not_known_is_looked_for_again_and_again_until_it_is_found() -> None:
+    made = looking()
+    made.wait_until(2.5)
+    assert made.kinds() == ["Look", "Look", "Look"]
+    made.tell(Found("host-a"))
+    assert made.done[-1][1] == Ask("host-a")
+    assert made.session.state is State.ASKED
+    made.tell(Found("host-a"))  # it answers each question
+    assert made.kinds().count("Ask") == 1
+
+
+def test_source_that_nobody_names_is_given_up_after_open_seconds() -> None:
+    made = looking()
+    made.wait_until(10)
+    assert made.session.state is State.ORPHANED
+    assert "no host says" in made.session.reason
+
+
+@pytest.mark.parametrize("state", [State.ASKED, State.RECEIVING, State.COMPLETE])
+def test_of_two_hosts_that_both_say_that_the_guest_leaves_them_none_is_believed(state: State) -> None:
+    made = shell(*IN_STATE[state])
+    made.tell(Found("host-x"))
+    assert made.kinds()[-2:] == ["GivesUp", "Discard"]
+    assert made.session.reason == "host-a and host-x both say that the guest leaves them"
+
+
+def test_guest_that_runs_while_its_source_is_looked_for_gets_its_flows_when_it_is_found() -> None:
+    made = looking()
+    for event in (STARTED, RESUMED, Found("host-a"), OFFERED, FLOWS, IN_SYNC, LAST):
+        made.tell(event)
+    assert made.kinds()[-2:] == ["Complete", "Arrived"]
 
 
 @pytest.mark.parametrize("state", BEFORE_THE_GUEST)
@@ -225,7 +270,7 @@ USUAL = [OFFERED, STARTED, FLOWS, IN_SYNC, CHANGES, LAST, RESUMED, PURGED]
 @given(lives(USUAL), choices)
 def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> None:
     made = Shell(destination.step, new(), endless(drawn))
-    made.enact(destination.begin(made.session, OPEN))
+    made.begin(ASKS)
     ran = None
     for pause, event in life:
         made.wait_until(made.now + pause)

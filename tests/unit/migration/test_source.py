@@ -17,6 +17,7 @@ from sami_plugin.migration.decision import (
     ExportChanges,
     ExportNext,
     GuestDid,
+    Keep,
     PeerLost,
     PeerSaid,
     Purge,
@@ -51,8 +52,8 @@ COMPLETE, ARRIVED = PeerSaid(Complete(1, 0)), PeerSaid(Arrived())
 OUTGOING, SUSPENDED, RESUMED, STOPPED = map(guest, (Phase.OUTGOING, Phase.SUSPENDED, Phase.RESUMED, Phase.STOPPED))
 
 LAST_OF_A_PAUSED_GUEST = ExportChanges(is_last=True, says_removals=False)
-AGAIN = "the guest runs on the source again"
-TOO_EARLY = "the guest was gone before its last changes were sent"
+AGAIN = "the guest stays on the source"
+STAY = [Say(Stays(AGAIN)), End(Outcome.STAYED, AGAIN)]
 
 
 def new() -> Source:
@@ -91,7 +92,7 @@ HEARD: dict[State, set[type[Message]]] = {
         ((OUTGOING,), []),
         ((OPENED, OUTGOING), [WakeAt(100), StartExport()]),
         ((OUTGOING, OPENED), [WakeAt(100), StartExport()]),
-        ((OPENED, SUSPENDED, RESUMED), [Say(Stays(AGAIN)), End(Outcome.STAYED, AGAIN)]),
+        ((OPENED, SUSPENDED, RESUMED), STAY),
         ((OPENED, OUTGOING, Done("StartExport", 2)), [Say(Offer(1, 2)), ExportNext()]),
         ((OPENED, OUTGOING, Done("ExportNext", 5, is_all=False)), [ExportNext()]),
         ((OPENED, OUTGOING, Done("ExportNext", 5)), [Say(InSync(5)), WakeAt(1.0)]),
@@ -104,7 +105,9 @@ HEARD: dict[State, set[type[Message]]] = {
         ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, COMPLETE, ARRIVED), [Purge()]),
         ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, ARRIVED), []),
         ((OPENED, OUTGOING, Done("ExportNext"), SUSPENDED, ARRIVED, COMPLETE), [Purge()]),
-        ((OPENED, OUTGOING, Done("ExportNext"), STOPPED), [Say(GivesUp(TOO_EARLY)), WakeAt(20.0)]),
+        ((OPENED, OUTGOING, Done("ExportNext"), STOPPED), [LAST_OF_A_PAUSED_GUEST]),
+        ((OUTGOING, SUSPENDED, STOPPED), [WakeAt(20.0), Keep()]),
+        ((OPENED, OUTGOING, Done("ExportNext"), guest(Phase.ROLLBACK)), STAY),
         ((OPENED, OUTGOING, PeerSaid(GivesUp("no"))), [WakeAt(100)]),
         ((OPENED, OUTGOING, ActionFailed("StartExport", "why")), [Say(GivesUp("why")), WakeAt(100)]),
     ],

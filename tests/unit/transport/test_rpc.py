@@ -68,11 +68,19 @@ def test_every_other_broker_is_refused(url: str) -> None:
 class Heard:
     def __init__(self) -> None:
         self.messages: list[tuple[str, str, int, bytes]] = []
+        self.questions: list[tuple[str, ...]] = []
 
-    def __call__(self, sender: str, session: str, number: int, octets: bytes) -> None:
+    def deliver(self, sender: str, session: str, number: int, octets: bytes) -> None:
         if number == 13:
             raise IllegalMessage("message 13 is out of the window")
         self.messages.append((sender, session, number, octets))
+
+    def asked(self, sender: str, session: str, guest: str) -> None:
+        self.questions.append((sender, session, guest))
+        raise PeerUnreachable("the broker does not take the answer")
+
+    def found(self, sender: str, session: str) -> None:
+        self.questions.append((sender, session))
 
 
 def test_endpoint_of_an_agent_that_ends_asks_for_the_message_again() -> None:
@@ -84,10 +92,11 @@ def test_endpoint_of_an_agent_that_ends_asks_for_the_message_again() -> None:
 
 
 def test_endpoint_of_a_busy_session_asks_for_the_message_again() -> None:
-    def full(*_: object) -> None:
-        raise Busy("the session has more to do than it can keep")
+    class Full(Heard):
+        def deliver(self, *_: object) -> None:
+            raise Busy("the session has more to do than it can keep")
 
-    assert Endpoint(full, threading.Event()).deliver({}, "host-a", "s", 1, "") == LATER
+    assert Endpoint(Full(), threading.Event()).deliver({}, "host-a", "s", 1, "") == LATER
 
 
 def test_endpoint_takes_a_message() -> None:
@@ -119,6 +128,16 @@ def test_endpoint_says_in_words_why_a_message_is_not_taken(arguments: tuple[Any,
     assert heard.messages == []
 
 
+def test_endpoint_passes_questions_and_answers_on_and_raises_nothing() -> None:
+    heard = Heard()
+    endpoint = Endpoint(heard, threading.Event())
+    endpoint.who_is_left({}, "host-b", "s", "guest")
+    endpoint.is_left({}, "host-a", "s")
+    endpoint.who_is_left({}, "host-b", None, 7)  # type: ignore[arg-type]
+    endpoint.is_left({}, ["host-a"], "s")  # type: ignore[arg-type]
+    assert heard.questions == [("host-b", "s", "guest"), ("host-a", "s")]
+
+
 class Broker:
     """Answers each call with the next of `answers`; an exception is raised, and the last answer stands."""
 
@@ -145,7 +164,7 @@ def refusals() -> list[str]:
 
 def sender(broker: Broker, refusals: list[str], **options: Any) -> Sender:
     chosen = {"window": 1, "call_seconds": 1.0, "lifetime_seconds": 10.0, **options}
-    made = Sender(broker, "host-b", "s", refused=refusals.append, **chosen)  # type: ignore[arg-type]
+    made = Sender(broker, lambda: "host-b", "s", refused=refusals.append, **chosen)  # type: ignore[arg-type]
     made.RETRY_PAUSE_SECONDS = 0.001
     return made
 

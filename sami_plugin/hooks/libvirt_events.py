@@ -1,0 +1,259 @@
+"""What libvirt says of the guests of this host, in our words, and what it is asked.
+
+Three threads, each with one thing to do: one runs libvirt's event loop, whose callbacks only queue; one takes them from
+the queue and tells; one keeps the connection, and asks from time to time about guests that are on their way, because an
+abort or a dead destination gives the source no event at all.
+
+What a host sees in which case stands in the table that tests/libvirt goes through. libvirt-python is imported when it
+is used: it has to be built against the host's libvirt, and not every host has one.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sami_plugin.errors import NotAvailable, SamiError
+from sami_plugin.hooks import domain_xml
+from sami_plugin.model.guest_port import GuestPort
+from sami_plugin.model.migration import MigrationEvent, Phase
+
+LOG = logging.getLogger(__name__)
+
+KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 5, 3
+RECONNECT_SECONDS = 1.0
+POLL_SECONDS = 0.5
+
+Tell = Callable[[MigrationEvent], None]
+Underway = Callable[[], Iterable[tuple[str, str]]]
+"""The guests that are on their way and the role of this host in it, "source" or "destination"."""
+
+SOURCE, DESTINATION = "source", "destination"
+
+
+class LibvirtHost:
+    """This host's libvirt. Works by itself from `start` on, through restarts of the daemon, until `stop`."""
+
+    def __init__(self, uri: str) -> None:
+        """:raises NotAvailable: there is no libvirt-python."""
+        try:
+            import libvirt
+        except ImportError as error:
+            raise NotAvailable(
+                f"[libvirt] uri is set, but libvirt-python cannot be imported ({error}); install the extra `libvirt`"
+            ) from error
+        self._libvirt: Any = libvirt
+        self._uri = uri
+        self._phases = _phases(libvirt)
+        self._connection: Any = None
+        self._queue: queue.SimpleQueue[tuple[str, int, int] | None] = queue.SimpleQueue()
+        self._is_stopping = threading.Event()
+        self._is_lost = threading.Event()
+        self._tell: Tell = lambda event: None
+        self._underway: Underway = tuple
+        self._threads: list[threading.Thread] = []
+
+    def start(self, tell: Tell, underway: Underway) -> None:
+        """`tell` is called from a thread of its own and must not block for long."""
+        self._tell, self._underway = tell, underway
+        _run_event_loop(self._libvirt)
+        for work, name in ((self._keep, "sami-libvirt"), (self._pass_on, "sami-libvirt-tell")):
+            thread = threading.Thread(target=work, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """Tells nothing any more."""
+        self._is_stopping.set()
+        self._is_lost.set()
+        self._queue.put(None)
+        for thread in self._threads:
+            thread.join(RECONNECT_SECONDS)
+
+    def is_leaving(self, guest: str) -> bool:
+        """Whether the guest is in a job that moves it away: True from the migration's first moment on.
+
+        Must not be asked of a guest that comes here: libvirt answers only when its hooks have returned.
+        """
+        return self._job(guest) is Phase.OUTGOING
+
+    def ports(self, guest: str) -> tuple[GuestPort, ...]:
+        """The guest's ports as libvirt describes them; none where it is not here, or cannot be asked."""
+        connection = self._connection
+        if connection is None:
+            return ()
+        try:
+            return domain_xml.ports_of(connection.lookupByUUIDString(guest).XMLDesc(0))
+        except (self._libvirt.libvirtError, SamiError) as error:
+            LOG.warning("guest %s: its ports are not known: %s", guest, error)
+            return ()
+
+    # --- The connection, and questions from time to time
+
+    def _keep(self) -> None:
+        is_told = False
+        while not self._is_stopping.is_set():
+            try:
+                self._connect()
+            except self._libvirt.libvirtError as error:
+                if not is_told:
+                    LOG.warning("libvirt %s cannot be reached, tried again every second: %s", self._uri, error)
+                is_told = True
+                self._is_stopping.wait(RECONNECT_SECONDS)
+                continue
+            is_told = False
+            LOG.info("libvirt %s tells of migrations from now on", self._uri)
+            self._settle()
+            while not self._is_lost.wait(POLL_SECONDS):
+                self._poll()
+            self._disconnect()
+
+    def _connect(self) -> None:
+        libvirt = self._libvirt
+        self._is_lost.clear()
+        connection = libvirt.openReadOnly(self._uri)
+        connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
+        connection.registerCloseCallback(lambda *_: self._is_lost.set(), None)
+        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._heard, None)
+        self._connection = connection
+        if self._is_stopping.is_set():
+            self._is_lost.set()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if not self._is_stopping.is_set():
+            LOG.warning("libvirt %s ended the connection", self._uri)
+        try:
+            connection.close()
+        except self._libvirt.libvirtError:
+            LOG.debug("libvirt %s was gone already", self._uri)
+
+    def _poll(self) -> None:
+        """Tells what no event says: a job of the source that began or is over."""
+        for guest, role in self._underway():
+            if role == SOURCE:
+                phase = self._job(guest)
+                if phase is not None:
+                    self._say(MigrationEvent(guest, phase, role=SOURCE))
+
+    def _settle(self) -> None:
+        """After a connection was made: what events may have been missed."""
+        self._poll()
+        for guest, role in self._underway():
+            if role == DESTINATION:
+                phase = self._arrival(guest)
+                if phase is not None:
+                    self._say(MigrationEvent(guest, phase, role=DESTINATION))
+
+    def _job(self, guest: str) -> Phase | None:
+        """What becomes of a guest of this source: OUTGOING, ROLLBACK, STOPPED, or None where that is not certain."""
+        libvirt, connection = self._libvirt, self._connection
+        if connection is None:
+            return None
+        try:
+            domain = connection.lookupByUUIDString(guest)
+            job = domain.jobStats(0)
+            if job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE:
+                is_outgoing = job.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
+                return Phase.OUTGOING if is_outgoing else None
+            state, reason = domain.state(0)
+        except libvirt.libvirtError as error:
+            return self._absence(error)
+        if state == libvirt.VIR_DOMAIN_PAUSED:
+            # Between the end of the job and the next event, or for good after post-copy failed.
+            is_moving = reason in (
+                libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+                libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+                libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,
+            )
+            return None if is_moving else Phase.ROLLBACK
+        return Phase.ROLLBACK if state == libvirt.VIR_DOMAIN_RUNNING else None
+
+    def _arrival(self, guest: str) -> Phase | None:
+        libvirt, connection = self._libvirt, self._connection
+        try:
+            state, reason = connection.lookupByUUIDString(guest).state(0)
+        except libvirt.libvirtError as error:
+            return self._absence(error)
+        if state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
+            return None
+        return Phase.RESUMED if state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_PAUSED) else Phase.STOPPED
+
+    def _absence(self, error: Any) -> Phase | None:
+        if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:
+            return Phase.STOPPED
+        LOG.info("libvirt %s does not say how it is with a guest: %s", self._uri, error)
+        return None
+
+    # --- Events
+
+    def _heard(self, connection: Any, domain: Any, event: int, detail: int, opaque: object) -> None:
+        """In libvirt's own thread."""
+        if (event, detail) in self._phases:
+            self._queue.put((domain.UUIDString(), event, detail))
+
+    def _pass_on(self) -> None:
+        while (heard := self._queue.get()) is not None:
+            guest, event, detail = heard
+            for phase, role in self._phases[event, detail]:
+                self._say(MigrationEvent(guest, phase, role=role))
+
+    def _say(self, event: MigrationEvent) -> None:
+        try:
+            self._tell(event)
+        except SamiError as error:
+            LOG.warning("guest %s, %s: %s", event.guest, event.phase.value, error)
+
+
+def _phases(libvirt: Any) -> dict[tuple[int, int], tuple[tuple[Phase, str | None], ...]]:
+    """What each lifecycle event that concerns us says, and which role of this host it is about."""
+    started, suspended = libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED
+    resumed, stopped = libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_STOPPED
+    ends = (
+        libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN,
+        libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED,
+        libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED,
+    )
+    return {
+        # The hooks say both before, where they are installed.
+        (started, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED): (
+            (Phase.PREPARE, DESTINATION),
+            (Phase.STARTED, DESTINATION),
+        ),
+        (suspended, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED): ((Phase.SUSPENDED, SOURCE),),
+        # The incoming job is over, and the guest stays paused: --suspend, or its user had paused it.
+        (suspended, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED): ((Phase.RESUMED, DESTINATION),),
+        # On the source the same words, of whatever detail, take back SUSPENDED/MIGRATED.
+        (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED): ((Phase.RESUMED, None),),
+        (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_UNPAUSED): ((Phase.RESUMED, SOURCE),),
+        (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_POSTCOPY): ((Phase.RESUMED, DESTINATION),),
+        (stopped, libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED): ((Phase.STOPPED, SOURCE),),
+        (stopped, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED): ((Phase.STOPPED, DESTINATION),),
+        # It ended here: on the source it moves nowhere any more, on the destination a source's libvirtd that died lets
+        # go of what had begun to come.
+        **{(stopped, detail): ((Phase.ROLLBACK, SOURCE), (Phase.STOPPED, DESTINATION)) for detail in ends},
+    }
+
+
+_LOOP: list[threading.Thread] = []
+_LOOP_LOCK = threading.Lock()
+
+
+def _run_event_loop(libvirt: Any) -> None:
+    """libvirt has one event loop for a process, which has to be there before the first connection."""
+    with _LOOP_LOCK:
+        if _LOOP:
+            return
+        libvirt.virEventRegisterDefaultImpl()
+        # Its own account of errors goes to stderr; each is raised as well.
+        libvirt.registerErrorHandler(lambda *_: None, None)
+
+        def run() -> None:
+            while True:
+                libvirt.virEventRunDefaultImpl()
+
+        _LOOP.append(threading.Thread(target=run, name="sami-libvirt-events", daemon=True))
+        _LOOP[0].start()
