@@ -21,7 +21,7 @@ from lab.deadline import wait_until
 from lab.errors import CommandFailed, LabError, LabUnavailable
 from lab.fabric import BridgedFabric
 from lab.host import Host
-from lab.libvirt import addresses, parts, watch
+from lab.libvirt import addresses, parts
 from lab.libvirt.guest import Guest, Shape
 from lab.libvirt.host import UNDERLAY, LibvirtHost
 from lab.libvirt.journal import Journal
@@ -31,6 +31,8 @@ from lab.port import Port, Rules
 
 KINDS = ("bridge", "shared")
 START_SECONDS = 30.0
+# Started by name: it needs libvirt-python, which this module does not.
+WATCH = "lab.libvirt.watch"
 _numbers = itertools.count()
 
 
@@ -217,7 +219,7 @@ class LibvirtLab:
 
     def _start_watch(self, stack: contextlib.ExitStack) -> None:
         sockets = [f"{name}={host.outer_socket}" for name, host in self.hosts.items()]
-        words = [sys.executable, "-m", watch.__name__, str(self.folder / "events"), *sockets]
+        words = [sys.executable, "-m", WATCH, str(self.folder / "events"), *sockets]
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=parts.FOLDER.parent)
         stack.callback(process.wait)
         stack.callback(process.kill)

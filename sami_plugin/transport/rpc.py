@@ -146,7 +146,9 @@ class Transport:
         _register_what_it_forgets(conf)
         try:
             self._transport = oslo_messaging.get_rpc_transport(conf, url=url)
-            refuse_foreign_broker(conf.transport_url if url is None else url)
+            chosen = conf.transport_url if url is None else url
+            refuse_foreign_broker(chosen)
+            self._is_embedded = urlsplit(chosen).scheme == "fake"
         except (oslo_messaging.InvalidTransportURL, oslo_messaging.DriverLoadFailure) as error:
             raise ConfigurationError(f"transport_url: {error}") from error
         self._server = oslo_messaging.get_rpc_server(
@@ -168,11 +170,12 @@ class Transport:
     def stop(self) -> None:
         """Nothing comes in any more, and nothing that goes out is repeated."""
         self.has_stopped.set()
-        # oslo.messaging joins threads that look up only every ten seconds. Whoever stops an agent need not wait for
-        # that: they end with the process, if not before.
+        # With a broker, oslo.messaging joins threads that look up only every ten seconds. Whoever stops an agent need
+        # not wait for that: they end with the process. Of `fake://` the next agent of this name in this process would
+        # lose messages to the former one.
         closing = threading.Thread(target=self._close, name="sami-closing", daemon=True)
         closing.start()
-        closing.join(CLOSE_SECONDS)
+        closing.join(None if self._is_embedded else CLOSE_SECONDS)
 
     def _close(self) -> None:
         self._server.stop()
