@@ -330,7 +330,7 @@ def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
         found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager("sami.scopes", name)
     except NoMatches as error:
         raise ConfigurationError(f"[agent] scopes: there is no scope finder {name!r}") from error
-    finder: ScopeFinder = found.driver(conf.agent.scope_file)
+    finder: ScopeFinder = found.driver.from_conf(conf)
     return finder
 
 

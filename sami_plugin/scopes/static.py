@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import netaddr
 
@@ -19,12 +19,20 @@ from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.base import ScopeFinder
 
+if TYPE_CHECKING:
+    from oslo_config import cfg
+
 
 class StaticScopes(ScopeFinder):
     """Reads the file `scope_file`."""
 
     def __init__(self, scope_file: str | Path) -> None:
         self._file = Path(scope_file)
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
+        """Takes `[agent] scope_file`."""
+        return cls(conf.agent.scope_file)
 
     def find(self, guest: str) -> tuple[Scope, ...]:
         return tuple(self._scope(port) for port in self._read() if port["guest"] == guest)
