@@ -16,7 +16,7 @@ from oslo_config import cfg
 
 from benchmarks import floor
 from benchmarks.result import Progress, row
-from lab.agents import AgentProcess
+from lab.agents import AgentProcess, file_and_broker
 from lab.broker import Broker
 from lab.deadline import wait_until
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
@@ -40,7 +40,9 @@ class Pair:
         self._addresses = addresses
         for side in (0, 1):
             self.plug(side, False)
-        self.agents = [AgentProcess(folder, name, file, url) for name, file in zip("ab", self._files, strict=True)]
+        self.agents = [
+            AgentProcess(folder, name, file_and_broker(file, url)) for name, file in zip("ab", self._files, strict=True)
+        ]
 
     def plug(self, side: int, is_here: bool) -> None:
         """The guest's port is on this side, or not."""

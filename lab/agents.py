@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,12 +20,29 @@ from sami_plugin.model.migration import MigrationEvent, Phase
 
 START_SECONDS = 30.0
 
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+def file_and_broker(scope_file: Path, transport_url: str) -> dict[str, dict[str, object]]:
+    """Options of an agent whose ports stand in a file, and that talks through this broker."""
+    return {"DEFAULT": {"transport_url": transport_url}, "agent": {"scope_file": scope_file}}
+
 
 class AgentProcess:
     """One agent. A context manager."""
 
-    def __init__(self, folder: Path, name: str, scope_file: Path, transport_url: str, **migration: object) -> None:
-        """`migration` are options of the group [migration]."""
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        options: Mapping[str, Mapping[str, object]],
+        *,
+        start: Start = subprocess.Popen,
+    ) -> None:
+        """`options` are those of its configuration by group, besides the places of its files, which are below `folder`.
+
+        `start` starts a process, as Popen does, where the agent is to run.
+        """
         self.name = name
         self._folder = folder / f"agent-{name}"
         self._folder.mkdir(parents=True)
@@ -32,12 +50,15 @@ class AgentProcess:
         self.journal = self._folder / "journal.sqlite"
         self.log = self._folder / "log"
         self._config = self._folder / "sami-agent.conf"
-        options = "".join(f"{option} = {value}\n" for option, value in migration.items())
+        places = {"host": name, "journal": self.journal, "socket": self.socket}
+        groups = {**options, "agent": {**places, **options.get("agent", {})}}
         self._config.write_text(
-            f"[DEFAULT]\ntransport_url = {transport_url}\n"
-            f"[agent]\nhost = {name}\nscope_file = {scope_file}\njournal = {self.journal}\nsocket = {self.socket}\n"
-            f"[migration]\n{options}"
+            "".join(
+                f"[{group}]\n" + "".join(f"{option} = {value}\n" for option, value in values.items())
+                for group, values in groups.items()
+            )
         )
+        self._start = start
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -53,7 +74,7 @@ class AgentProcess:
     def start(self) -> None:
         """Blocks until the agent listens."""
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = self._start(
                 [sys.executable, "-W", "ignore", "-m", "sami_plugin.cmd.agent", "--config-file", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -19,7 +19,14 @@ from sami_plugin import conf as options
 from sami_plugin.codec import messages
 from sami_plugin.drivers import loader
 from sami_plugin.drivers.base import FlowDriver
-from sami_plugin.errors import ConfigurationError, IllegalMessage, NotAuthorised, NotAvailable, OperatorError
+from sami_plugin.errors import (
+    ConfigurationError,
+    IllegalMessage,
+    NotAuthorised,
+    NotAvailable,
+    OperatorError,
+    RepresentationError,
+)
 from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks import domain_xml
 from sami_plugin.hooks.libvirt_events import LibvirtHost
@@ -129,7 +136,7 @@ class Agent:
         :raises OperatorError: something is missing in what was said.
         """
         if event.domain is not None:
-            self.host.scopes.learn(event.guest, domain_xml.ports_of(event.domain))
+            self._learn(event.guest, event.domain)
         match event.phase:
             case Phase.PREPARE:
                 self._expect(event)
@@ -151,6 +158,12 @@ class Agent:
                 self._lead(event, SourceSession)
             case Phase.STOPPED:
                 self._stops(event)
+
+    def _learn(self, guest: str, domain: str) -> None:
+        try:
+            self.host.scopes.learn(guest, domain_xml.ports_of(domain))
+        except RepresentationError as error:  # the migration is known all the same
+            LOG.warning("guest %s: its ports are not known: %s", guest, error)
 
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
         with self._lock:
@@ -330,8 +343,8 @@ def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
         found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager("sami.scopes", name)
     except NoMatches as error:
         raise ConfigurationError(f"[agent] scopes: there is no scope finder {name!r}") from error
-    finder: ScopeFinder = found.driver.from_conf(conf)
-    return finder
+    finder: type[ScopeFinder] = found.driver
+    return finder.from_conf(conf)
 
 
 def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:

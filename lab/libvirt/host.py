@@ -63,7 +63,7 @@ class LibvirtHost:
         self.name = network.name
         self.folder = lab_folder / f"host-{self.name}"
         self.address = underlay[self.name]
-        self._lab_folder = lab_folder
+        self.lab_folder = lab_folder
         self._underlay = underlay
         self._pid = -1
         self._libvirtd: subprocess.Popen | None = None
@@ -76,7 +76,7 @@ class LibvirtHost:
             self.install_hook(parts.HOOK, "10-lab")
         self.network.namespace.ip(f"address add {self.address}/24 dev {UNDERLAY}", f"link set {UNDERLAY} up")
         new = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", sys.executable, "-I", "-S"]
-        folders = [str(self._lab_folder), str(self.folder), str(parts.QEMU)]
+        folders = [str(self.lab_folder), str(self.folder), str(parts.QEMU)]
         process = self.network.namespace.start([*new, first.__file__, self.name, *folders], stdout=subprocess.PIPE)
         assert process.stdout is not None
         word, _, pid = process.stdout.readline().decode().partition(" ")

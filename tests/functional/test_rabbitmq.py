@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from lab import judge, traffic
-from lab.agents import AgentProcess
+from lab.agents import AgentProcess, file_and_broker
 from lab.broker import Broker
 from lab.deadline import wait_until
 from lab.guest import Guest
@@ -45,10 +45,10 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 
 @contextmanager
-def cloud(broker: Broker, **migration: object) -> Iterator[Cloud]:
+def cloud(broker: Broker) -> Iterator[Cloud]:
     with Lab() as lab, ExitStack() as stack:
         agents = {
-            name: stack.enter_context(AgentProcess(lab.folder, name, host.scope_file, broker.url, **migration))
+            name: stack.enter_context(AgentProcess(lab.folder, name, file_and_broker(host.scope_file, broker.url)))
             for name, host in lab.hosts.items()
         }
         yield Cloud(lab, broker, agents)

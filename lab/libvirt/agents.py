@@ -1,0 +1,93 @@
+"""SAMI on the lab's hosts as an operator puts it there: the agent inside of the host, its hook in libvirt's folder.
+
+A broker of the world stands between the agents; each host reaches it on its own loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from lab.agents import AgentProcess
+from lab.broker import Broker
+from lab.deadline import wait_until
+from lab.libvirt.guest import Guest
+from lab.libvirt.host import LibvirtHost
+from lab.libvirt.lab import LibvirtLab
+from lab.libvirt.relay import Relay
+from sami_plugin.cmd import libvirt_hook
+
+SOCKET = "/run/sami/agent.sock"
+HOOK = "50-sami"
+END_SECONDS = 30.0
+HEARS_LIBVIRT = "tells of migrations from now on"
+
+
+class HostAgent(AgentProcess):
+    """The agent of one host. Its socket, journal and log are seen at the same path from the world and in the host."""
+
+    def __init__(self, host: LibvirtHost, broker: Broker, migration: Mapping[str, object]) -> None:
+        options: dict[str, dict[str, object]] = {
+            "DEFAULT": {"transport_url": broker.url},
+            "agent": {"scopes": "bridge_iptables", "socket": SOCKET},
+            "libvirt": {"uri": "qemu:///system"},
+            "migration": dict(migration),
+        }
+        super().__init__(host.lab_folder, host.name, options, start=host.start)
+        self.socket = host.path(SOCKET)
+
+    def start(self) -> None:
+        """Blocks until the agent listens and hears its libvirt."""
+        before = self._heard()
+        super().start()
+        wait_until(lambda: self._heard() > before, f"agent {self.name} to hear its libvirt")
+
+    def _heard(self) -> int:
+        return self.log.read_text().count(HEARS_LIBVIRT) if self.log.exists() else 0
+
+
+class Sami:
+    """A context manager: agents and hooks on these hosts of a lab, or on all. `agents` and `relays` are by host."""
+
+    def __init__(
+        self, lab: LibvirtLab, broker: Broker, hosts: Iterable[str] | None = None, **migration: object
+    ) -> None:
+        """`migration` are options of the group [migration]."""
+        self._lab = lab
+        self._broker = broker
+        self._names = list(lab.hosts) if hosts is None else list(hosts)
+        self._migration = migration
+        self.agents: dict[str, HostAgent] = {}
+        self.relays: dict[str, Relay] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Sami:
+        with contextlib.ExitStack() as stack:
+            for name in self._names:
+                host = self._lab.hosts[name]
+                self.relays[name] = host.relay(self._broker.port)
+                stack.callback(self.relays[name].cut)
+                self.agents[name] = stack.enter_context(HostAgent(host, self._broker, self._migration))
+                host.install_hook(libvirt_hook.__file__, HOOK)
+                stack.callback(host.remove_hook, HOOK)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def reports(self, guest: Guest, count: int = 1) -> dict[str, dict[str, Any]]:
+        """The newest report of each host, once each has had so many sessions of the guest and they have ended."""
+        for agent in self.agents.values():
+            wait_until(
+                lambda agent=agent: agent.ended(guest.uuid) >= count,  # type: ignore[misc]
+                f"agent {agent.name} to end its session; it said:\n{self.words()}",
+                END_SECONDS,
+            )
+        return {name: agent.reports(guest.uuid)[0] for name, agent in self.agents.items()}
+
+    def words(self) -> str:
+        """The end of every agent's log, for the message of a test that failed."""
+        return "\n".join(agent.log.read_text()[-4000:] for agent in self.agents.values())
