@@ -343,8 +343,9 @@ def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
         found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager("sami.scopes", name)
     except NoMatches as error:
         raise ConfigurationError(f"[agent] scopes: there is no scope finder {name!r}") from error
-    finder: type[ScopeFinder] = found.driver
-    return finder.from_conf(conf)
+    finder: Any = found.driver
+    made: ScopeFinder = finder.from_conf(conf)
+    return made
 
 
 def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
@@ -366,7 +367,9 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
     with ExitStack() as stack:
         agent.start()
         stack.callback(agent.stop)
-        socket = LocalSocket(conf.agent.socket, agent.tell)
+        socket = LocalSocket(
+            conf.agent.socket, agent.tell, mode=int(conf.agent.socket_mode, 8), group=conf.agent.socket_group
+        )
         socket.start()
         stack.callback(socket.stop)
         if libvirt is not None:

@@ -12,6 +12,7 @@ SamiError
 │   ├── UndeclaredAbility         our own move, really: a caller used what was not declared
 │   ├── DeviceFailed              the device answered with an error that concerns no single flow
 │   └── OutOfSync                 changes were lost: export again
+├── Veto                      the migration's manager's move: this host's policy refuses the migration
 ├── PeerError                 the other host's move
 │   ├── NotAuthorised             it asked for what it may not have
 │   ├── IllegalMessage            it said what may not be said in this state; nothing has changed here
@@ -88,6 +89,10 @@ class DeviceFailed(DriverError):
 
 class OutOfSync(DriverError):
     """Changes of the device's state were lost; only a new export tells what is there."""
+
+
+class Veto(SamiError):
+    """The operator's policy refuses the migration; the message says why, and the guest stays where it is."""
 
 
 class PeerError(SamiError):

@@ -46,7 +46,19 @@ AGENT_OPTIONS = [
     cfg.StrOpt(
         "socket",
         default="/run/sami/agent.sock",
-        help="Path of the unix socket on which this host's hooks tell of migrations. Created with mode 0600.",
+        help="Path of the unix socket on which this host's hooks tell of migrations. The hook's own configuration, "
+        "/etc/sami/libvirt-hook.conf, has to name the same.",
+    ),
+    cfg.StrOpt(
+        "socket_mode",
+        default="0600",
+        regex=r"^0?[0-7]{3}$",
+        help="Mode of that socket, in octal. Who may write to it may tell of migrations. Root always may, and libvirt "
+        "calls its hooks as root; so change it only where libvirtd runs as somebody else, together with socket_group.",
+    ),
+    cfg.StrOpt(
+        "socket_group",
+        help="Group that owns that socket, by name or number. The agent's own group by default.",
     ),
     cfg.IntOpt(
         "enterprise_number",

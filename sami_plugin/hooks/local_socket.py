@@ -4,28 +4,42 @@ One JSON object a line, one line of answer:
 
     {"guest": "6ac3...", "phase": "prepare", "source": "host-a", "destination": "host-b"}
     {"answer": "ok"}
+    {"guest": "6ac3...", "phase": "started", "role": "destination", "domain": "<domain type='kvm'>..."}
     {"answer": "error", "reason": "phase: 'prepar' is none of outgoing, prepare, ..."}
+    {"answer": "veto", "reason": "..."}
+
+Only `guest` and `phase` have to be there. `role` is what this host is in the move.
 """
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import json
 import logging
 import os
 import socket
 import socketserver
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from sami_plugin.errors import ConfigurationError, OperatorError, SamiError
+from sami_plugin.errors import ConfigurationError, OperatorError, SamiError, Veto
 from sami_plugin.model.migration import MigrationEvent, Phase
 
 LOG = logging.getLogger(__name__)
 
 MOST_OCTETS = 4096
-"""A longer line is no event."""
+"""A longer line is no event, unless it carries a domain."""
+MOST_OCTETS_WITH_DOMAIN = 1 << 20
+MOST_CONNECTIONS = 64
+"""At a time. Who comes then is told so and may come again."""
+PATIENCE_SECONDS = 10.0
+"""For a whole line to come, and for a whole answer to go. Handling an event does not count."""
+ROLES = ("source", "destination")
 
 Tell = Callable[[MigrationEvent], None]
 
@@ -35,46 +49,81 @@ def parse(line: bytes) -> MigrationEvent:
 
     :raises OperatorError: it holds none; names the field.
     """
+    if len(line) > MOST_OCTETS_WITH_DOMAIN:
+        raise OperatorError(f"not an event: longer than {MOST_OCTETS_WITH_DOMAIN} octets")
     try:
         said = json.loads(line)
         if not isinstance(said, dict):
             raise ValueError("an event is a JSON object")
     except (ValueError, RecursionError) as error:
         raise OperatorError(f"not an event: {error}") from error
+    domain = _domain(said.get("domain"))
+    if domain is None and len(line) > MOST_OCTETS:
+        raise OperatorError(f"not an event: longer than {MOST_OCTETS} octets without a domain")
     try:
         guest = str(uuid.UUID(said.get("guest")))
     except (ValueError, TypeError, AttributeError) as error:
         raise OperatorError("guest: has to be the guest's UUID") from error
-    phases = {phase.value: phase for phase in Phase}
-    phase = said.get("phase")
-    if not isinstance(phase, str) or phase not in phases:
-        raise OperatorError(f"phase: {ascii(phase)[:40]} is none of {', '.join(phases)}")
+    phase = Phase(_one_of("phase", said.get("phase"), tuple(phase.value for phase in Phase)))
     hosts = {}
     for field in ("source", "destination"):
         value = said.get(field)
         if value is not None and not (isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable()):
             raise OperatorError(f"{field}: has to be a host's name")
         hosts[field] = value
-    return MigrationEvent(guest, phases[phase], hosts["source"], hosts["destination"])
+    role = said.get("role")
+    if role is not None:
+        role = _one_of("role", role, ROLES)
+    return MigrationEvent(guest, phase, hosts["source"], hosts["destination"], role, domain)
+
+
+def _one_of(field: str, value: object, known: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise OperatorError(f"{field}: {ascii(value)[:40]} is none of {', '.join(known)}")
+    return value
+
+
+def _domain(value: object) -> str | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str) and value.encode():  # JSON can hold halves of characters
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise OperatorError("domain: has to be the domain's XML")
 
 
 class LocalSocket:
     """Listens until it is stopped; hands each event on from a thread of its connection."""
 
-    def __init__(self, path: str | Path, tell: Tell) -> None:
-        """:raises ConfigurationError: the socket cannot be made, or another agent listens there."""
+    def __init__(self, path: str | Path, tell: Tell, *, mode: int = 0o600, group: str | None = None) -> None:
+        """`group` owns the socket, a name or a number; None is this process's.
+
+        :raises ConfigurationError: the socket cannot be made so, or another agent listens there.
+        """
         self._path = Path(path)
-        self._tell = tell
+        owner = None if group is None else _group_id(group)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
             mask = os.umask(0o177)
             try:
-                self._server = _Server(str(self._path), self._handler())
+                self._server = _Server(str(self._path), _handler(tell))
             finally:
                 os.umask(mask)
         except OSError as error:
             raise ConfigurationError(f"socket {self._path}: {error}") from error
+        try:
+            if owner is not None:
+                os.chown(self._path, -1, owner)
+            self._path.chmod(mode)
+        except OSError as error:
+            self._server.server_close()
+            self._path.unlink(missing_ok=True)
+            raise ConfigurationError(
+                f"socket {self._path}: mode {mode:04o}, group {group}: {error.strerror}"
+            ) from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="sami-socket", daemon=True)
 
     def start(self) -> None:
@@ -98,25 +147,63 @@ class LocalSocket:
                 return
         raise ConfigurationError(f"socket {self._path}: another agent listens there")
 
-    def _handler(self) -> type[socketserver.StreamRequestHandler]:
-        tell = self._tell
 
-        class Handler(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                while line := self.rfile.readline(MOST_OCTETS + 1):
+def _group_id(group: str) -> int:
+    if group.isascii() and group.isdigit():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError as error:
+        raise ConfigurationError(f"socket_group: there is no group {group!r} on this host") from error
+
+
+def _handler(tell: Tell) -> type[socketserver.BaseRequestHandler]:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            received = bytearray()
+            try:
+                while line := _next_line(self.request, received):
                     answer = _answer(line, tell)
-                    self.wfile.write(json.dumps(answer).encode() + b"\n")
-                    if len(line) > MOST_OCTETS:
+                    self.request.settimeout(PATIENCE_SECONDS)
+                    self.request.sendall(json.dumps(answer).encode() + b"\n")
+                    if not line.endswith(b"\n"):
                         return
+            except OSError as error:
+                LOG.info("connection of a hook ended: %s", error)
 
-        return Handler
+    return Handler
+
+
+def _next_line(connection: socket.socket, received: bytearray) -> bytes:
+    """The next line; without its end where it is too long or the connection ended. Empty: there is none.
+
+    What comes after it stays in `received`.
+
+    :raises TimeoutError: it did not come in time, however busily its parts did.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    looked_at = 0
+    while (end := received.find(b"\n", looked_at)) < 0 and len(received) <= MOST_OCTETS_WITH_DOMAIN:
+        looked_at = len(received)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no whole line came within {PATIENCE_SECONDS:g} s")
+        connection.settimeout(left)
+        octets = connection.recv(1 << 16)
+        if not octets:
+            break
+        received += octets
+    line = bytes(received[: end + 1] if end >= 0 else received)
+    del received[: len(line)]
+    return line
 
 
 def _answer(line: bytes, tell: Tell) -> dict[str, str]:
     try:
-        if len(line) > MOST_OCTETS:
-            raise OperatorError(f"not an event: longer than {MOST_OCTETS} octets")
         tell(parse(line))
+    except Veto as veto:
+        LOG.warning("migration refused: %s", veto)
+        return {"answer": "veto", "reason": str(veto)}
     except SamiError as error:
         LOG.warning("event refused: %s", error)
         return {"answer": "error", "reason": str(error)}
@@ -125,18 +212,50 @@ def _answer(line: bytes, tell: Tell) -> dict[str, str]:
 
 class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
+    # Where the queue is full, a hook that does not block is turned away by the kernel.
+    request_queue_size = 2 * MOST_CONNECTIONS
+
+    def __init__(self, path: str, handler: type[socketserver.BaseRequestHandler]) -> None:
+        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        super().__init__(path, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            LOG.warning("a hook was turned away: there are %d connections", MOST_CONNECTIONS)
+            request.setblocking(False)
+            with contextlib.suppress(OSError):
+                request.send(json.dumps({"answer": "error", "reason": "too many hooks at a time"}).encode() + b"\n")
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread to be had
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        LOG.error("an event could not be handled", exc_info=True)
 
 
 def send(path: str | Path, event: MigrationEvent, timeout_seconds: float = 30.0) -> None:
     """Tells the agent at `path` of an event and waits for its answer.
 
     :raises OperatorError: no agent listens there, or it does not take the event.
+    :raises Veto: the agent's policy refuses the migration.
     """
     said = {
         "guest": event.guest,
         "phase": event.phase.value,
         "source": event.source,
         "destination": event.destination,
+        "role": event.role,
+        "domain": event.domain,
     }
     try:
         with socket.socket(socket.AF_UNIX) as line:
@@ -146,5 +265,7 @@ def send(path: str | Path, event: MigrationEvent, timeout_seconds: float = 30.0)
             answer = json.loads(line.makefile().readline() or "{}")
     except (OSError, ValueError) as error:
         raise OperatorError(f"socket {path}: {error}; is sami-agent running?") from error
+    if answer.get("answer") == "veto":
+        raise Veto(str(answer.get("reason")))
     if answer.get("answer") != "ok":
         raise OperatorError(f"socket {path}: {answer.get('reason', 'no answer')}")

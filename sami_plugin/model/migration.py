@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NewType
 
 SessionId = NewType("SessionId", str)
@@ -42,9 +42,9 @@ class MigrationEvent:
     """Host name of the source, where the teller knows it."""
     destination: str | None = None
     role: str | None = None
-    """What this host is in the migration, "source" or "destination", where the teller knows it."""
-    domain: str | None = None
-    """The guest's libvirt domain as XML, where the teller has it."""
+    """`source` or `destination`: what this host is in the move, where the teller knows it."""
+    domain: str | None = field(default=None, repr=False)
+    """The domain's XML as the teller was given it. It may hold passwords, so it is not for logs."""
 
 
 class Outcome(enum.Enum):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import json
+import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sami_plugin.errors import ConfigurationError, OperatorError
-from sami_plugin.hooks.local_socket import MOST_OCTETS, LocalSocket, parse, send
+from sami_plugin.errors import ConfigurationError, OperatorError, Veto
+from sami_plugin.hooks import local_socket
+from sami_plugin.hooks.local_socket import (
+    MOST_CONNECTIONS,
+    MOST_OCTETS,
+    MOST_OCTETS_WITH_DOMAIN,
+    LocalSocket,
+    parse,
+    send,
+)
 from sami_plugin.model.migration import MigrationEvent, Phase
 
 GUEST = "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4"
@@ -29,6 +41,21 @@ def test_every_phase_is_understood(phase: Phase) -> None:
 def test_hosts_and_what_is_unknown() -> None:
     event = parse(said(source="host-a", destination="host-b", since="version 9"))
     assert event == MigrationEvent(GUEST, Phase.PREPARE, "host-a", "host-b")
+
+
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_role_and_domain(role: str) -> None:
+    domain = "<domain>\n<name>wéb</name></domain>" * 20_000
+    event = parse(said(role=role, domain=domain))
+    assert event == MigrationEvent(GUEST, Phase.PREPARE, role=role, domain=domain)
+    assert "domain>" not in repr(event)  # it can hold passwords
+
+
+def test_longest_line_of_an_event() -> None:
+    spare = MOST_OCTETS_WITH_DOMAIN - len(said(domain=""))
+    assert parse(said(domain="a" * spare)).domain == "a" * spare
+    with pytest.raises(OperatorError, match="longer than"):
+        parse(said(domain="a" * (spare + 1)))
 
 
 @pytest.mark.parametrize("guest", [GUEST.upper(), GUEST.replace("-", ""), "{" + GUEST + "}"])
@@ -61,6 +88,15 @@ BAD = [
     (said(source="a\nb"), "source: has to be"),
     (said(source="a" * 256), "source: has to be"),
     (said(destination={"name": "b"}), "destination: has to be"),
+    (said(role="guest"), "role: 'guest' is none of source, destination"),
+    (said(role=["source"]), r"role: \['source'\] is none of"),
+    (said(role=""), "role: '' is none of"),
+    (said(domain=""), "domain: has to be"),
+    (said(domain=7), "domain: has to be"),
+    (said(domain={"name": "web"}), "domain: has to be"),
+    (said(domain="<domain>\ud800</domain>"), "domain: has to be"),
+    (said(note="a" * MOST_OCTETS), "not an event: longer than 4096 octets without a domain"),
+    (said(domain="a" * MOST_OCTETS_WITH_DOMAIN), "not an event: longer than 1048576 octets"),
 ]
 
 
@@ -81,6 +117,10 @@ def path(tmp_path: Path, told: list[MigrationEvent]) -> Iterator[Path]:
     def tell(event: MigrationEvent) -> None:
         if event.phase is Phase.STOPPED:
             raise OperatorError("source: has to be told")
+        if event.phase is Phase.SUSPENDED:
+            raise Veto("no flows, no move")
+        if event.phase is Phase.RESUMED:
+            raise ZeroDivisionError
         told.append(event)
 
     listening = LocalSocket(tmp_path / "run" / "agent.sock", tell)
@@ -119,7 +159,7 @@ def test_line_that_is_too_long_is_refused_and_the_connection_ends(path: Path, to
     with socket.socket(socket.AF_UNIX) as line:
         line.settimeout(10)
         line.connect(str(path))
-        line.sendall(said(source="a" * MOST_OCTETS)[: MOST_OCTETS + 1])
+        line.sendall(said(domain="a" * MOST_OCTETS_WITH_DOMAIN)[: MOST_OCTETS_WITH_DOMAIN + 1])
         file = line.makefile()
         assert "longer than" in json.loads(file.readline())["reason"]
         assert file.readline() == ""
@@ -165,3 +205,91 @@ def test_path_that_cannot_be_a_socket_is_refused_by_name(tmp_path: Path) -> None
     for path in (tmp_path / "file" / "agent.sock", tmp_path / ("long" * 50)):
         with pytest.raises(ConfigurationError, match=str(path)):
             LocalSocket(path, lambda event: None)
+
+
+def test_veto_is_answered_and_raised(path: Path) -> None:
+    assert answers(path, said(phase="suspended") + b"\n") == [{"answer": "veto", "reason": "no flows, no move"}]
+    with pytest.raises(Veto, match="no flows, no move"):
+        send(path, MigrationEvent(GUEST, Phase.SUSPENDED))
+
+
+def test_send_tells_role_and_domain(path: Path, told: list[MigrationEvent]) -> None:
+    event = MigrationEvent(GUEST, Phase.STARTED, role="destination", domain="<domain/>" * 50_000)
+    send(path, event)
+    assert told == [event]
+
+
+def test_error_that_nobody_foresaw_ends_its_connection_only(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(OperatorError, match="no answer"):
+        send(path, MigrationEvent(GUEST, Phase.RESUMED))
+    assert "ZeroDivisionError" in caplog.text
+    send(path, MigrationEvent(GUEST, Phase.STARTED))
+
+
+def is_ended(line: socket.socket) -> bool:
+    line.settimeout(5)
+    return line.recv(100) == b""
+
+
+def test_client_that_says_nothing_or_little_is_let_go(
+    path: Path, told: list[MigrationEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_socket, "PATIENCE_SECONDS", 0.3)
+    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as slow:
+        silent.connect(str(path))
+        slow.connect(str(path))
+        begin = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # once it is let go
+            for octet in said() * 10:
+                slow.send(bytes([octet]))
+                time.sleep(0.02)
+        assert 0.25 < time.monotonic() - begin < 2
+        assert is_ended(silent)
+    assert told == []
+
+
+def test_event_may_take_longer_to_handle_than_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_socket, "PATIENCE_SECONDS", 0.2)
+    listening = LocalSocket(tmp_path / "agent.sock", lambda event: time.sleep(0.5))
+    listening.start()
+    assert answers(tmp_path / "agent.sock", said() + b"\n") == [{"answer": "ok"}]
+    listening.stop()
+
+
+def test_connections_are_bounded_and_the_one_too_many_is_told(path: Path, told: list[MigrationEvent]) -> None:
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(MOST_CONNECTIONS)]
+        for line in lines:
+            line.settimeout(10)
+            line.connect(str(path))
+        surplus = stack.enter_context(socket.socket(socket.AF_UNIX))
+        surplus.settimeout(10)
+        surplus.connect(str(path))
+        assert json.loads(surplus.makefile().readline()) == {"answer": "error", "reason": "too many hooks at a time"}
+        lines[-1].sendall(said() + b"\n")
+        assert json.loads(lines[-1].makefile().readline()) == {"answer": "ok"}
+    deadline = time.monotonic() + 10
+    while True:  # until the threads have seen that their clients are gone
+        with contextlib.suppress(OperatorError):
+            send(path, MigrationEvent(GUEST, Phase.STARTED))
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(told) == 2
+
+
+def test_socket_s_mode_and_group_are_as_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    group = os.getgid()
+    for name in (str(group), grp.getgrgid(group).gr_name):
+        listening = LocalSocket(path, lambda event: None, mode=0o660, group=name)
+        listening.start()
+        found = path.stat()
+        assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o660, group)
+        listening.stop()
+
+
+def test_group_that_is_none_is_refused_by_name_and_leaves_no_socket(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="socket_group: there is no group 'nobody-here'"):
+        LocalSocket(tmp_path / "agent.sock", lambda event: None, group="nobody-here")
+    assert list(tmp_path.iterdir()) == []
