@@ -229,18 +229,19 @@ class _Server(socketserver.ThreadingUnixStreamServer):
             return
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # no thread to be had
+        except RuntimeError as error:
+            LOG.warning("a hook was turned away: %s", error)  # there is no thread to be had
             self._free.release()
-            raise
+            self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
-            super().process_request_thread(request, client_address)
+            self.finish_request(request, client_address)
+        except Exception:
+            LOG.exception("an event could not be handled")
         finally:
+            self.shutdown_request(request)
             self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        LOG.error("an event could not be handled", exc_info=True)
 
 
 def send(path: str | Path, event: MigrationEvent, timeout_seconds: float = 30.0) -> None:
