@@ -338,14 +338,15 @@ def _is_uuid(text: str) -> bool:
 
 
 def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
-    """:raises ConfigurationError: there is no such scope finder."""
+    """:raises ConfigurationError: there is no such scope finder, or its options are wrong."""
     try:
         found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager("sami.scopes", name)
     except NoMatches as error:
         raise ConfigurationError(f"[agent] scopes: there is no scope finder {name!r}") from error
     finder: Any = found.driver
-    made: ScopeFinder = finder.from_conf(conf)
-    return made
+    if not (isinstance(finder, type) and issubclass(finder, ScopeFinder)):
+        raise ConfigurationError(f"[agent] scopes: {name!r} is no scope finder but {finder!r}")
+    return finder.from_conf(conf)
 
 
 def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""What a guest's libvirt XML says of its ports. The XML may have come from another host: nothing in it is believed here.
+"""What a guest's libvirt XML says of its ports. It may have come from another host: nothing in it is believed here.
 
 Addresses of a port are written there in three ways, and all count. By SAMI's own metadata, set with `virsh metadata`:
 
@@ -6,8 +6,8 @@ Addresses of a port are written there in three ways, and all count. By SAMI's ow
       <sami:port mac="52:54:00:00:00:01"><sami:address>192.0.2.7</sami:address></sami:port>
     </sami:ports>
 
-by libvirt's filters (https://libvirt.org/formatnwfilter.html), `<filterref><parameter name='IP' value='192.0.2.7'/>`, and
-by Nova's metadata, which names a port by its UUID: the tap is called "tap" and the first 11 characters of it.
+by libvirt's filters (https://libvirt.org/formatnwfilter.html), `<filterref><parameter name='IP' value='192.0.2.7'/>`,
+and by Nova's metadata, which names a port by its UUID: the tap is called "tap" and the first 11 characters of it.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def test_declared_encoding_is_not_believed() -> None:
 
 @pytest.mark.parametrize("xml", [domain().replace(UUID.upper(), "web"), "<domain/>"])
 def test_guest_without_uuid_is_refused(xml: str) -> None:
-    with pytest.raises(Malformed, match="is no UUID .at domain XML, uuid"):
+    with pytest.raises(Malformed, match=r"is no UUID .at domain XML, uuid"):
         guest_uuid_of(xml)
 
 
