@@ -31,12 +31,21 @@ AGENT_OPTIONS = [
     cfg.StrOpt(
         "scopes",
         default="static",
-        help="Scope finder, a name of the entry points `sami.scopes`: what knows where a port's state lives here.",
+        help="Scope finder, a name of the entry points `sami.scopes`: what knows where a port's state lives here. "
+        "`bridge_iptables` and `routed_nftables` ask this host's firewall and need no file, `static` reads a file.",
     ),
     cfg.StrOpt(
         "scope_file",
         default="/etc/sami/ports.json",
         help="For the scope finder `static`: a JSON file that lists the ports of this host. Replace it by renaming.",
+    ),
+    cfg.BoolOpt(
+        "trust_guest_xml",
+        default=False,
+        help="For the scope finders `bridge_iptables` and `routed_nftables`: believe the addresses that a guest's "
+        "libvirt XML gives its ports even where ports share a conntrack zone and this host's own firewall does not say "
+        "whose they are. The XML comes with the guest, so the host that it comes from can then have flows admitted "
+        "for any address of that zone. In a zone of the port's own it is believed without this.",
     ),
     cfg.StrOpt(
         "journal",

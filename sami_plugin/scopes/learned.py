@@ -1,0 +1,164 @@
+"""Scopes of ports that a hypervisor names, as far as this host's own firewall knows them."""
+
+from __future__ import annotations
+
+import abc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Self
+
+from sami_plugin.errors import ConfigurationError
+from sami_plugin.model.flows import Addresses, ZoneRole
+from sami_plugin.model.guest_port import GuestPort
+from sami_plugin.model.scope import Scope
+from sami_plugin.scopes.base import ScopeFinder
+from sami_plugin.scopes.rules import Knowledge
+
+if TYPE_CHECKING:
+    from oslo_config import cfg
+
+LOG = logging.getLogger(__name__)
+
+FRESH_SECONDS = 0.1
+"""How long a look at the firewall answers questions. Sessions ask many times a second, and often at once."""
+
+_ENDS_OF_ONE_PORT = ("tap", "qvb", "qvo", "qbr")
+"""Neutron's devices of one port in its hybrid form have the same name after these."""
+
+
+class LearnedScopes(ScopeFinder):
+    """A port is on this host when its device is there and a rule gives the device's packets a zone.
+
+    The hypervisor's word, which may be another host's, names the device. It says of addresses only where nothing else
+    does, and counts only in a zone that no other device has, or where the operator trusts it.
+    """
+
+    def __init__(self, trust_guest_xml: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._trusts_claims = trust_guest_xml
+        self._clock = clock
+        self._ports: dict[str, tuple[GuestPort, ...]] = {}
+        self._ports_lock = threading.Lock()
+        self._looking = threading.Lock()
+        self._known: Knowledge | None = None
+        self._known_until = 0.0
+        self._said: set[tuple[str, str, str]] = set()
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
+        """Takes `[agent] trust_guest_xml`."""
+        return cls(trust_guest_xml=conf.agent.trust_guest_xml)
+
+    @abc.abstractmethod
+    def _look(self) -> Knowledge:
+        """What the kernel says now, in the calling thread's network namespace.
+
+        :raises OperatorError: as `find`.
+        """
+
+    def learn(self, guest: str, ports: tuple[GuestPort, ...]) -> None:
+        with self._ports_lock:
+            if ports:
+                self._ports[guest] = ports
+            else:
+                self._ports.pop(guest, None)
+            self._said = {said for said in self._said if said[0] != guest}
+
+    def find(self, guest: str) -> tuple[Scope, ...]:
+        learned = self._learned()
+        ports = {port.device: port for port in learned.get(guest, ()) if port.device}
+        if not ports:
+            return ()
+        known = self._knowledge()
+        found = (self._scope(guest, port, learned, known) for port in ports.values())
+        return tuple(scope for scope in found if scope is not None)
+
+    def neighbours(self, scope: Scope) -> Addresses:
+        known = self._knowledge()
+        zone = scope.zones[ZoneRole.PORT]
+        claims: dict[str, list[GuestPort]] = {}
+        for ports in self._learned().values():
+            for port in ports:
+                claims.setdefault(port.device, []).append(port)
+        found: dict[object, None] = {}
+        for device in sorted(_others(known.users.get(zone, frozenset()), scope.port) & known.present):
+            found |= dict.fromkeys(known.own.get(device, ()))
+            # Nobody gains by a claim here, it only keeps entries from being touched; but not the port's own.
+            claimed = (address for port in claims.get(device, ()) for address in port.claimed)
+            found |= dict.fromkeys(address for address in claimed if address not in scope.addresses)
+        return tuple(found)
+
+    def namespaces(self) -> tuple[str | None, ...]:
+        self._knowledge()  # what cannot be read is better known at the agent's start than at the first migration
+        return (None,)
+
+    def _learned(self) -> dict[str, tuple[GuestPort, ...]]:
+        with self._ports_lock:
+            return dict(self._ports)
+
+    def _knowledge(self) -> Knowledge:
+        with self._looking:
+            if self._known is None or self._clock() >= self._known_until:
+                self._known = self._look()
+                self._known_until = self._clock() + FRESH_SECONDS
+            return self._known
+
+    def _scope(
+        self, guest: str, port: GuestPort, learned: dict[str, tuple[GuestPort, ...]], known: Knowledge
+    ) -> Scope | None:
+        device = port.device
+        if device not in known.present:
+            return None
+        zones = known.zones.get(device, frozenset())
+        if not zones:
+            self._say(guest, device, "no rule gives its packets a zone yet")
+            return None
+        if len(zones) > 1:
+            numbers = ", ".join(map(str, sorted(zones)))
+            raise ConfigurationError(
+                f"{device}: this host's rules give its packets several zones ({numbers}); let all of them give one"
+            )
+        others = [other for other, ports in learned.items() if other != guest and device in {p.device for p in ports}]
+        if others:
+            self._say(guest, device, f"guest {others[0]} is said to have it too, so it is taken for neither's")
+            return None
+        (zone,) = zones
+        is_shared = bool(_others(known.users.get(zone, frozenset()), device))
+        addresses = self._addresses(port, zone, is_shared, known)
+        if not addresses:
+            self._say(guest, device, f"its zone is {zone}, and nothing that counts here says an address of it")
+            return None
+        return Scope(device, guest, {ZoneRole.PORT: zone}, addresses, is_shared=is_shared)
+
+    def _addresses(self, port: GuestPort, zone: int, is_shared: bool, known: Knowledge) -> Addresses:
+        """Of each family, what the best of those says that say anything."""
+        sources = [known.own.get(port.device, ())]
+        if not is_shared:
+            sources.append(known.destinations.get(zone, ()))
+        if not is_shared or self._trusts_claims:
+            sources.append(port.claimed)
+        return tuple(_best(sources))
+
+    def _say(self, guest: str, device: str, why: str) -> None:
+        with self._ports_lock:
+            is_new = (guest, device, why) not in self._said
+            self._said.add((guest, device, why))
+        if is_new:
+            LOG.info("%s: port %s is not known here: %s", guest, device, why)
+
+
+def _best(sources: list[Addresses]) -> Iterator[object]:
+    for version in (4, 6):
+        for source in sources:
+            found = [address for address in source if address.version == version]
+            if found:
+                yield from found
+                break
+
+
+def _others(users: frozenset[str], device: str) -> frozenset[str]:
+    """Of a zone's users those that are not the device, nor another end of the same port."""
+    prefix, port = device[:3], device[3:]
+    ends = {f"{one}{port}" for one in _ENDS_OF_ONE_PORT} if prefix in _ENDS_OF_ONE_PORT and port else set()
+    return users - ends - {device}

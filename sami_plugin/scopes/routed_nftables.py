@@ -1,0 +1,285 @@
+"""Scopes of a routing host: nftables, a zone for what comes in by a tap, host routes to the tap.
+
+    table inet firewall {
+        chain zones {
+            type filter hook prerouting priority raw
+            iifname "tap-web" ct zone set 4097
+            ip daddr 192.0.2.7 ct zone set 4097
+        }
+    }
+
+and `192.0.2.7 dev tap-web scope link`. See doc/source/user/scopes.rst for what counts.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import netaddr
+
+from sami_plugin.errors import NotAvailable
+from sami_plugin.model.flows import Addresses
+from sami_plugin.scopes.command import output_of
+from sami_plugin.scopes.learned import LearnedScopes
+from sami_plugin.scopes.rules import Assignment, Devices, Jump, Knowledge, Rule, Verdict, host_address
+
+PACKAGE = "nftables"
+TOOL = ("nft", "-j", "list", "ruleset")
+FAMILIES = ("inet", "ip", "ip6")
+
+# The calling thread's: /proc/net is that of the process's first thread.
+ROUTES = (Path("/proc/thread-self/net/route"), Path("/proc/thread-self/net/ipv6_route"))
+_RTF_UP, _RTF_REJECT, _RTF_ANYCAST, _RTF_LOCAL = 0x1, 0x200, 0x100000, 0x80000000  # include/uapi/linux/{,ipv6_}route.h
+
+_REMARKS = ("counter", "log", "comment")
+"""Statements that change nothing of what becomes of a packet."""
+
+
+class RoutedNftablesScopes(LearnedScopes):
+    """Asks `nft -j list ruleset`, once for all guests, and the kernel's main routing tables."""
+
+    def _look(self) -> Knowledge:
+        ruleset = ruleset_of(output_of(TOOL, PACKAGE))
+        rules, begins = rules_of(ruleset)
+        try:
+            texts = [path.read_text() if path.exists() else "" for path in ROUTES]
+        except OSError as error:
+            raise NotAvailable(f"the routes of this host cannot be read: {error}; /proc has to be there") from error
+        return Knowledge.of(rules, begins, (name for _, name in socket.if_nameindex()), routes_of(*texts))
+
+
+def routes_of(ipv4: str, ipv6: str) -> Mapping[str, Addresses]:
+    """By device, the hosts that are routed to it, from the text of /proc/net/route and of /proc/net/ipv6_route."""
+    found = defaultdict[str, list[netaddr.IPAddress]](list)
+    for line in ipv4.splitlines()[1:]:
+        words = line.split()
+        # device, destination, gateway, flags, 3 counters, mask; addresses are numbers of this machine's byte order
+        if len(words) >= 8 and words[7] == "FFFFFFFF" and _is_used(words[3]) and _is_hex(words[1], 8):
+            octets = int(words[1], 16).to_bytes(4, sys.byteorder)
+            _note(found[words[0]], str(ipaddress.IPv4Address(octets)))
+    for line in ipv6.splitlines():
+        words = line.split()
+        # destination, length, source, length, next hop, metric, 2 counters, flags, device
+        if len(words) >= 10 and words[1] == "80" and _is_used(words[8]) and _is_hex(words[0], 32):
+            _note(found[words[9]], str(ipaddress.IPv6Address(int(words[0], 16))))
+    return {device: tuple(addresses) for device, addresses in found.items()}
+
+
+def _note(addresses: list[netaddr.IPAddress], text: str) -> None:
+    address = host_address(text)
+    if address is not None:
+        addresses.append(address)
+
+
+def _is_hex(text: str, length: int) -> bool:
+    return len(text) == length and all(letter in "0123456789abcdefABCDEF" for letter in text)
+
+
+def _is_used(flags: str) -> bool:
+    if not _is_hex(flags, len(flags)) or not flags:
+        return False
+    return int(flags, 16) & (_RTF_UP | _RTF_REJECT | _RTF_ANYCAST | _RTF_LOCAL) == _RTF_UP
+
+
+def ruleset_of(text: str) -> list[Any]:
+    """The objects of nft's JSON, see libnftables-json(5).
+
+    :raises NotAvailable: it is none; this nft is not one that is known here.
+    """
+    try:
+        ruleset = json.loads(text)["nftables"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise NotAvailable(f"{' '.join(TOOL)} wrote no JSON as of nftables 0.9 or later: {error}") from error
+    if not isinstance(ruleset, list):
+        raise NotAvailable(f"{' '.join(TOOL)} wrote no list of objects; nftables 0.9 or later is needed")
+    return ruleset
+
+
+def rules_of(ruleset: list[Any]) -> tuple[list[Rule], list[str]]:
+    """The rules, and the chains where received packets begin; what is not known here is skipped."""
+    rules, begins = [], []
+    sets: dict[tuple[str, str], Any] = {}
+    for kind, thing in _objects(ruleset):
+        if kind in ("set", "map") and isinstance(thing.get("elem"), list):
+            sets[_table(thing), str(thing.get("name"))] = thing["elem"]
+    for kind, thing in _objects(ruleset):
+        if kind == "chain" and thing.get("hook") in ("prerouting", "forward"):
+            begins.append(_chain(thing, thing.get("name")))
+        elif kind == "rule" and isinstance(thing.get("expr"), list):
+            rules.append(_Reader(thing, sets).rule())
+    return rules, begins
+
+
+def _objects(ruleset: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for entry in ruleset:
+        if isinstance(entry, dict):
+            for kind, thing in entry.items():
+                if isinstance(thing, dict) and thing.get("family") in FAMILIES:
+                    yield kind, thing
+
+
+def _table(thing: dict[str, Any]) -> str:
+    return f"{thing.get('family')} {thing.get('table')}"
+
+
+def _chain(thing: dict[str, Any], name: object) -> str:
+    return f"{_table(thing)} {name}"
+
+
+class _Reader:
+    """Reads one rule, statement by statement."""
+
+    def __init__(self, thing: dict[str, Any], sets: Mapping[tuple[str, str], Any]) -> None:
+        self._thing = thing
+        self._sets = sets
+        self._devices: Devices = None
+        self._sources: Addresses | None = None
+        self._is_of_other_sources = False
+        self._destinations: Addresses | None = None
+        self._is_conditional = False
+        self._verdict: Verdict | None = None
+        self._jumps: list[Jump] = []
+        self._assignments: list[Assignment] = []
+
+    def rule(self) -> Rule:
+        for statement in self._thing["expr"]:
+            if isinstance(statement, dict) and len(statement) == 1:
+                ((kind, said),) = statement.items()
+                self._take(kind, said)
+            else:
+                self._is_conditional = True
+        return Rule(
+            chain=_chain(self._thing, self._thing.get("chain")),
+            devices=self._devices,
+            sources=self._sources,
+            is_of_other_sources=self._is_of_other_sources,
+            destinations=self._destinations,
+            is_conditional=self._is_conditional,
+            verdict=self._verdict,
+            jumps=tuple(self._jumps),
+            assignments=tuple(self._assignments),
+        )
+
+    def _take(self, kind: str, said: Any) -> None:
+        match kind:
+            case "match" if isinstance(said, dict):
+                self._is_conditional |= not self._asks(said)
+            case "mangle" if isinstance(said, dict):
+                if said.get("key") == {"ct": {"key": "zone"}}:
+                    self._assign(said.get("value"))
+            case "accept" | "return":
+                self._verdict = Verdict.GOES_ON
+            case "drop" | "reject":
+                self._verdict = Verdict.DROP
+            case "jump" | "goto" if isinstance(said, dict):
+                self._jumps.append(Jump(_chain(self._thing, said.get("target"))))
+            case "vmap" if isinstance(said, dict):
+                self._follow(said)
+            case _ if kind in _REMARKS:
+                pass
+            case _:
+                self._is_conditional = True
+
+    def _asks(self, said: dict[str, Any]) -> bool:
+        """Whether all that is asked is understood."""
+        left, is_equal = said.get("left"), said.get("op") == "=="
+        wanted = self._elements(said.get("right"))
+        if wanted is None or not (is_equal or said.get("op") == "!="):
+            return False
+        if _is_device(left):
+            names = frozenset(name for name in wanted if _is_name(name))
+            if not is_equal or len(names) != len(wanted) or self._devices is not None:
+                return False
+            self._devices = names
+            return True
+        end = _end(left)
+        addresses = _addresses(wanted)
+        if end == "saddr" and addresses is not None and self._sources is None:
+            self._sources, self._is_of_other_sources = addresses, not is_equal
+            return True
+        if end == "daddr" and addresses is not None and is_equal and self._destinations is None:
+            self._destinations = addresses
+            return True
+        return False
+
+    def _assign(self, value: Any) -> None:
+        if _is_zone(value):
+            self._assignments.append(Assignment(value))
+            return
+        looked_up = value.get("map") if isinstance(value, dict) else None
+        if not isinstance(looked_up, dict):
+            return
+        for key, zone in self._pairs(looked_up.get("data")):
+            if not _is_zone(zone):
+                continue
+            if _is_device(looked_up.get("key")):
+                self._assignments.append(Assignment(zone, frozenset((key,)) if _is_name(key) else None))
+            elif _end(looked_up.get("key")) == "daddr":
+                self._assignments.append(Assignment(zone, destinations=_addresses([key]) or ()))
+            else:
+                self._assignments.append(Assignment(zone))  # some packets of any device
+                self._is_conditional = True
+
+    def _follow(self, said: dict[str, Any]) -> None:
+        """A verdict map. Its verdicts other than jumps are of single elements, so the rule has none of its own."""
+        is_by_device = _is_device(said.get("key"))
+        for key, verdict in self._pairs(said.get("data")):
+            for kind in ("jump", "goto"):
+                if isinstance(verdict, dict) and isinstance(verdict.get(kind), dict):
+                    devices = frozenset((key,)) if is_by_device and _is_name(key) else None
+                    self._jumps.append(Jump(_chain(self._thing, verdict[kind].get("target")), devices))
+        self._is_conditional = True
+
+    def _elements(self, value: Any) -> list[Any] | None:
+        """Of a value, an anonymous set or a named one."""
+        if isinstance(value, str) and value.startswith("@"):
+            value = self._sets.get((_table(self._thing), value[1:]))
+        elif isinstance(value, dict) and isinstance(value.get("set"), list):
+            value = value["set"]
+        if isinstance(value, (str, dict)):
+            value = [value]
+        return [_plain(one) for one in value] if isinstance(value, list) else None
+
+    def _pairs(self, data: Any) -> Iterator[tuple[Any, Any]]:
+        for pair in self._elements(data) or ():
+            if isinstance(pair, list) and len(pair) == 2:
+                yield _plain(pair[0]), pair[1]
+
+
+def _plain(element: Any) -> Any:
+    """An element of a set without its counter, timeout or comment."""
+    if isinstance(element, dict) and isinstance(element.get("elem"), dict):
+        return element["elem"].get("val")
+    return element
+
+
+def _is_device(left: Any) -> bool:
+    return left in ({"meta": {"key": "iifname"}}, {"meta": {"key": "iif"}})
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and not value.endswith("*")
+
+
+def _is_zone(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 0xFFFF
+
+
+def _end(left: Any) -> str | None:
+    payload = left.get("payload") if isinstance(left, dict) else None
+    if not isinstance(payload, dict) or payload.get("protocol") not in ("ip", "ip6"):
+        return None
+    return payload.get("field") if payload.get("field") in ("saddr", "daddr") else None
+
+
+def _addresses(values: list[Any]) -> Addresses | None:
+    """None when one of them is no address of one host."""
+    found = [host_address(value) if isinstance(value, str) else None for value in values]
+    return None if None in found else tuple(found)
