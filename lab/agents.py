@@ -94,13 +94,17 @@ class AgentProcess:
         """What this host's hypervisor says of a guest."""
         local_socket.send(self.socket, MigrationEvent(guest, phase, source))
 
-    def reports(self, guest: str) -> list[dict[str, Any]]:
-        """Reports of the guest's ended sessions here, newest first."""
+    def sessions(self, guest: str) -> list[dict[str, Any]]:
+        """The journal's rows of the guest's sessions here, newest first."""
         journal = Journal(self.journal, read_only=True)
         try:
-            return [json.loads(row["report"]) for row in journal.sessions() if row["guest"] == guest and row["report"]]
+            return [row for row in journal.sessions() if row["guest"] == guest]
         finally:
             journal.close()
+
+    def reports(self, guest: str) -> list[dict[str, Any]]:
+        """Reports of the guest's ended sessions here, newest first."""
+        return [json.loads(row["report"]) for row in self.sessions(guest) if row["report"]]
 
     def ended(self, guest: str) -> int:
         """How many sessions of the guest have ended here."""

@@ -230,9 +230,10 @@ def _tell_arrival(session: Destination, now: float) -> Decision:
 def _look_again(session: Destination, event: Event, now: float) -> Decision:
     if now < session.deadline:
         return session, [Look(), WakeAt(min(now + LOOK_SECONDS, session.deadline))]
-    return _give_up(
-        session, "no host says that the guest leaves it; does the source's agent run, and does it see its libvirt?"
-    )
+    reason = "no host says that the guest leaves it; does the source's agent run, and does it see its libvirt?"
+    if not session.is_started:  # a veto, or a guest that moves without running: nothing more will be heard of it
+        return _end(session, Outcome.FAILED, reason)
+    return _give_up(session, reason)
 
 
 def _tick(session: Destination, event: Event, now: float) -> Decision:

@@ -1,24 +1,38 @@
-"""SAMI beside real libvirt: real agents, hooks and RabbitMQ, and guests that move."""
+"""SAMI beside real libvirt: real agents, hooks and RabbitMQ, and guests that move, or do not.
+
+Each guest holds a download that it began itself. No rule admits a packet of it, so it lives only where its entry is;
+`test_without_sami_the_download_dies` shows that.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from lab.broker import Broker
 from lab.deadline import wait_until
+from lab.errors import CommandFailed, LabError
 from lab.libvirt import traffic
 from lab.libvirt.agents import Sami
 from lab.libvirt.guest import Guest
+from lab.libvirt.host import LibvirtHost
 from lab.libvirt.lab import LibvirtLab
+from lab.libvirt.migration import Migration
 from lab.traffic import Traffic
 from lab.verdict import has_survived
 
 pytestmark = pytest.mark.usefixtures("libvirt_here")
 
-WATCHED_SECONDS = 6.0
+WATCHED_SECONDS = 4.0
+SLOW_MIB = 4
+SLOW_CABLE_MEGABITS = 32
+NO_ARRIVAL_SECONDS = 3
+NO_ANSWER_SECONDS = 8
 
 
 @pytest.fixture(scope="module")
@@ -29,30 +43,405 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 @pytest.fixture(scope="module")
 def sami(lab: LibvirtLab, broker: Broker) -> Iterator[Sami]:
-    with Sami(lab, broker) as running:
+    with Sami(lab, broker, arrival_limit=NO_ARRIVAL_SECONDS, open_seconds=NO_ANSWER_SECONDS) as running:
         yield running
 
 
-def flowing_download(lab: LibvirtLab, guest: Guest) -> Traffic:
-    """A download that the guest began, of which no rule admits a packet: only its entry does."""
+class Case:
+    """A guest with its download, on one of two hosts, and the way to the other one."""
+
+    def __init__(self, lab: LibvirtLab, sami: Sami, guest: Guest, flow: Traffic) -> None:
+        self.lab = lab
+        self.sami = sami
+        self.guest = guest
+        self.flow = flow
+        self.source = lab.host_of(guest.name)
+        (self.destination,) = (host for host in lab.hosts.values() if host is not self.source)
+        self._before = {name: agent.ended(guest.uuid) for name, agent in sami.agents.items()}
+
+    def start(self, *flags: str, **options: Any) -> Migration:
+        return self.lab.start_migration(self.guest, self.source.name, self.destination.name, *flags, **options)
+
+    def entries(self, host: LibvirtHost) -> int:
+        """How many entries the kernel there has in the zones of the guest."""
+        return sum(count_in_zone(host, host.zone(port)) for port in self.guest.ports)
+
+    def report(self, host: LibvirtHost) -> dict[str, Any]:
+        """Of this migration, once its session has ended there."""
+        agent = self.sami.agents[host.name]
+        wait_until(
+            lambda: agent.ended(self.guest.uuid) > self._before[host.name],
+            f"the session on {host.name} to end; it said:\n{agent.log.read_text()[-3000:]}",
+            20,
+        )
+        return agent.reports(self.guest.uuid)[0]
+
+    def goes_on(self, since: float | None = None) -> bool:
+        """Whether the guest's download goes on from then on."""
+        begin = time.monotonic() if since is None else since
+        wait_until(lambda: self.flow.samples()[-1].time > begin + WATCHED_SECONDS, "the time that is watched", 30)
+        return has_survived(self.flow.samples(), begin, WATCHED_SECONDS)
+
+    def stays(self) -> None:
+        """Asserts that the guest runs where it was, with its entry, and that the destination has none."""
+        reports = self.report(self.source), self.report(self.destination)
+        assert [report["outcome"] for report in reports] == ["stayed", "stayed"], reports
+        assert self.lab.host_of(self.guest.name) is self.source
+        assert (self.entries(self.source), self.entries(self.destination)) == (1, 0)
+        assert self.goes_on()
+
+    def moves(self, migration: Migration, arrival: str = "RESUMED/MIGRATED") -> None:
+        """Asserts that the guest runs at the destination, with its entry, and that the source has none."""
+        arrived = migration.wait_for(arrival, self.destination).time
+        assert self.goes_on(arrived), self.sami.words()
+        reports = self.report(self.source), self.report(self.destination)
+        assert [report["outcome"] for report in reports] == ["moved", "moved"], reports
+        assert (self.entries(self.source), self.entries(self.destination)) == (0, 1)
+        assert complete_at(reports[1]) < arrived
+
+
+def count_in_zone(host: LibvirtHost, zone: int) -> int:
+    return sum(
+        len(host.run(["conntrack", "-L", "-f", family, "-p", "tcp", "-w", str(zone)]).splitlines())
+        for family in ("ipv4", "ipv6")
+    )
+
+
+def complete_at(report: dict[str, Any]) -> float:
+    """The hosts of the lab share a clock."""
+    (at,) = (step["monotonic"] for step in report["steps"] if step["step"] == "complete")
+    return float(at)
+
+
+def downloading(lab: LibvirtLab, name: str, host: str, **options: Any) -> tuple[Guest, Traffic]:
+    guest = lab.add_guest(name, host, **options)
     flow = traffic.download(lab, guest)
+    guest.close_egress()  # else a guest whose acknowledgement comes first is picked up in the middle
+    return guest, flow
+
+
+@pytest.fixture(scope="module")
+def movers() -> list[tuple[Guest, Traffic]]:
+    return []
+
+
+@pytest.fixture
+def case(
+    lab: LibvirtLab, sami: Sami, movers: list[tuple[Guest, Traffic]], request: pytest.FixtureRequest
+) -> Iterator[Case]:
+    """One guest goes through everything with one connection; what a test that failed leaves is of no more use."""
+    if not movers:
+        movers.append(downloading(lab, "mover", "a"))
+    guest, flow = movers[-1]
+    failed = request.session.testsfailed
+    yield Case(lab, sami, guest, flow)
+    if request.session.testsfailed > failed:
+        lab.remove_guest(guest)
+        movers.clear()
+
+
+# --- The guest moves
+
+
+def test_without_sami_the_download_dies(lab: LibvirtLab) -> None:
+    guest, flow = downloading(lab, "bare", "a")
+    migration = lab.start_migration(guest, "a", "b")
+    assert migration.wait().is_ok
+    arrived = migration.wait_for("RESUMED/MIGRATED", lab.hosts["b"]).time
+    wait_until(lambda: flow.samples()[-1].time > arrived + WATCHED_SECONDS, "the time that is watched", 30)
+    assert not has_survived(flow.samples(), arrived, WATCHED_SECONDS)
+    lab.remove_guest(guest)
+
+
+def test_plain_migration_there_and_back_at_once(case: Case) -> None:
+    there = case.start()
+    assert there.wait().is_ok
+    back = case.lab.start_migration(case.guest, case.destination.name, case.source.name)
+    assert back.wait().is_ok
+    arrived = back.wait_for("RESUMED/MIGRATED", case.source).time
+    assert case.goes_on(arrived), case.sami.words()
+    for host in (case.source, case.destination):
+        agent = case.sami.agents[host.name]
+        wait_until(lambda agent=agent: agent.ended(case.guest.uuid) >= 2, f"both sessions on {host.name} to end", 20)
+        assert [report["outcome"] for report in agent.reports(case.guest.uuid)[:2]] == ["moved", "moved"]
+    assert (case.entries(case.source), case.entries(case.destination)) == (1, 0)
+
+
+def test_postcopy(case: Case) -> None:
+    migration = case.start(*f"--postcopy --bandwidth {SLOW_MIB} --postcopy-bandwidth {8 * SLOW_MIB}".split())
+    migration.wait_until_copying()
+    migration.switch_to_postcopy()
+    migration.wait_for("RESUMED/POSTCOPY", case.destination)
+    with pytest.raises(CommandFailed):
+        migration.abort()
+    case.moves(migration, "RESUMED/POSTCOPY")  # long before all memory came
+    assert migration.wait().is_ok
+
+
+def test_guest_that_stays_paused_at_the_destination_has_arrived(case: Case) -> None:
+    migration = case.start(is_suspended=True)
+    assert migration.wait().is_ok
+    reports = case.report(case.source), case.report(case.destination)
+    assert [report["outcome"] for report in reports] == ["moved", "moved"]
+    assert (case.entries(case.source), case.entries(case.destination)) == (0, 1)
+    case.destination.virsh("resume", case.guest.name)
+    assert case.goes_on()
+
+
+def test_guest_that_its_user_had_paused(case: Case) -> None:
+    case.source.virsh("suspend", case.guest.name)
+    assert case.start().wait().is_ok
+    reports = case.report(case.source), case.report(case.destination)
+    assert [report["outcome"] for report in reports] == ["moved", "moved"]
+    assert (case.entries(case.source), case.entries(case.destination)) == (0, 1)
+    case.destination.virsh("resume", case.guest.name)
+    assert case.goes_on()
+
+
+def test_guest_whose_source_libvirtd_ends_while_memory_is_copied(case: Case) -> None:
+    """It ends when the migration has; nobody on the source hears that the guest was paused, or that it left."""
+    migration = case.start(bandwidth=2 * SLOW_MIB)
+    migration.wait_until_copying()
+    case.lab.restart_libvirtd(case.source.name)
+    migration.wait()
+    arrived = migration.wait_for("RESUMED/MIGRATED", case.destination).time
+    assert case.goes_on(arrived), case.sami.words()
+    case.report(case.source)
+    assert (case.entries(case.source), case.entries(case.destination)) == (0, 1)
+
+
+# --- The guest stays
+
+
+@pytest.mark.parametrize("operation", ["migrate", "prepare", "start", "started"])
+def test_veto_by_another_hook(case: Case, operation: str) -> None:
+    with case.destination.veto(operation):
+        assert not case.start().wait().is_ok
+    case.stays()
+
+
+def test_abort_while_memory_is_copied(case: Case) -> None:
+    migration = case.start(bandwidth=SLOW_MIB)
+    migration.wait_until_copying()
+    migration.abort()
+    assert not migration.wait().is_ok
+    case.stays()
+
+
+def test_destination_that_dies_while_memory_is_copied(case: Case) -> None:
+    migration = case.start(bandwidth=SLOW_MIB)
+    migration.wait_until_copying()
+    case.destination.kill_qemu(case.guest.name)
+    assert not migration.wait().is_ok
+    case.stays()
+
+
+def paused(case: Case) -> Migration:
+    migration = case.start()
+    migration.wait_until_paused()
+    return migration
+
+
+def test_abort_in_the_pause(case: Case) -> None:
+    with case.source.slow_cable(SLOW_CABLE_MEGABITS):
+        migration = paused(case)
+        migration.abort()
+    assert not migration.wait().is_ok
+    case.stays()
+
+
+def test_destination_that_dies_in_the_pause(case: Case) -> None:
+    with case.source.slow_cable(SLOW_CABLE_MEGABITS):
+        migration = paused(case)
+        case.destination.kill_qemu(case.guest.name)
+    assert not migration.wait().is_ok
+    case.stays()
+
+
+def test_destination_that_dies_when_all_is_sent(case: Case) -> None:
+    with case.source.slow_cable(5 * SLOW_CABLE_MEGABITS):
+        migration = paused(case)
+        with case.destination.frozen_libvirtd():
+            migration.wait_until_all_is_sent()
+            case.destination.kill_qemu(case.guest.name)
+    assert not migration.wait().is_ok
+    case.stays()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_destination_whose_libvirtd_is_restarted(case: Case, how: signal.Signals) -> None:
+    migration = case.start(bandwidth=SLOW_MIB)
+    migration.wait_until_copying()
+    case.lab.restart_libvirtd(case.destination.name, how)
+    assert not migration.wait().is_ok
+    case.stays()
+
+
+def test_source_whose_libvirtd_is_killed(case: Case) -> None:
+    migration = case.start(bandwidth=SLOW_MIB)
+    migration.wait_until_copying()
+    case.lab.restart_libvirtd(case.source.name, signal.SIGKILL)
+    assert not migration.wait().is_ok
+    case.stays()
+
+
+# --- Something is missing
+
+
+def test_broker_that_is_away_at_the_cut_over(case: Case) -> None:
+    migration = case.start(bandwidth=4 * SLOW_MIB)
+    migration.wait_until_copying()
+    case.sami.relays[case.destination.name].cut()
+    assert migration.wait().is_ok
+    arrived = migration.wait_for("RESUMED/MIGRATED", case.destination).time
+    assert case.goes_on(arrived), case.sami.words()
+    case.sami.relays[case.destination.name].mend()
+    report = case.report(case.source)  # either the destination was heard in time, or the guest had been gone too long
+    assert report["outcome"] in ("moved", "purged without arrival")
+    case.report(case.destination)
+    assert (case.entries(case.source), case.entries(case.destination)) == (0, 1)
+
+
+@contextlib.contextmanager
+def without_agent(case: Case, host: LibvirtHost) -> Iterator[None]:
+    agent = case.sami.agents[host.name]
+    agent.stop()
+    try:
+        yield
+    finally:
+        agent.start()
+
+
+def moves_as_without_us(case: Case, revive: Callable[[], object]) -> None:
+    """The migration succeeds, the connection does not; what revives it is for the next test."""
+    migration = case.start()
+    assert migration.wait().is_ok
+    arrived = migration.wait_for("RESUMED/MIGRATED", case.destination).time
+    assert not case.goes_on(arrived)
+    revive()
+
+
+@pytest.fixture
+def lonely(lab: LibvirtLab, sami: Sami) -> Iterator[Case]:
+    """A guest of its own, since its connection is to die."""
+    guest, flow = downloading(lab, "lonely", "a")
+    yield Case(lab, sami, guest, flow)
+    lab.remove_guest(guest)
+
+
+def test_without_an_agent_at_the_destination_the_source_keeps_nothing_of_a_guest_that_left(lonely: Case) -> None:
+    with without_agent(lonely, lonely.destination):
+        moves_as_without_us(lonely, lambda: None)
+        report = lonely.report(lonely.source)
+        assert (report["outcome"], report["flows"]["purged"]) == ("purged without arrival", 1)
+        assert lonely.entries(lonely.source) == 0
+
+
+def test_without_an_agent_at_the_source_the_destination_says_what_is_missing(lonely: Case) -> None:
+    with without_agent(lonely, lonely.source):
+        moves_as_without_us(lonely, lambda: None)
+        report = lonely.report(lonely.destination)
+        assert report["outcome"] == "failed"
+        assert "no host says that the guest leaves it" in report["reason"]
+        assert lonely.entries(lonely.destination) == 0
+
+
+def test_without_any_agent_the_guest_moves_all_the_same(lonely: Case) -> None:
+    with without_agent(lonely, lonely.source), without_agent(lonely, lonely.destination):
+        moves_as_without_us(lonely, lambda: None)
+
+
+def test_without_a_broker_the_guest_moves_and_both_hosts_say_what_was_lost(lonely: Case) -> None:
+    for relay in lonely.sami.relays.values():
+        relay.cut()
+    try:
+        moves_as_without_us(lonely, lambda: None)
+        assert lonely.report(lonely.source)["outcome"] == "purged without arrival"
+        assert lonely.entries(lonely.source) == 0
+    finally:
+        for relay in lonely.sami.relays.values():
+            relay.mend()
+    assert lonely.report(lonely.destination)["outcome"] == "failed"
+
+
+# --- Other guests
+
+
+def test_guest_with_two_ports_of_several_addresses(lab: LibvirtLab, sami: Sami) -> None:
+    guest = lab.add_guest("two", "a", nics=2, addresses_per_nic=2)
+    flows = [traffic.download(lab, guest, family=family, nic=nic) for family in (4, 6) for nic in (0, 1)]
     guest.close_egress()
-    return flow
-
-
-def lives(flow: Traffic, since: float) -> bool:
-    wait_until(lambda: flow.samples()[-1].time > since + WATCHED_SECONDS, "the time that is watched", 30)
-    return has_survived(flow.samples(), since, WATCHED_SECONDS)
-
-
-def test_a_download_lives_through_a_migration(lab: LibvirtLab, sami: Sami) -> None:
-    guest = lab.add_guest("one", "a")
-    flow = flowing_download(lab, guest)
-    began = time.monotonic()
-    result = lab.migrate(guest, "a", "b")
-    assert result.is_ok, result.words
-    arrived = lab.journal.wait_for("RESUMED/MIGRATED", "one", "b", began).time
-    assert lives(flow, arrived), sami.words()
+    migration = lab.start_migration(guest, "a", "b")
+    assert migration.wait().is_ok
+    arrived = migration.wait_for("RESUMED/MIGRATED", lab.hosts["b"]).time
+    for flow in flows:
+        wait_until(lambda flow=flow: flow.samples()[-1].time > arrived + WATCHED_SECONDS, "the time watched", 30)
+        assert has_survived(flow.samples(), arrived, WATCHED_SECONDS), sami.words()
     reports = sami.reports(guest)
-    print(reports)
-    assert [reports[name]["outcome"] for name in "ab"] == ["moved", "moved"], sami.words()
+    assert reports["b"]["flows"]["imported"] == reports["a"]["flows"]["purged"] == 4
+    lab.remove_guest(guest)
+
+
+def test_guest_without_ports(lab: LibvirtLab, sami: Sami) -> None:
+    guest = lab.add_guest("none", "a", nics=0)
+    result = lab.migrate(guest, "a", "b")
+    assert result.is_ok
+    assert {report["outcome"] for report in sami.reports(guest).values()} == {"moved"}
+    lab.remove_guest(guest)
+
+
+def test_guest_that_moves_offline_is_nobodys_business(lab: LibvirtLab, sami: Sami) -> None:
+    guest = lab.add_guest("off", "a", is_persistent=True)
+    lab.hosts["a"].virsh("destroy", guest.name)
+    result = lab.migrate(guest, "a", "b", "--offline", "--persistent")
+    assert result.is_ok, result.words
+    for agent in sami.agents.values():
+        wait_until(lambda agent=agent: not is_busy_with(agent, guest), "no session to be left", 20)
+    lab.remove_guest(guest)
+
+
+def is_busy_with(agent: Any, guest: Guest) -> bool:
+    journal = agent.sessions(guest.uuid)
+    return any(row["ended_at"] is None for row in journal)
+
+
+def test_three_guests_at_once_two_one_way_and_one_the_other(lab: LibvirtLab, sami: Sami) -> None:
+    guests = [lab.add_guest(f"g{n}", "aab"[n], is_awaited=False) for n in range(3)]
+    for guest, host in zip(guests, "aab", strict=True):
+        guest.wait_until_ready(lab.hosts[host])
+    flows = [traffic.download(lab, guest) for guest in guests]
+    for guest in guests:
+        guest.close_egress()
+    ways = [("a", "b"), ("a", "b"), ("b", "a")]
+    running = [lab.start_migration(guest, *way) for guest, way in zip(guests, ways, strict=True)]
+    assert all(migration.wait().is_ok for migration in running)
+    for migration, flow, (_, destination) in zip(running, flows, ways, strict=True):
+        arrived = migration.wait_for("RESUMED/MIGRATED", lab.hosts[destination]).time
+        wait_until(lambda flow=flow, at=arrived: flow.samples()[-1].time > at + WATCHED_SECONDS, "the time watched", 30)
+        assert has_survived(flow.samples(), arrived, WATCHED_SECONDS), sami.words()
+    for guest in guests:
+        assert {report["outcome"] for report in sami.reports(guest).values()} == {"moved"}
+        lab.remove_guest(guest)
+
+
+def test_guest_that_starts_and_ends_here_makes_no_session(lab: LibvirtLab, sami: Sami) -> None:
+    guest = lab.add_guest("local", "a")
+    lab.hosts["a"].virsh("reboot", guest.name)
+    lab.remove_guest(guest)
+    assert all(agent.sessions(guest.uuid) == [] for agent in sami.agents.values())
+
+
+def test_guest_that_is_lost_in_postcopy(lab: LibvirtLab, sami: Sami) -> None:
+    guest, flow = downloading(lab, "lost", "a")
+    case = Case(lab, sami, guest, flow)
+    migration = case.start(bandwidth=SLOW_MIB, is_postcopy=True)
+    migration.wait_until_copying()
+    migration.switch_to_postcopy()
+    migration.wait_for("RESUMED/POSTCOPY", case.destination)
+    case.destination.kill_qemu(guest.name)
+    assert not migration.wait().is_ok
+    case.report(case.source)
+    case.report(case.destination)
+    with pytest.raises(LabError):
+        lab.host_of(guest.name)
+    lab.remove_guest(guest)

@@ -153,8 +153,15 @@ def test_source_that_is_not_known_is_looked_for_again_and_again_until_it_is_foun
     assert made.kinds().count("Ask") == 1
 
 
+def test_guest_that_never_starts_is_not_waited_for() -> None:
+    made = looking()
+    made.wait_until(10)
+    assert made.kinds()[-1] == "end: failed"
+
+
 def test_source_that_nobody_names_is_given_up_after_open_seconds() -> None:
     made = looking()
+    made.tell(STARTED)
     made.wait_until(10)
     assert made.session.state is State.ORPHANED
     assert "no host says" in made.session.reason
