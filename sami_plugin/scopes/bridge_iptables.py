@@ -70,7 +70,7 @@ def begins_of(tools: tuple[str, ...]) -> list[str]:
 def rules_of(text: str, tool: str) -> Iterator[Rule]:
     """The rules of what iptables-save wrote; what is none is skipped."""
     table = ""
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a comment may hold what else ends a line
         if line.startswith("*"):
             table = line[1:].strip()
         elif line.startswith("-A ") and (" -j " in line or " -g " in line):
