@@ -24,8 +24,8 @@ LOG = logging.getLogger(__name__)
 
 PACKAGE = "iptables"
 TOOLS = ("iptables-save", "ip6tables-save")
-OLDER_TABLES = "iptables-legacy tables present"
-"""Part of a remark that iptables-nft-save writes where the older tables have rules too."""
+OLDER_TABLES = "tables-legacy tables present"
+"""Part of a remark that iptables-nft-save makes where the older tables have rules too."""
 
 _COMMENT = re.compile(r' -m comment --comment (?:"(?:[^"\\]|\\.)*"|[^\s"]+)')
 _ZONE = re.compile(r"0|[1-9][0-9]{0,4}")
@@ -42,11 +42,14 @@ _HARMLESS = ("--physdev-is-bridged", "--physdev-is-in", "--mac-source")
 class BridgeIptablesScopes(LearnedScopes):
     """Asks iptables-save and ip6tables-save, once each for all guests."""
 
+    _has_warned = False
+
     def _look(self) -> Knowledge:
         rules: list[Rule] = []
         for tool in TOOLS:
-            text = output_of([tool], PACKAGE)
-            if OLDER_TABLES in text:
+            text, remark = output_of([tool], PACKAGE)
+            if OLDER_TABLES in remark and not self._has_warned:
+                self._has_warned = True
                 LOG.warning("%s: there are rules of iptables-legacy too, and they are not read; use one of both", tool)
             rules += rules_of(text, tool)
         # The names that the calling thread's namespace has; /sys may show another's.

@@ -13,8 +13,8 @@ SECONDS = 10.0
 _FORBIDDEN = ("permission denied", "not permitted", "must be root")
 
 
-def output_of(argv: Sequence[str], package: str) -> str:
-    """What the tool writes. It runs in the network namespace of the calling thread; blocks until it ends.
+def output_of(argv: Sequence[str], package: str) -> tuple[str, str]:
+    """What the tool writes, and in one line what it remarks beside that. It runs in the network namespace of the calling thread; blocks until it ends.
 
     :raises NotAvailable: it is not installed (`package` has it), fails, or does not end in time.
     :raises NotPermitted: the kernel does not tell this process.
@@ -30,9 +30,10 @@ def output_of(argv: Sequence[str], package: str) -> str:
         raise NotAvailable(f"{' '.join(argv)} has not ended within {SECONDS:g} s; look what keeps it") from error
     except OSError as error:
         raise NotAvailable(f"{argv[0]} cannot be run: {error.strerror}") from error
+    said = " ".join(done.stderr.decode(errors="replace").split())[:400]
     if done.returncode != 0:
-        said = " ".join(done.stderr.decode(errors="replace").split())[:400] or f"exit code {done.returncode}"
+        said = said or f"exit code {done.returncode}"
         if any(word in said.lower() for word in _FORBIDDEN):
             raise NotPermitted(f"{' '.join(argv)}: {said}; the agent needs CAP_NET_ADMIN")
         raise NotAvailable(f"{' '.join(argv)}: {said}")
-    return done.stdout.decode(errors="replace")
+    return done.stdout.decode(errors="replace"), said

@@ -46,8 +46,8 @@ class RoutedNftablesScopes(LearnedScopes):
     """Asks `nft -j list ruleset`, once for all guests, and the kernel's main routing tables."""
 
     def _look(self) -> Knowledge:
-        ruleset = ruleset_of(output_of(TOOL, PACKAGE))
-        rules, begins = rules_of(ruleset)
+        text, _ = output_of(TOOL, PACKAGE)
+        rules, begins = rules_of(ruleset_of(text))
         try:
             texts = [path.read_text() if path.exists() else "" for path in ROUTES]
         except OSError as error:

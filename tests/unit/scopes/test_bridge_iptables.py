@@ -345,11 +345,12 @@ def test_tool_that_fails_or_hangs_is_named(tool, monkeypatch: pytest.MonkeyPatch
         BridgeIptablesScopes().namespaces()
 
 
-def test_older_tables_beside_are_warned_of(tool, caplog: pytest.LogCaptureFixture) -> None:
-    tool("echo '# Warning: iptables-legacy tables present, use iptables-legacy-save to see them'")
+def test_older_tables_beside_are_warned_of_once(tool, caplog: pytest.LogCaptureFixture) -> None:
+    tool("echo '# Warning: iptables-legacy tables present, use iptables-legacy-save to see them' >&2")
     tool("exit 0", "ip6tables-save")
-    assert BridgeIptablesScopes().namespaces() == (None,)
-    assert "iptables-legacy too" in caplog.text
+    finder = BridgeIptablesScopes(clock=iter(range(100)).__next__)
+    assert [finder.namespaces() for _ in range(3)] == [(None,)] * 3
+    assert caplog.text.count("iptables-legacy too") == 1
 
 
 # ----------------------------------------------------------------------------------------------------- hostile input
