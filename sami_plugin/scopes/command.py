@@ -14,7 +14,9 @@ _FORBIDDEN = ("permission denied", "not permitted", "must be root")
 
 
 def output_of(argv: Sequence[str], package: str) -> tuple[str, str]:
-    """What the tool writes, and in one line what it remarks beside that. It runs in the network namespace of the calling thread; blocks until it ends.
+    """What the tool writes, and in one line what it remarks beside that.
+
+    It runs in the network namespace of the calling thread. Blocks until it ends.
 
     :raises NotAvailable: it is not installed (`package` has it), fails, or does not end in time.
     :raises NotPermitted: the kernel does not tell this process.
