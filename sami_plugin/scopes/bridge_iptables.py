@@ -35,6 +35,7 @@ _VERDICTS = {
     "DROP": Verdict.DROP,
     "REJECT": Verdict.DROP,
 }
+_BARE_VERDICTS = tuple(f" -j {target}" for target in _VERDICTS)
 _HARMLESS = ("--physdev-is-bridged", "--physdev-is-in", "--mac-source")
 """What may be asked beside device and addresses and is so of every packet of the port that counts."""
 
@@ -77,6 +78,9 @@ def rules_of(text: str, tool: str) -> Iterator[Rule]:
         if line.startswith("*"):
             table = line[1:].strip()
         elif line.startswith("-A ") and (" -j " in line or " -g " in line):
+            # Most rules are like that, and tell of no address, zone or chain.
+            if line.endswith(_BARE_VERDICTS) and " -s " not in line:
+                continue
             yield _rule(_COMMENT.sub("", line).split(), tool, table)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from sami_plugin.errors import NotAvailable, NotPermitted
 
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-SECONDS = 10.0
+SECONDS = 5.0
 _FORBIDDEN = ("permission denied", "not permitted", "must be root")
 
 

@@ -187,12 +187,28 @@ def test_zone_that_others_may_have_entries_in_is_shared(rule: str) -> None:
     assert finder.find("g")[0].is_shared
 
 
+def test_bridge_that_a_rule_names_beside_the_tap_is_not_the_port() -> None:
+    rule = "-A PREROUTING -i brq5c0ffee0-12 -m physdev --physdev-in tap-g -j CT --zone 7"
+    assert knowledge(raw(rule)).zones == {"tap-g": {7}}
+
+
+def test_all_destinations_but_one_are_nobodys() -> None:
+    assert not any(knowledge(raw("-A PREROUTING ! -d 192.0.2.7/32 -j CT --zone 7")).destinations.values())
+
+
 def test_destinations_of_a_shared_zone_are_nobodys() -> None:
     devices = [f"-A PREROUTING -i {tap} -j CT --zone 7" for tap in ("tap-g", "tap-h")]
     text = raw(*devices, "-A PREROUTING -d 192.0.2.7 -j CT --zone 7")
     finder = Told(text)
     finder.learn(*own())
     assert finder.find("g") == ()
+
+
+@pytest.mark.parametrize("device", ["vnet3", "tap-g", "t", "tap"])
+def test_name_of_the_device_may_be_any(device: str) -> None:
+    finder = Told(raw(f"-A PREROUTING -i {device} -j CT --zone 7"), here=(device,))
+    finder.learn(*own("g", device, "192.0.2.7"))
+    assert finder.find("g") == (Scope(device, "g", {ZoneRole.PORT: 7}, addresses("192.0.2.7")),)
 
 
 def test_families_that_disagree_about_the_zone_are_refused_by_name() -> None:
@@ -309,6 +325,23 @@ def test_one_look_answers_all_for_a_short_time() -> None:
         now[0] = at
         assert all(finder.neighbours(scope) == () for guest in "gh" for scope in finder.find(guest))
     assert looks == [0.0, 0.1]
+
+
+def test_look_that_takes_long_answers_for_as_long_as_it_took() -> None:
+    now = [0.0]
+    looks = []
+
+    class Slow(BridgeIptablesScopes):
+        def _look(self) -> Knowledge:
+            looks.append(now[0])
+            now[0] += 3
+            return knowledge(OWN)
+
+    finder = Slow(clock=lambda: now[0])
+    for at in (0.0, 5.9, 6.0):
+        now[0] = at
+        finder.namespaces()
+    assert looks == [0.0, 6.0]
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ def test_chain_of_a_port_gives_its_zone_and_its_address(jump: list[Any]) -> None
 
 
 def test_chain_that_others_get_to_gives_nobody_a_zone() -> None:
-    other = [{"vmap": {"key": {"meta": {"key": "mark"}}, "data": {"set": [[1, {"jump": {"target": "d"}}]]}}}]
+    other = [{"vmap": {"key": {"ct": {"key": "state"}}, "data": {"set": [["new", {"jump": {"target": "d"}}]]}}}]
     assert known(*JUMPS[:1], other, more=in_chain_d(sets_zone(7))).zones == {}
     assert known(more=in_chain_d(sets_zone(7))).zones == {}
 
