@@ -361,10 +361,24 @@ def _configured(files: list[str] | None) -> Iterator[Check]:
     else:
         yield Check(name, Result.OK, f"{', '.join(files or [configuration.DEFAULT_FILE])} is read")
     yield _driver(known)
-    yield _scopes(known)
     yield _journal(known.journal)
-    yield _agent_socket(known.socket)
     yield _broker(known.transport_url)
+    yield from _libvirt(known)
+    yield _agent_socket(known.socket)
+    yield _scopes(known, files)
+
+
+def _libvirt(known: AgentConfiguration) -> Iterator[Check]:
+    from sami_plugin.cli import hook_checks
+
+    if hook_checks.is_expected(known.libvirt_uri):
+        yield from hook_checks.hook(known.libvirt_uri, known.socket)
+        return
+    reason = "no libvirt daemon can be seen here: something else has to tell the agent of migrations"
+    mend = (
+        f"if this host's guests are libvirt's: systemctl start libvirtd, and set uri = {hook_checks.URI} in [libvirt]"
+    )
+    yield Check("libvirt", Result.LIMITED, reason, mend)
 
 
 def _driver(known: AgentConfiguration) -> Check:
@@ -379,20 +393,24 @@ def _driver(known: AgentConfiguration) -> Check:
     return Check("driver", Result.OK, f"{known.driver} carries {', '.join(sorted(can.templates))}")
 
 
-def _scopes(known: AgentConfiguration) -> Check:
-    name = "scopes"
-    if known.scopes != "static":
-        return Check(name, Result.OK, f"found by {known.scopes}, which has no file to read")
-    from sami_plugin.scopes.static import StaticScopes
+def _scopes(known: AgentConfiguration, files: list[str] | None) -> Check:
+    from sami_plugin.agent import load_scopes
 
-    mend = "[agent] scope_file names a JSON file that lists the ports of this host"
+    name = "scopes"
+    is_static = known.scopes == "static"
+    mend = "[agent] scopes names what finds the ports of this host, and its own options where it looks"
+    if is_static:
+        mend = "[agent] scope_file names a JSON file that lists the ports of this host"
     try:
-        StaticScopes(known.scope_file).find("")
-        with open(known.scope_file, encoding="utf-8") as file:
-            count = len(json.load(file)["ports"])
+        finder = load_scopes(known.scopes, configuration.options(files))
+        finder.find("")
+        namespaces = ", ".join(one or "the agent's own" for one in finder.namespaces()) or "none"
+        if is_static:
+            with open(known.scope_file, encoding="utf-8") as file:
+                return Check(name, Result.OK, f"{known.scope_file} lists {len(json.load(file)['ports'])} ports")
     except (errors.SamiError, OSError, ValueError) as error:
         return Check(name, Result.MISSING, " ".join(str(error).split()), mend)
-    return Check(name, Result.OK, f"{known.scope_file} lists {count} ports")
+    return Check(name, Result.OK, f"{known.scopes} answers; the firewalls are in the network namespaces: {namespaces}")
 
 
 def _journal(path: str) -> Check:

@@ -6,8 +6,12 @@ import argparse
 import os
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sami_plugin.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from oslo_config import cfg
 
 DEFAULT_FILE = "/etc/sami/sami-agent.conf"
 
@@ -23,6 +27,7 @@ class AgentConfiguration:
     journal: str
     socket: str
     transport_url: str
+    libvirt_uri: str
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
@@ -42,22 +47,43 @@ def load(files: list[str] | None) -> AgentConfiguration:
     """
     from oslo_config import cfg
 
-    from sami_plugin import conf as options
+    conf = options(files)
+    try:
+        agent = conf.agent
+        return AgentConfiguration(
+            agent.host,
+            agent.driver,
+            agent.scopes,
+            agent.scope_file,
+            agent.journal,
+            agent.socket,
+            conf.transport_url,
+            conf.libvirt.uri,
+        )
+    except (cfg.Error, ValueError) as error:
+        raise ConfigurationError(f"configuration: {words(error)}") from error
+
+
+def options(files: list[str] | None) -> cfg.ConfigOpts:
+    """All that these files say, as `load`; a wrong value is told when it is read.
+
+    :raises ConfigurationError: a file cannot be read.
+    """
+    from oslo_config import cfg
+
+    from sami_plugin import conf as known
 
     if files is None:
         files = [DEFAULT_FILE] if os.path.exists(DEFAULT_FILE) else []
     conf = cfg.ConfigOpts()
-    options.register(conf)
+    known.register(conf)
     # oslo.messaging's own option, by its name and default: it registers it only when a transport is made.
     conf.register_opt(cfg.StrOpt("transport_url", default="rabbit://", secret=True))
     try:
         conf(args=[], project="sami", prog="sami-agent", default_config_files=files, default_config_dirs=[])
-        agent = conf.agent
-        return AgentConfiguration(
-            agent.host, agent.driver, agent.scopes, agent.scope_file, agent.journal, agent.socket, conf.transport_url
-        )
     except (cfg.Error, OSError, ValueError) as error:
         raise ConfigurationError(f"configuration: {words(error)}") from error
+    return conf
 
 
 def words(error: Exception) -> str:
