@@ -74,7 +74,7 @@ def look(path: Path, run_folder: str = hook_file.RUN_FOLDER, settings_file: str 
 
 def is_expected(uri: str) -> bool:
     """Whether this host's guests are libvirt's, so that the checks of libvirt are of use."""
-    return bool(uri) or hook_file.daemon() is not None or Path(hook_file.FOLDER, hook_file.NAME).exists()
+    return bool(uri) or hook_file.daemon() is not None or os.path.exists(f"{hook_file.FOLDER}/{hook_file.NAME}")
 
 
 def libvirt(uri: str) -> Iterator[Check]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,10 +115,15 @@ def test_file_that_is_cut_short_changes_nothing(places: list[str], tmp_path: Pat
         (("session", "show", "1", "--journal", "/no/such/file"), 1),
         (("report", "1", "--journal", "/no/such/file"), 1),
         (("session", "list", "--config-file", "/no/such/file"), 1),
+        (("hook", "install", "--folder", "/no/such/hooks/qemu.d"), 1),
+        (("hook", "install", "--name", "a/b"), 1),
+        (("hook", "remove", "--folder", "/etc/passwd"), 1),
+        (("hook", "status", "--config-file", "/no/such/file"), 1),
         (("flow", "list"), 2),
         (("flow", "list", "--zone", "seven"), 2),
         (("driver", "list", "-f", "no-such-format"), 2),
         (("doctor", "surplus"), 2),
+        (("hook", "remove", "surplus"), 2),
         (("no-such-command",), 2),
     ],
 )
@@ -175,6 +181,31 @@ def test_doctor_of_an_ordinary_user_says_what_is_missing(open_clone: Path) -> No
     assert rows["trial namespace"]["Result"] == "limited"
     assert "events" not in rows
     assert rows["CAP_NET_ADMIN"]["Mend"]
+
+
+def test_hook_is_installed_looked_at_and_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "hooks" / "qemu.d"
+    place = ("--folder", folder)
+    shown = run("hook", "status", *place, "-f", "json")
+    assert (shown.returncode, json.loads(shown.stdout)["installed"]) == (1, "no")
+    assert run("hook", "install", *place).returncode == 0
+    called = subprocess.run([folder / "50-sami", "web", "start", "begin", "-"], capture_output=True, check=False)
+    assert (called.returncode, called.stdout, called.stderr) == (0, b"", b"")
+    assert json.loads(run("hook", "status", *place, "-f", "json").stdout)["installed"] == "yes"
+    assert run("hook", "remove", *place).returncode == 0
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("machine_root")
+def test_ordinary_user_is_told_that_hooks_are_root_s(open_clone: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # noqa: S103 - the user has to see that there is no hook
+        os.makedirs(f"{folder}/libvirt/hooks/qemu.d")
+        place = ("--folder", f"{folder}/libvirt/hooks/qemu.d")
+        done = run("hook", "install", *place, as_ordinary_user_in=open_clone)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "run as root" in done.stderr
+        assert os.listdir(f"{folder}/libvirt/hooks/qemu.d") == []
 
 
 @pytest.mark.parametrize("what", [("list",), ("export", "flows.ipfix")])

@@ -123,7 +123,8 @@ class Agent:
         self.answer()
 
     def stop(self) -> None:
-        self._listening.stop()
+        # Takes half a second, and nobody needs to wait for it.
+        threading.Thread(target=self._listening.stop).start()
 
 
 @pytest.fixture
