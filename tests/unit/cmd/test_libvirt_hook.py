@@ -521,7 +521,7 @@ def test_it_costs_little_more_than_python_s_start(tmp_path: Path, capsys: pytest
         sys.stdout.write("\nmedian of 30: " + ", ".join(f"{name} {value:.1f} ms" for name, value in median.items()))
         sys.stdout.write(f"; the hook is {median['started'] / floor:.2f} times Python's start\n")
     assert median["started"] <= MOST_MILLISECONDS
-    assert median["prepare"] <= MOST_MILLISECONDS
+    assert median["prepare"] < floor  # no Python at all
 
 
 def test_it_is_of_python_3_9() -> None:
