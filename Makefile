@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz lint docs clean run-tests run-lint lint-style lint-layers lint-types
-.PHONY: prepare-demo prepare-test prepare-libvirt test-libvirt
+.PHONY: prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -15,12 +15,10 @@ demo: prepare-demo ## two hosts, one guest that moves, and its connections with 
 	$(PYTHON_HERE) -m lab.demo $(ARGS)
 
 # -k: when lint fails the tests run all the same, and make still fails.
-test: prepare-test ## lint, then all tests: unit tests, the real kernel, the lab
-	@$(MAKE) --no-print-directory -k run-lint run-tests
+test: prepare-all ## lint, then all tests: unit tests, the real kernel, the lab, real libvirt
+	@$(MAKE) --no-print-directory -k run-lint run-tests run-libvirt-tests
 
-# Alone and one by one: guests that are emulated, and what they measure, take both processors.
-test-libvirt: prepare-libvirt ## the tests on real libvirt hosts, as root; 2 minutes
-	$(PYTEST_IN_A_WORLD) tests/libvirt $(ARGS)
+test-libvirt: prepare-libvirt run-libvirt-tests ## the tests on real libvirt hosts alone, as root
 
 bench: prepare-test ## measure
 	$(PYTHON_HERE) -m benchmarks $(ARGS)
@@ -58,11 +56,19 @@ PYTEST_IN_A_WORLD := $(PYTHON_HERE) -m lab.isolation -- env PYTEST_DEBUG_TEMPROO
 run-tests:
 	$(PYTEST_IN_A_WORLD) -n 4 --ignore tests/libvirt tests $(ARGS)
 
+# Alone and one by one: guests that are emulated, and what they measure, take both processors.
+run-libvirt-tests:
+	$(PYTEST_IN_A_WORLD) tests/libvirt $(ARGS)
+
 prepare-demo:
 	@tools/prepare demo
 
 prepare-test:
 	@tools/prepare test
+
+# The lab of libvirt hosts needs the machine's root; its tests are skipped for anybody else, and say so.
+prepare-all:
+	@tools/prepare $$(test $$(id -u) -eq 0 && echo libvirt || echo test)
 
 prepare-libvirt:
 	@tools/prepare libvirt
