@@ -6,13 +6,16 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz lint docs clean run-tests run-lint lint-style lint-layers lint-types
-.PHONY: prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt
+.PHONY: demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
 
 demo: prepare-demo ## two hosts, one guest that moves, and its connections with and without SAMI
 	$(PYTHON_HERE) -m lab.demo $(ARGS)
+
+demo-libvirt: prepare-libvirt ## the same with two real libvirt hosts and QEMU guests, as root
+	$(PYTHON_HERE) -m lab.libvirt.demo $(ARGS)
 
 # -k: when lint fails the tests run all the same, and make still fails.
 test: prepare-all ## lint, then all tests: unit tests, the real kernel, the lab, real libvirt

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,8 @@ class Demo:
             return True
         report = json.loads(running.report.read_text())
         self.reports[job.letter, job.side] = report
-        self._say(f"{job.name}: {_end(report)}")
-        for count in ("missing", "left_behind"):
-            if job.side == "with" and report["flows"].get(count):
-                self.failures.append(f"{job.name}: {report['flows'][count]} flows {count.replace('_', ' ')}")
-        if report["survived"] != (job.side == "with"):
-            self.failures.append(f"{job.name} {'survived' if report['survived'] else 'did not survive'}")
+        self._say(f"{job.name}: {end(report)}")
+        self.failures += faults(job.name, report, is_with=job.side == "with")
         return True
 
     def _say(self, line: str) -> None:
@@ -137,13 +134,17 @@ class Demo:
             print(line, flush=True)
 
 
-def result(reports: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+Reports = dict[tuple[str, str], dict[str, Any]]
+"""Of each run, by case and side."""
+
+
+def result(reports: Reports, titles: Mapping[str, str]) -> dict[str, Any]:
     """What result.json holds."""
     cases = []
-    for letter, case in CASES.items():
+    for letter, title in titles.items():
         sides = {side: _run(reports[letter, side], side) for side in ("without", "with") if (letter, side) in reports}
         if sides:
-            cases.append({"name": letter, "title": case.title, **sides})
+            cases.append({"name": letter, "title": title, **sides})
     return {"cases": cases}
 
 
@@ -152,21 +153,49 @@ def _run(report: dict[str, Any], side: str) -> dict[str, Any]:
     return {key: report[key] for key in keys}
 
 
-def table(reports: dict[tuple[str, str], dict[str, Any]]) -> str:
+def table(reports: Reports, titles: Mapping[str, str]) -> str:
     """The same for people."""
-    width = max(len(case.title) for case in CASES.values()) + 4
+    width = max(map(len, titles.values())) + 4
     lines = [f"{'case':<{width}}  {'without SAMI':<22}  {'with SAMI':<22}  {'missing':>7}  {'left':>6}"]
-    for letter, case in CASES.items():
-        ends = [_end(reports[letter, side]) if (letter, side) in reports else "-" for side in ("without", "with")]
+    for letter, title in titles.items():
+        ends = [end(reports[letter, side]) if (letter, side) in reports else "-" for side in ("without", "with")]
         if ends != ["-", "-"]:
             flows = reports.get((letter, "with"), {}).get("flows", {})
             counts = f"{flows.get('missing', '-'):>7}  {flows.get('left_behind', '-'):>6}"
-            lines.append(f"{f'({letter}) {case.title}':<{width}}  {ends[0]:<22}  {ends[1]:<22}  {counts}")
+            lines.append(f"{f'({letter}) {title}':<{width}}  {ends[0]:<22}  {ends[1]:<22}  {counts}")
     return "\n".join(lines)
 
 
-def _end(report: dict[str, Any]) -> str:
+def end(report: dict[str, Any]) -> str:
+    """How a run ended, in a few words."""
     return f"{'survived' if report['survived'] else 'died'}, stall {report['longest_stall_seconds']:.2f} s"
+
+
+def faults(name: str, report: dict[str, Any], *, is_with: bool) -> list[str]:
+    """What is not as it has to be in a run of this name, with SAMI or without."""
+    found = [
+        f"{name}: {report['flows'][count]} flows {count.replace('_', ' ')}"
+        for count in ("missing", "left_behind")
+        if is_with and report["flows"].get(count)
+    ]
+    if report["survived"] != is_with:
+        found.append(f"{name} {'survived' if report['survived'] else 'did not survive'}")
+    return found
+
+
+def show(reports: Reports, titles: dict[str, str], failures: list[str], output: Path) -> int:
+    """Print the table, write result.json and the picture below `output`, say what failed; return the exit code."""
+    print(table(reports, titles))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "result.json").write_text(json.dumps(result(reports, titles), indent=1) + "\n")
+    if reports:
+        try:
+            picture.draw(reports, titles, output / "demo.png")
+        except ImportError:
+            print("no picture: matplotlib is not installed", file=sys.stderr)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
 
 
 def main() -> int:
@@ -185,17 +214,7 @@ def main() -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "result.json").write_text(json.dumps(made, indent=1) + "\n")
         return isolation.EXIT_UNAVAILABLE
-    print(table(demo.reports))
-    (options.output / "result.json").write_text(json.dumps(result(demo.reports), indent=1) + "\n")
-    if demo.reports:
-        titles = {letter: case.title for letter, case in CASES.items()}
-        try:
-            picture.draw(demo.reports, titles, options.output / "demo.png")
-        except ImportError:
-            print("no picture: matplotlib is not installed", file=sys.stderr)
-    for failure in demo.failures:
-        print(failure, file=sys.stderr)
-    return 1 if demo.failures else 0
+    return show(demo.reports, {letter: case.title for letter, case in CASES.items()}, demo.failures, options.output)
 
 
 def _options() -> argparse.Namespace:

@@ -191,6 +191,8 @@ class Agent:
                 LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
                 self._add(self._leaving(str(uuid.uuid4()), event.guest, "", outgoing))
         self._lead(event, SourceSession, DestinationSession)
+        if not any(session.guest == event.guest for session in self.sessions()):
+            self.host.scopes.learn(event.guest, ())  # it ended here, and its tap's name may be another guest's next
 
     def deliver(self, sender: str, session_id: str, number: int, octets: bytes) -> None:
         """A peer's message.
