@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import netaddr
 import pytest
@@ -37,10 +38,15 @@ class HostFinder:
 
     def scope(self, guest: Guest) -> Scope | None:
         time.sleep(FRESH_SECONDS)
-        with self._host.namespace.inside():
-            found = self.finder.find(guest.uuid)
+        # What is of the process is not of the thread: in the first thread /proc/net would be right by chance.
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(self._find, guest.uuid).result()
         assert len(found) <= 1
         return found[0] if found else None
+
+    def _find(self, guest: str) -> tuple[Scope, ...]:
+        with self._host.namespace.inside():
+            return self.finder.find(guest)
 
     def neighbours(self, scope: Scope) -> set[str]:
         with self._host.namespace.inside():
@@ -160,6 +166,21 @@ def test_addresses_of_a_shared_zone_are_not_taken_of_claims_alone() -> None:
         for name in ("g", "h"):
             finders.learn(lab.add_guest(name, "a"), has_claims=True)
         assert [finders["a"].scope(guest) for guest in lab.guests.values()] == [None, None]
+
+
+def test_routes_of_the_host_say_whose_an_address_is_in_a_shared_zone() -> None:
+    with Lab(kind="routed") as lab:
+        finders, host = Finders(lab), lab.hosts["a"]
+        guests = [lab.add_guest(name, "a", on=()) for name in ("g", "h")]
+        zones = "ct zone set iifname map { tap-g : 9, tap-h : 9 }"
+        chain = ["chain c {", "type filter hook prerouting priority raw", zones, "}"]
+        host.run(["nft", "-f", "-"], "\n".join(["table ip z {", *chain, "}", ""]))
+        for guest, other in (guests, guests[::-1]):
+            finders.learn(guest)
+            scope = finders["a"].scope(guest)
+            assert scope is not None
+            assert said_by(scope) == (9, True, set(guest.addresses))
+            assert finders["a"].neighbours(scope) == set(other.addresses)
 
 
 def test_older_iptables_is_read_as_well(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
