@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz lint docs clean run-tests run-lint lint-style lint-layers lint-types
-.PHONY: demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt
+.PHONY: demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: prepare-all ## lint, then all tests: unit tests, the real kernel, the lab,
 	@$(MAKE) --no-print-directory -k run-lint run-tests run-libvirt-tests
 
 test-libvirt: prepare-libvirt run-libvirt-tests ## the tests on real libvirt hosts alone, as root
+
+test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 10 minutes
+	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
 
 bench: prepare-test ## measure
 	$(PYTHON_HERE) -m benchmarks $(ARGS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +38,12 @@ class HostAgent(AgentProcess):
         }
         super().__init__(host.lab_folder, host.name, options, start=host.start)
         self.socket = host.path(SOCKET)
+
+    @property
+    def pid(self) -> int:
+        """Of the agent itself: what was started is the way into the host."""
+        outer = super().pid
+        return int(Path(f"/proc/{outer}/task/{outer}/children").read_text().split()[0])
 
     def start(self) -> None:
         """Blocks until the agent listens and hears its libvirt."""
