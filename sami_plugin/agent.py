@@ -141,6 +141,10 @@ class Agent:
             case Phase.PREPARE:
                 self._expect(event)
             case Phase.STARTED:
+                # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
+                if self._hypervisor is not None and not self._sessions_of(event.guest, DestinationSession):
+                    self.host.scopes.learn(event.guest, self._hypervisor.ports(event.guest))
+                    self._expect(event)
                 self._lead(event, DestinationSession)
             case Phase.OUTGOING:
                 self._note_outgoing(event.guest, event.destination)
@@ -167,7 +171,7 @@ class Agent:
 
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
         with self._lock:
-            if guest in self._outgoing:
+            if destination is None and guest in self._outgoing:
                 return
             self._outgoing[guest] = _Outgoing(destination)
         if self._hypervisor is not None:
@@ -242,15 +246,14 @@ class Agent:
 
     def _is_leaving(self, guest: str, destination: str) -> bool:
         """Whether this host's hypervisor has the guest in a job that moves it there, as far as it says where to."""
+        # Of a guest that comes here a hypervisor is not asked: it may answer only when its hooks have returned.
+        if self._hypervisor is not None and not self._sessions_of(guest, DestinationSession):
+            if not self._hypervisor.is_leaving(guest):
+                return False
+            self._note_outgoing(guest)
         with self._lock:
             outgoing = self._outgoing.get(guest)
-        if outgoing is not None:
-            return outgoing.destination in (None, destination)
-        is_coming = bool(self._sessions_of(guest, DestinationSession))  # a hypervisor is not asked of such a guest
-        if self._hypervisor is None or is_coming or not self._hypervisor.is_leaving(guest):
-            return False
-        self._note_outgoing(guest)
-        return True
+        return outgoing is not None and outgoing.destination in (None, destination)
 
     def _expect(self, event: MigrationEvent) -> None:
         if event.source is None and self._hypervisor is None:

@@ -218,11 +218,8 @@ def _phases(libvirt: Any) -> dict[tuple[int, int], tuple[tuple[Phase, str | None
         libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED,
     )
     return {
-        # The hooks say both before, where they are installed.
-        (started, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED): (
-            (Phase.PREPARE, DESTINATION),
-            (Phase.STARTED, DESTINATION),
-        ),
+        # The hooks say it before, where they are installed.
+        (started, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED): ((Phase.STARTED, DESTINATION),),
         (suspended, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED): ((Phase.SUSPENDED, SOURCE),),
         # The incoming job is over, and the guest stays paused: --suspend, or its user had paused it.
         (suspended, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED): ((Phase.RESUMED, DESTINATION),),

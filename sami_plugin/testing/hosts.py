@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from typing import Any
 
 from oslo_config import cfg
 
-from sami_plugin.agent import Agent
+from sami_plugin.agent import Agent, Hypervisor
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Phase
@@ -36,7 +36,9 @@ class Hosts:
         settings: Settings | None = None,
         scope_files: dict[str, Path] | None = None,
         transport_url: str = "fake://",
+        hypervisors: Mapping[str, Hypervisor] | None = None,
     ) -> None:
+        """Without `hypervisors`, by host, the agents have nobody to ask and are told everything."""
         self._ports: dict[str, list[dict[str, object]]] = {name: [] for name in names}
         self._scope_files = scope_files or {name: folder / f"{name}-ports.json" for name in names}
         self.drivers = {name: make_driver(name) for name in names}
@@ -52,6 +54,7 @@ class Hosts:
                 journal=Journal(folder / f"{name}-journal.sqlite"),
                 settings=settings or Settings(),
                 transport_url=transport_url,
+                hypervisor=(hypervisors or {}).get(name),
             )
 
     def __enter__(self) -> Hosts:

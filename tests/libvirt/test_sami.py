@@ -18,13 +18,14 @@ from lab.broker import Broker
 from lab.deadline import wait_until
 from lab.errors import CommandFailed, LabError
 from lab.libvirt import traffic
-from lab.libvirt.agents import Sami
+from lab.libvirt.agents import HOOK, Sami
 from lab.libvirt.guest import Guest
 from lab.libvirt.host import LibvirtHost
 from lab.libvirt.lab import LibvirtLab
 from lab.libvirt.migration import Migration
 from lab.traffic import Traffic
 from lab.verdict import has_survived
+from sami_plugin.cmd import libvirt_hook
 
 pytestmark = pytest.mark.usefixtures("libvirt_here")
 
@@ -165,6 +166,16 @@ def test_plain_migration_there_and_back_at_once(case: Case) -> None:
         wait_until(lambda agent=agent: agent.ended(case.guest.uuid) >= 2, f"both sessions on {host.name} to end", 20)
         assert [report["outcome"] for report in agent.reports(case.guest.uuid)[:2]] == ["moved", "moved"]
     assert (case.entries(case.source), case.entries(case.destination)) == (1, 0)
+
+
+def test_events_alone_are_enough_where_no_hook_is_installed(case: Case) -> None:
+    case.destination.remove_hook(HOOK)
+    try:
+        migration = case.start(bandwidth=2 * SLOW_MIB)
+        assert migration.wait().is_ok
+    finally:
+        case.destination.install_hook(libvirt_hook.__file__, HOOK)
+    case.moves(migration)
 
 
 def test_postcopy(case: Case) -> None:

@@ -1,0 +1,196 @@
+"""Whose guest is it? Hosts in memory whose hypervisors are asked, as where libvirt moves guests and nobody tells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.errors import OperatorError
+from sami_plugin.model.guest_port import GuestPort
+from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.testing.hosts import Hosts, new_guest
+from tests.unit.handover.memory import (
+    GUEST_ADDRESS,
+    SETTINGS,
+    ZONES,
+    finish,
+    guest_with_flows,
+    held,
+    until_idle,
+    wait_for_step,
+)
+
+
+class Hypervisor:
+    """Knows which guests are in a job that moves them away."""
+
+    def __init__(self) -> None:
+        self.leaving: set[str] = set()
+        self.asked: list[str] = []
+
+    def is_leaving(self, guest: str) -> bool:
+        self.asked.append(guest)
+        return guest in self.leaving
+
+    def ports(self, guest: str) -> tuple[GuestPort, ...]:
+        return ()
+
+
+@pytest.fixture
+def hypervisors() -> dict[str, Hypervisor]:
+    return {name: Hypervisor() for name in ZONES}
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, hypervisors: dict[str, Hypervisor]) -> Iterator[Hosts]:
+    settings = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verdict_seconds=1.0)
+    with Hosts(
+        tmp_path,
+        tuple(ZONES),
+        lambda name: MemoryDriver(MemoryDevice(name)),
+        settings=settings,
+        hypervisors=hypervisors,
+    ) as made:
+        yield made
+
+
+def comes(hosts: Hosts, guest: str, host: str = "host-b") -> None:
+    hosts.say(host, Phase.PREPARE, guest)
+    hosts.plug(host, guest, ZONES[host], GUEST_ADDRESS)
+    hosts.say(host, Phase.STARTED, guest)
+
+
+def outcome(hosts: Hosts, host: str, guest: str) -> tuple[str, str]:
+    report = hosts.reports(host, guest)[0]
+    return report["outcome"], report["reason"]
+
+
+def test_the_host_that_is_about_to_lose_the_guest_is_found(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    comes(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    assert guest not in hypervisors["host-b"].asked, "of a guest that comes a hypervisor must not be asked"
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
+    assert hosts.reports("host-b", guest)[0]["peer"] == "host-a"
+
+
+def test_where_no_hook_is_installed_the_event_is_enough(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+    hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, role="destination"))
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert len(held(hosts, "host-b")) == 100
+
+
+def test_event_that_comes_late_begins_nothing_anew(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    comes(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    wait_for_step(hosts, "host-b", guest, "complete")
+    hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, role="destination"))
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert len(hosts.reports("host-b", guest)) == 1
+    assert len(held(hosts, "host-b")) == 100
+
+
+def test_of_two_hosts_that_answer_none_is_believed(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
+    guest = guest_with_flows(hosts)
+    for name in ("host-a", "host-c"):
+        hypervisors[name].leaving.add(guest)
+    comes(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "discarded")
+    hosts.say("host-b", Phase.RESUMED, guest)
+    assert hosts.agents["host-b"].wait_until_idle(10)
+    assert held(hosts, "host-b") == set()
+    assert "both say that the guest leaves them" in outcome(hosts, "host-b", guest)[1]
+
+
+def test_where_nobody_answers_the_migration_goes_on_and_the_report_says_so(hosts: Hosts) -> None:
+    guest = guest_with_flows(hosts)
+    comes(hosts, guest)
+    hosts.say("host-b", Phase.RESUMED, guest)
+    until_idle(hosts)
+    told = outcome(hosts, "host-b", guest)
+    assert told[0] == "failed"
+    assert "no host says that the guest leaves it" in told[1]
+
+
+def test_a_host_whose_job_is_over_does_not_answer_for_what_it_was_told_before(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = guest_with_flows(hosts)
+    hosts.agents["host-a"].note(MigrationEvent(guest, Phase.OUTGOING))  # and the job ended without a word
+    hosts.say("host-b", Phase.PREPARE, guest)
+    assert hosts.agents["host-b"].wait_until_idle(10)
+    assert outcome(hosts, "host-b", guest)[0] == "failed"
+
+
+def test_nova_and_the_hook_say_the_same_and_make_one_session(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.agents["host-b"].note(MigrationEvent(guest, Phase.PREPARE))
+    hosts.agents["host-b"].note(MigrationEvent(guest, Phase.PREPARE, "host-a"))
+    comes(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert len(hosts.reports("host-b", guest)) == 1
+    assert len(held(hosts, "host-b")) == 100
+
+
+def test_what_a_guest_leaves_that_nobody_asked_for_is_purged_by_name(hosts: Hosts) -> None:
+    guest = guest_with_flows(hosts)
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.unplug("host-a", guest)  # its port goes with it
+    hosts.say("host-a", Phase.STOPPED, guest)
+    began = time.monotonic()
+    until_idle(hosts)
+    assert time.monotonic() - began < 5
+    assert outcome(hosts, "host-a", guest) == ("purged without arrival", "no agent at the destination asked")
+    assert held(hosts, "host-a") == set()
+
+
+def test_a_guest_that_was_paused_for_a_move_that_failed_keeps_its_flows(hosts: Hosts) -> None:
+    guest = guest_with_flows(hosts)
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.say("host-a", Phase.RESUMED, guest)
+    hosts.say("host-a", Phase.STOPPED, guest)  # its user ended it, long after
+    until_idle(hosts)
+    assert hosts.reports("host-a", guest) == []
+    assert len(held(hosts, "host-a")) == 100
+
+
+def test_a_job_that_is_gone_while_the_guest_runs_on_lets_the_destination_let_go(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    comes(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    hypervisors["host-a"].leaving.clear()
+    hosts.agents["host-a"].note(MigrationEvent(guest, Phase.ROLLBACK, role="source"))
+    until_idle(hosts)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (100, 0)
+    assert outcome(hosts, "host-a", guest)[0] == outcome(hosts, "host-b", guest)[0] == "stayed"
+
+
+def test_source_has_to_be_told_where_no_hypervisor_can_be_asked(tmp_path: Path) -> None:
+    with (
+        Hosts(tmp_path, ("host-a",), lambda name: MemoryDriver(MemoryDevice(name)), settings=SETTINGS) as hosts,
+        pytest.raises(OperatorError, match="source: has to be told"),
+    ):
+        hosts.say("host-a", Phase.PREPARE, new_guest())

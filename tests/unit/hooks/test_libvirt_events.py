@@ -1,0 +1,276 @@
+"""libvirt's words in ours, and what is made of its silence. Real libvirt is asked in tests/libvirt."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lab.deadline import wait_until
+from sami_plugin.errors import NotAvailable, OperatorError
+from sami_plugin.hooks import libvirt_events
+from sami_plugin.hooks.libvirt_events import LibvirtHost
+from sami_plugin.model.migration import MigrationEvent, Phase
+
+GUEST = "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4"
+NAMES = [
+    "VIR_DOMAIN_EVENT_STARTED",
+    "VIR_DOMAIN_EVENT_SUSPENDED",
+    "VIR_DOMAIN_EVENT_RESUMED",
+    "VIR_DOMAIN_EVENT_STOPPED",
+    "VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN",
+    "VIR_DOMAIN_EVENT_STOPPED_DESTROYED",
+    "VIR_DOMAIN_EVENT_STOPPED_CRASHED",
+    "VIR_DOMAIN_EVENT_STARTED_MIGRATED",
+    "VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED",
+    "VIR_DOMAIN_EVENT_SUSPENDED_PAUSED",
+    "VIR_DOMAIN_EVENT_RESUMED_MIGRATED",
+    "VIR_DOMAIN_EVENT_RESUMED_UNPAUSED",
+    "VIR_DOMAIN_EVENT_RESUMED_POSTCOPY",
+    "VIR_DOMAIN_EVENT_STOPPED_MIGRATED",
+    "VIR_DOMAIN_EVENT_STOPPED_FAILED",
+    "VIR_DOMAIN_EVENT_ID_LIFECYCLE",
+    "VIR_DOMAIN_RUNNING",
+    "VIR_DOMAIN_PAUSED",
+    "VIR_DOMAIN_SHUTOFF",
+    "VIR_DOMAIN_PAUSED_USER",
+    "VIR_DOMAIN_PAUSED_MIGRATION",
+    "VIR_DOMAIN_PAUSED_POSTCOPY",
+    "VIR_DOMAIN_PAUSED_POSTCOPY_FAILED",
+    "VIR_DOMAIN_JOB_UNBOUNDED",
+    "VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT",
+    "VIR_DOMAIN_JOB_OPERATION_SAVE",
+    "VIR_ERR_NO_DOMAIN",
+    "VIR_ERR_NO_CONNECT",
+]
+NUMBERS = {name: number for number, name in enumerate(NAMES, 1)} | {"VIR_DOMAIN_JOB_NONE": 0}
+
+
+class LibvirtError(Exception):
+    def __init__(self, code: int) -> None:
+        super().__init__(f"libvirt error {code}")
+        self.code = code
+
+    def get_error_code(self) -> int:
+        return self.code
+
+
+class Domain:
+    """One guest. `job` is jobStats' answer, `now` state and reason; None: there is no such domain."""
+
+    job: dict[str, int]
+    now: tuple[int, int] | None
+
+    def jobStats(self, flags: int) -> dict[str, int]:  # noqa: N802 - libvirt's names
+        return self.job
+
+    def state(self, flags: int) -> tuple[int, int]:
+        assert self.now is not None
+        return self.now
+
+    def UUIDString(self) -> str:  # noqa: N802
+        return GUEST
+
+
+class Libvirt(SimpleNamespace):
+    """As much of the module as is used. `is_up` says whether the daemon takes connections."""
+
+    def __init__(self) -> None:
+        super().__init__(**NUMBERS, libvirtError=LibvirtError)
+        self.is_up = True
+        self.domain = Domain()
+        self.domain.job, self.domain.now = {"type": 0}, (self.VIR_DOMAIN_RUNNING, 0)
+        self.heard: Callable[..., None] | None = None
+        self.closed: Callable[..., None] | None = None
+        self.connections = 0
+
+    def virEventRegisterDefaultImpl(self) -> None: ...  # noqa: N802
+
+    def virEventRunDefaultImpl(self) -> None:  # noqa: N802
+        threading.Event().wait(0.05)
+
+    def registerErrorHandler(self, handler: object, opaque: object) -> None: ...  # noqa: N802
+
+    def openReadOnly(self, uri: str) -> Any:  # noqa: N802
+        if not self.is_up:
+            raise LibvirtError(self.VIR_ERR_NO_CONNECT)
+        self.connections += 1
+        return self
+
+    def setKeepAlive(self, interval: int, count: int) -> None: ...  # noqa: N802
+
+    def registerCloseCallback(self, callback: Callable[..., None], opaque: object) -> None:  # noqa: N802
+        self.closed = callback
+
+    def domainEventRegisterAny(self, domain: object, kind: int, callback: Callable[..., None], _: object) -> None:  # noqa: N802
+        self.heard = callback
+
+    def lookupByUUIDString(self, uuid: str) -> Domain:  # noqa: N802
+        if self.domain.now is None:
+            raise LibvirtError(self.VIR_ERR_NO_DOMAIN)
+        return self.domain
+
+    def close(self) -> None: ...
+
+    def say(self, event: str, detail: str) -> None:
+        assert self.heard is not None
+        number = NUMBERS[f"VIR_DOMAIN_EVENT_{event}"], NUMBERS[f"VIR_DOMAIN_EVENT_{event}_{detail}"]
+        self.heard(self, self.domain, *number, None)
+
+
+class Heard:
+    """The agent's end."""
+
+    def __init__(self) -> None:
+        self.events: list[MigrationEvent] = []
+        self.underway: list[tuple[str, str]] = []
+
+    def tell(self, event: MigrationEvent) -> None:
+        self.events.append(event)
+        if event.phase is Phase.ROLLBACK:
+            raise OperatorError("the events behind this one are told all the same")
+
+    def words(self) -> list[tuple[str, str | None]]:
+        return [(event.phase.value, event.role) for event in self.events]
+
+
+@pytest.fixture
+def libvirt(monkeypatch: pytest.MonkeyPatch) -> Libvirt:
+    fake = Libvirt()
+    monkeypatch.setitem(sys.modules, "libvirt", fake)
+    monkeypatch.setattr(libvirt_events, "_LOOP", [])
+    monkeypatch.setattr(libvirt_events, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(libvirt_events, "RECONNECT_SECONDS", 0.01)
+    return fake
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def host(libvirt: Libvirt, heard: Heard) -> Iterator[LibvirtHost]:
+    made = LibvirtHost("qemu:///system")
+    made.start(heard.tell, lambda: heard.underway)
+    wait_until(lambda: made._connection is not None, "the connection")
+    yield made
+    made.stop()
+
+
+SAID = {
+    ("STARTED", "MIGRATED"): [("started", "destination")],
+    ("SUSPENDED", "MIGRATED"): [("suspended", "source")],
+    ("SUSPENDED", "PAUSED"): [("resumed", "destination")],
+    ("RESUMED", "MIGRATED"): [("resumed", None)],
+    ("RESUMED", "UNPAUSED"): [("resumed", "source")],
+    ("RESUMED", "POSTCOPY"): [("resumed", "destination")],
+    ("STOPPED", "MIGRATED"): [("stopped", "source")],
+    ("STOPPED", "FAILED"): [("stopped", "destination")],
+    ("STOPPED", "DESTROYED"): [("rollback", "source"), ("stopped", "destination")],
+    ("STOPPED", "SHUTDOWN"): [("rollback", "source"), ("stopped", "destination")],
+    ("STOPPED", "CRASHED"): [("rollback", "source"), ("stopped", "destination")],
+}
+
+
+@pytest.mark.parametrize(("said", "words"), SAID.items(), ids=lambda each: "/".join(map(str, each)))
+@pytest.mark.usefixtures("host")
+def test_event_in_our_words(
+    libvirt: Libvirt, heard: Heard, said: tuple[str, str], words: list[tuple[str, str | None]]
+) -> None:
+    libvirt.say(*said)
+    wait_until(lambda: len(heard.events) == len(words), "the words")
+    assert heard.words() == words
+    assert {event.guest for event in heard.events} == {GUEST}
+
+
+JOBS = {
+    "in an outgoing job": (
+        {"type": "UNBOUNDED", "operation": "OPERATION_MIGRATION_OUT"},
+        ("RUNNING", None),
+        "outgoing",
+    ),
+    "in another job": ({"type": "UNBOUNDED", "operation": "OPERATION_SAVE"}, ("RUNNING", None), None),
+    "runs, no job": ({}, ("RUNNING", None), "rollback"),
+    "paused by its user, no job": ({}, ("PAUSED", "USER"), "rollback"),
+    "paused for the move": ({}, ("PAUSED", "MIGRATION"), None),
+    "in post-copy": ({}, ("PAUSED", "POSTCOPY"), None),
+    "lost in post-copy": ({}, ("PAUSED", "POSTCOPY_FAILED"), None),
+    "shut off": ({}, ("SHUTOFF", None), None),
+    "gone": ({}, None, "stopped"),
+}
+
+
+@pytest.mark.parametrize(("job", "now", "word"), JOBS.values(), ids=JOBS)
+def test_guest_on_its_way_is_asked_for(
+    libvirt: Libvirt,
+    heard: Heard,
+    host: LibvirtHost,
+    job: dict[str, str],
+    now: tuple[str, str | None] | None,
+    word: str | None,
+) -> None:
+    libvirt.domain.job = {name: NUMBERS[f"VIR_DOMAIN_JOB_{value}"] for name, value in job.items()}
+    if now is None:
+        libvirt.domain.now = None
+    else:
+        reason = NUMBERS[f"VIR_DOMAIN_PAUSED_{now[1]}"] if now[1] else 0
+        libvirt.domain.now = (NUMBERS[f"VIR_DOMAIN_{now[0]}"], reason)
+    phase = host._job(GUEST)
+    assert (phase.value if phase else None) == word
+    assert host.is_leaving(GUEST) == (word == "outgoing")
+    heard.underway = [(GUEST, "source")]
+    if word is not None:
+        wait_until(lambda: heard.events, "the word that no event says")
+        assert set(heard.words()) == {(word, "source")}
+
+
+@pytest.mark.parametrize(
+    ("now", "word"),
+    [
+        (("RUNNING", None), "resumed"),
+        (("PAUSED", "USER"), "resumed"),
+        (("SHUTOFF", None), "stopped"),
+        (None, "stopped"),
+    ],
+)
+def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
+    libvirt: Libvirt, heard: Heard, host: LibvirtHost, now: tuple[str, str | None] | None, word: str
+) -> None:
+    heard.underway = [(GUEST, "destination")]
+    libvirt.is_up = False
+    assert libvirt.closed is not None
+    libvirt.closed(libvirt, 1, None)
+    wait_until(lambda: host._connection is None, "the end of the connection")
+    assert not host.is_leaving(GUEST)
+    assert host.ports(GUEST) == ()
+    if now is None:
+        libvirt.domain.now = None
+    else:
+        libvirt.domain.now = (NUMBERS[f"VIR_DOMAIN_{now[0]}"], NUMBERS[f"VIR_DOMAIN_PAUSED_{now[1]}"] if now[1] else 0)
+    libvirt.is_up = True
+    wait_until(lambda: heard.events, "what had been missed")
+    assert heard.words() == [(word, "destination")]
+    assert libvirt.connections == 2
+
+
+def test_incoming_guest_is_not_asked_for_while_the_connection_lasts(
+    libvirt: Libvirt, heard: Heard, host: LibvirtHost
+) -> None:
+    asked: list[str] = []
+    libvirt.lookupByUUIDString = asked.append  # type: ignore[method-assign]
+    polls: list[None] = []
+    real, host._poll = host._poll, lambda: polls.append(real())  # type: ignore[method-assign]
+    heard.underway = [(GUEST, "destination")]
+    wait_until(lambda: len(polls) > 3, "some polls")
+    assert asked == [], "it may answer only when its hooks have returned"
+
+
+def test_libvirt_python_that_is_missing_is_said_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+    with pytest.raises(NotAvailable, match="extra `libvirt`"):
+        LibvirtHost("qemu:///system")
