@@ -90,9 +90,10 @@ def install(path: Path) -> State:
             file.flush()
             # Whoever replaces the file leaves the time since when there is one: `is_told` compares it.
             os.utime(file.fileno(), ns=(since, since))
-            os.fchmod(file.fileno(), MODE)
             os.fsync(file.fileno())
-            os.rename(part, path)
+        # Closed by now: the kernel runs no file that somebody has open for writing, and libvirt would stop the guest.
+        os.chmod(part, MODE)
+        os.rename(part, path)
     except OSError as error:
         if part is not None and os.path.exists(part):
             os.unlink(part)

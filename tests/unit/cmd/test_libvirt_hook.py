@@ -280,6 +280,22 @@ def test_stdin_that_never_ends_is_left_when_time_is_up(hook: Hook, agent: Agent)
     assert agent.told == []
 
 
+def test_agent_that_turns_the_hook_away_is_heard(hook: Hook) -> None:
+    def refuse(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.send(b'{"answer": "error", "reason": "too many hooks at a time"}\n')
+            connection.shutdown(socket.SHUT_RD)
+            time.sleep(0.2)
+
+    with listener(hook.agent) as listening:
+        thread = threading.Thread(target=refuse, args=(listening,))
+        thread.start()
+        said = hook("web", "started", "begin", "-", xml=DOMAIN.encode() + b" " * 900_000)
+        thread.join()
+    assert "sami-agent says: too many hooks at a time" in said
+
+
 GARBAGE = [
     b"",
     b"\n",
@@ -329,7 +345,9 @@ def test_agent_that_answers_garbage_stops_nobody(hook: Hook, garbage: bytes) -> 
     ],
 )
 def test_xml_without_uuid_is_logged_and_not_told(hook: Hook, agent: Agent, xml: bytes, reason: str) -> None:
-    assert reason in hook("web", "started", "begin", "-", xml=xml)
+    said = hook("web", "started", "begin", "-", xml=xml)
+    assert reason in said
+    assert "a fault of" not in said
     assert agent.told == []
 
 
