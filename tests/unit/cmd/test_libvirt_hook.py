@@ -418,6 +418,13 @@ def test_veto_is_one_even_if_nobody_reads_why(hook: Hook, agent: Agent) -> None:
     assert "refused by sami-agent" in hook(code=3)
 
 
+def test_veto_is_one_without_syslog_too(hook: Hook, agent: Agent) -> None:
+    hook.configure("veto = yes")
+    (hook.folder / "syslog").unlink()
+    agent.answer = raising(Veto("no"))
+    hook("web", "migrate", "begin", "-", code=3, stderr=b"sami-agent refuses the migration: no\n")
+
+
 # --- settings
 
 
