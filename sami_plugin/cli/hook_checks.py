@@ -165,7 +165,7 @@ def _told(seen: Seen) -> Check:
 def _settings(seen: Seen, agent_socket: str) -> Check:
     name = "hook's socket"
     file = seen.settings_file
-    if not _is_same(seen.settings.socket, agent_socket):
+    if os.path.realpath(seen.settings.socket) != os.path.realpath(agent_socket):
         reason = f"the hook speaks to {seen.settings.socket}, the agent listens at {agent_socket}"
         return Check(name, Result.MISSING, reason, f"write socket = {agent_socket} into {file}")
     if seen.complaints:
@@ -173,13 +173,6 @@ def _settings(seen: Seen, agent_socket: str) -> Check:
             name, Result.LIMITED, "; ".join(seen.complaints), f"mend {file}; libvirt-hook.conf.sample shows how"
         )
     return Check(name, Result.OK, f"the hook speaks to {agent_socket}, as the agent is configured to listen")
-
-
-def _is_same(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def listens(seen: Seen) -> Check:

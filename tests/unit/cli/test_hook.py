@@ -160,7 +160,7 @@ def test_folder_that_is_a_file_is_one_line(sami: CommandLine, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     for command in ("install", "remove"):
         assert sami("hook", command, "--folder", tmp_path / "file") == 1
-        assert sami.err.startswith("sami: ")
+        assert sami.err.startswith(f"sami: {tmp_path}/file/50-sami: Not a directory")
         assert sami.err.count("\n") == 1
 
 
@@ -422,6 +422,10 @@ def test_doctor_tells_all_in_the_order_of_mending(
     found = list(checks._configured([str(conf)]))
     assert names(found) == [*configured, "hook", "hook is called", "hook's socket", "socket", "scopes"]
     assert {one.name: one.result for one in found}["hook"] is Result.OK
+    (folder / "50-sami").unlink()
+    (folder / "50-sami").mkdir()
+    by_name = {one.name: one for one in checks._configured([str(conf)])}
+    assert (by_name["hook"].result, "Is a directory" in by_name["hook"].reason) == (Result.MISSING, True)
 
 
 def test_scope_finder_of_any_kind_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
