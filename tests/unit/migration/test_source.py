@@ -21,6 +21,7 @@ from sami_plugin.migration.decision import (
     PeerLost,
     PeerSaid,
     Purge,
+    Returns,
     Say,
     StartExport,
     Superseded,
@@ -291,4 +292,14 @@ def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> 
 def purge_is_right(made: Shell, time: float) -> None:
     gone = told(made, Phase.STOPPED)
     has_both = told(made, Complete) is not None and told(made, Arrived) is not None
-    assert has_both or (gone is not None and time >= gone + LIMITS.arrival_seconds)
+    comes_here = any(at <= time and isinstance(event, Returns) for at, event in made.told)
+    assert has_both or (gone is not None and (comes_here or time >= gone + LIMITS.arrival_seconds))
+
+
+@pytest.mark.parametrize("state", [State.DRAINED, State.ABANDONED])
+def test_guest_that_comes_back_has_left_and_nothing_is_waited_for(state: State) -> None:
+    made = shell(*IN_STATE[state], Returns())
+    assert "Purge" not in made.kinds(), "as far as this host's hypervisor says, it is still here"
+    made.tell(STOPPED)
+    made.tell(Returns())
+    assert made.kinds()[-3:] == ["Purge", "Purged", "end: moved"]
