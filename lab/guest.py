@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lab import addresses
 from lab.namespace import Namespace
-from lab.port import Port, Rule, is_ipv6
+from lab.port import Port, Ruled, is_ipv6
 
 if TYPE_CHECKING:
     from lab.host import Host
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LINK = "eth0"
 
 
-class Guest:
+class Guest(Ruled):
     """`port` is its port with the rules as they are now; `host` is where its tap is.
 
     Rules hold on every host, present and future; a change is in all kernels when the call returns.
@@ -53,22 +53,6 @@ class Guest:
     def address(self, family: int) -> str:
         """Its first address of family 4 or 6."""
         return self.v6 if family == 6 else self.v4
-
-    def allow(self, protocol: str, port: int | None = None) -> None:
-        """Let new flows in: tcp, udp or icmp, to this port if one is given."""
-        self._change(lambda rules: {"ingress": rules.ingress | {Rule(protocol, port)}})
-
-    def revoke(self, protocol: str, port: int | None = None) -> None:
-        """Take such a rule away; flows that it admitted go on as long as their entry lives. May be repeated."""
-        self._change(lambda rules: {"ingress": rules.ingress - {Rule(protocol, port)}})
-
-    def open_egress(self) -> None:
-        """The guest may begin any flow."""
-        self._change(lambda rules: {"egress_is_open": True})
-
-    def close_egress(self) -> None:
-        """The guest may only answer in established flows."""
-        self._change(lambda rules: {"egress_is_open": False})
 
     def start(self, argv: Sequence[str], **options) -> subprocess.Popen:
         """See Namespace.start. Blocks while the guest is paused."""

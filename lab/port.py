@@ -1,5 +1,7 @@
 """A guest's port as a host's firewall sees it."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -29,6 +31,30 @@ class Port:
     mac: str
     addresses: tuple[str, ...]
     rules: Rules
+
+
+class Ruled(ABC):
+    """Who has rules that can be changed; a change is in all kernels when the call returns."""
+
+    def allow(self, protocol: str, port: int | None = None) -> None:
+        """Let new flows in: tcp, udp or icmp, to this port if one is given."""
+        self._change(lambda rules: {"ingress": rules.ingress | {Rule(protocol, port)}})
+
+    def revoke(self, protocol: str, port: int | None = None) -> None:
+        """Take such a rule away; flows that it admitted go on as long as their entry lives. May be repeated."""
+        self._change(lambda rules: {"ingress": rules.ingress - {Rule(protocol, port)}})
+
+    def open_egress(self) -> None:
+        """The guest may begin any flow."""
+        self._change(lambda rules: {"egress_is_open": True})
+
+    def close_egress(self) -> None:
+        """The guest may only answer in established flows."""
+        self._change(lambda rules: {"egress_is_open": False})
+
+    @abstractmethod
+    def _change(self, change: Callable[[Rules], dict]) -> None:
+        """Replace the fields of the rules that `change` gives, on every host."""
 
 
 def is_ipv6(address: str) -> bool:

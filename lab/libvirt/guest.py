@@ -14,7 +14,7 @@ from lab.deadline import wait_until
 from lab.errors import LabError
 from lab.libvirt import parts
 from lab.libvirt.host import LibvirtHost
-from lab.port import Port, Rule, Rules, is_ipv6
+from lab.port import Port, Ruled, Rules, is_ipv6
 
 BOOT_SECONDS = 60.0
 TELL_SECONDS = 20.0
@@ -34,7 +34,7 @@ class Shape:
     is_persistent: bool = False
 
 
-class Guest:
+class Guest(Ruled):
     """`ports` are its NICs' with the rules as they are now, eth0 first.
 
     Rules hold on every host and for all ports; a change is in all kernels when the call returns. In the guest, port 7
@@ -62,22 +62,6 @@ class Guest:
     def address(self, family: int, nic: int = 0) -> str:
         """The first address of family 4 or 6 of a NIC."""
         return next(address for address in self.ports[nic].addresses if is_ipv6(address) == (family == 6))
-
-    def allow(self, protocol: str, port: int | None = None) -> None:
-        """Let new flows in: tcp, udp or icmp, to this port if one is given."""
-        self._change(lambda rules: {"ingress": rules.ingress | {Rule(protocol, port)}})
-
-    def revoke(self, protocol: str, port: int | None = None) -> None:
-        """Take such a rule away; flows that it admitted go on as long as their entry lives. May be repeated."""
-        self._change(lambda rules: {"ingress": rules.ingress - {Rule(protocol, port)}})
-
-    def open_egress(self) -> None:
-        """The guest may begin any flow."""
-        self._change(lambda rules: {"egress_is_open": True})
-
-    def close_egress(self) -> None:
-        """The guest may only answer in established flows."""
-        self._change(lambda rules: {"egress_is_open": False})
 
     def tell(self, line: str) -> None:
         """Its shell runs the line in the background, its words go to the console. Returns when the shell has taken it.

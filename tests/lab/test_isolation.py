@@ -137,27 +137,23 @@ print("moved")
     assert (done.stdout, done.stderr) == ("moved\n", "")
 
 
+def refused(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python where the kernel gives no namespaces."""
+    python = f"exec setpriv --bounding-set=-all --inh-caps=-all {sys.executable} {' '.join(map(str, arguments))}"
+    script = f"echo 0 > /proc/sys/user/max_user_namespaces; {python}"
+    argv = ["unshare", "--user", "--map-root-user", "sh", "-c", script]
+    return subprocess.run(argv, check=False, capture_output=True, text=True)
+
+
 def test_a_kernel_that_refuses_is_named_with_the_mend():
-    refused = (
-        "echo 0 > /proc/sys/user/max_user_namespaces; "
-        f"exec setpriv --bounding-set=-all --inh-caps=-all {sys.executable} -m lab.isolation -- true"
-    )
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "sh", "-c", refused], check=False, capture_output=True, text=True
-    )
+    done = refused("-m", "lab.isolation", "--", "true")
     assert done.returncode == 125
     assert "the lab cannot run here" in done.stderr
     assert "user.max_user_namespaces" in done.stderr
 
 
 def test_demo_where_the_kernel_refuses_shows_the_memory_driver_and_says_so(tmp_path):
-    refused = (
-        "echo 0 > /proc/sys/user/max_user_namespaces; "
-        f"exec setpriv --bounding-set=-all --inh-caps=-all {sys.executable} -m lab.demo --case a f --output {tmp_path}"
-    )
-    done = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "sh", "-c", refused], check=False, capture_output=True, text=True
-    )
+    done = refused("-m", "lab.demo", "--case", "a", "f", "--output", tmp_path)
     assert done.returncode == 125
     assert "user.max_user_namespaces" in done.stderr
     assert "memory driver: no kernel, no packets" in done.stdout

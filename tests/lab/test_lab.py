@@ -255,10 +255,10 @@ def test_a_hundred_thousand_flows_are_judged_in_seconds():
         guest = lab.add_guest("g", "a")
         lab.hosts["a"].sysctl("nf_conntrack_udp_timeout", 600)
         traffic.flows(lab, guest, count=100_000, new_per_second=0)
-        began_at = time.monotonic()
+        began_at = time.process_time()  # of this process: others may have the processors
         table = judge.table(lab.hosts["a"], guest, lab.folder / "entries")
         assert len(table.of(guest.addresses)) == 100_000
-        assert time.monotonic() - began_at < 5.0
+        assert time.process_time() - began_at < 3.0
 
 
 def test_no_byte_is_logged_at_a_time_in_the_pause_or_before_the_link_is_up():
