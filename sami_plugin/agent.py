@@ -142,8 +142,9 @@ class Agent:
                 self._expect(event)
             case Phase.STARTED:
                 # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
-                if self._hypervisor is not None and not self._sessions_of(event.guest, DestinationSession):
-                    self.host.scopes.learn(event.guest, self._hypervisor.ports(event.guest))
+                if event.is_incoming and not self._sessions_of(event.guest, DestinationSession):
+                    if self._hypervisor is not None:
+                        self.host.scopes.learn(event.guest, self._hypervisor.ports(event.guest))
                     self._expect(event)
                 self._lead(event, DestinationSession)
             case Phase.OUTGOING:

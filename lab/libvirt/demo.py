@@ -2,7 +2,8 @@
 
     python -m lab.libvirt.demo [--output build/demo-libvirt]
 
-All guests of a side migrate at the same time. The output folder gets result.json and demo.png. Exit code: 0 when every
+All guests of a side migrate at the same time. The output folder gets result.json,
+demo.png and the agents' logs. Exit code: 0 when every
 connection without SAMI died and every one with it survived, 1 when not (stderr says which), 125 when the lab cannot run
 here: it takes the machine's root and what `tools/prepare libvirt` gets.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -139,6 +141,9 @@ def _show(output: Path) -> int:
         sami = stack.enter_context(Sami(lab, broker))
         _say("three guests migrate with SAMI ...")
         sides["with"] = run_side("with", sami, lab)
+        output.mkdir(parents=True, exist_ok=True)
+        for name, agent in sami.agents.items():
+            shutil.copy(agent.log, output / f"agent-{name}.log")
     for side, by_case in sides.items():
         for letter, report in by_case.items():
             reports[letter, side] = report

@@ -199,7 +199,7 @@ class LibvirtHost:
         while (heard := self._queue.get()) is not None:
             guest, event, detail = heard
             for phase, role in self._phases[event, detail]:
-                self._say(MigrationEvent(guest, phase, role=role))
+                self._say(MigrationEvent(guest, phase, role=role, is_incoming=phase is Phase.STARTED))
 
     def _say(self, event: MigrationEvent) -> None:
         try:

@@ -45,6 +45,8 @@ class MigrationEvent:
     """`source` or `destination`: what this host is in the move, where the teller knows it."""
     domain: str | None = field(default=None, repr=False)
     """The domain's XML as the teller was given it. It may hold passwords, so it is not for logs."""
+    is_incoming: bool = False
+    """With STARTED: the teller knows that the guest comes from another host, and does not merely start here."""
 
 
 class Outcome(enum.Enum):

@@ -86,11 +86,19 @@ def test_where_no_hook_is_installed_the_event_is_enough(hosts: Hosts, hypervisor
     guest = guest_with_flows(hosts)
     hypervisors["host-a"].leaving.add(guest)
     hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
-    hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, role="destination"))
+    hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, role="destination", is_incoming=True))
     wait_for_step(hosts, "host-b", guest, "in sync")
     finish(hosts, guest)
     until_idle(hosts)
     assert len(held(hosts, "host-b")) == 100
+
+
+def test_guest_that_merely_starts_makes_no_session_and_waits_for_nothing(hosts: Hosts) -> None:
+    guest = guest_with_flows(hosts)
+    began = time.monotonic()
+    hosts.agents["host-a"].tell(MigrationEvent(guest, Phase.STARTED, role="destination"))
+    assert time.monotonic() - began < 1
+    assert hosts.agents["host-a"].sessions() == []
 
 
 def test_event_that_comes_late_begins_nothing_anew(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
@@ -100,7 +108,7 @@ def test_event_that_comes_late_begins_nothing_anew(hosts: Hosts, hypervisors: di
     wait_for_step(hosts, "host-b", guest, "in sync")
     hosts.say("host-a", Phase.SUSPENDED, guest)
     wait_for_step(hosts, "host-b", guest, "complete")
-    hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, role="destination"))
+    hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, role="destination", is_incoming=True))
     finish(hosts, guest)
     until_idle(hosts)
     assert len(hosts.reports("host-b", guest)) == 1
