@@ -64,7 +64,8 @@ class StaticScopes(ScopeFinder):
             "namespace": namespace,
             "zone": zone,
             "shared": is_shared,
-            "addresses": tuple(netaddr.IPAddress(address) for address in addresses),
+            # Strictly: netaddr before 1.0 takes 192.0.2 for 192.0.0.2.
+            "addresses": tuple(netaddr.IPAddress(address, flags=netaddr.INET_PTON) for address in addresses),
         }
 
     def neighbours(self, scope: Scope) -> Addresses:

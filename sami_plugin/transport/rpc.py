@@ -110,7 +110,7 @@ def refuse_foreign_broker(url: str) -> None:
     for host in hosts:
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
         try:
-            is_local = netaddr.IPAddress(name).is_loopback()
+            is_local = netaddr.IPAddress(name, flags=netaddr.INET_PTON).is_loopback()
         except (netaddr.AddrFormatError, ValueError):
             is_local = name == "localhost"
         if not is_local:
