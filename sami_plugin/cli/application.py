@@ -40,6 +40,7 @@ class Application(app.App):
             command_manager=CommandManager(COMMANDS),
             stdout=stdout,
             stderr=stderr,
+            deferred_help=True,  # --help behind a command is the command's
         )
         self._load_driver = load_driver
         self._console: logging.Handler | None = None

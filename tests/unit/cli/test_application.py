@@ -52,6 +52,14 @@ def test_each_command_has_help_of_its_own(sami: CommandLine, command: str) -> No
     assert sami.out.startswith(f"usage: sami {command}")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_behind_a_command_is_the_commands(
+    sami: CommandLine, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    sami(*command.split(), "--help")
+    assert (sami.out + capsys.readouterr().out).startswith(f"usage: sami {command}")
+
+
 def test_unknown_command_is_one_line_that_names_similar_ones(sami: CommandLine) -> None:
     assert sami("flow", "lost") == 2
     assert is_one_line(sami.err)
