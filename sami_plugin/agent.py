@@ -116,19 +116,22 @@ class Agent:
         """As `note`, and waits where the teller can hold the migration up for a while.
 
         `prepare` waits up to `verdict_seconds` for the source's answer, so that the guest does not leave before its
-        flows begin to; `started` up to `started_seconds` until all that the source had at first is in the firewall.
+        flows begin to; `started` up to `started_seconds` until all that the source had at first is in the firewall, or
+        until what the guest left here before is gone.
 
         :raises OperatorError: something is missing in what was said.
         """
         self.note(event)
-        session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
+        settings = self.host.settings
+        session: Session | None = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
+        if session is None and event.phase is Phase.STARTED:
+            session = next((one for one in self._sessions_of(event.guest, SourceSession) if one.has_left), None)
         if session is None:
             return
-        settings = self.host.settings
         if event.phase is Phase.PREPARE and not session.has_answer.wait(settings.verdict_seconds):
             LOG.warning("%s: the source has not answered yet; the migration goes on", session.id)
         if event.phase is Phase.STARTED and not session.has_caught_up.wait(settings.started_seconds):
-            LOG.warning("%s: not all flows are here yet; the migration goes on", session.id)
+            LOG.warning("%s: not all is done yet; the guest goes on", session.id)
 
     def note(self, event: MigrationEvent) -> None:
         """This host's hypervisor said something of a guest. The same may be said twice. Returns at once.
@@ -142,10 +145,13 @@ class Agent:
                 self._expect(event)
             case Phase.STARTED:
                 # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
-                if event.is_incoming and not self._sessions_of(event.guest, DestinationSession):
-                    if self._hypervisor is not None:
-                        self.host.scopes.learn(event.guest, self._hypervisor.ports(event.guest))
-                    self._expect(event)
+                if not self._sessions_of(event.guest, DestinationSession):
+                    if event.is_incoming:
+                        self._learn_ports(event.guest)
+                        self._expect(event)
+                    else:  # it starts here: what it left before has to be gone before it speaks
+                        for leaving in self._sessions_of(event.guest, SourceSession):
+                            leaving.expect_return()
                 self._lead(event, DestinationSession)
             case Phase.OUTGOING:
                 self._note_outgoing(event.guest, event.destination)
@@ -172,22 +178,31 @@ class Agent:
 
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
         with self._lock:
-            if destination is None and guest in self._outgoing:
-                return
-            self._outgoing[guest] = _Outgoing(destination)
-        if self._hypervisor is not None:
-            self.host.scopes.learn(guest, self._hypervisor.ports(guest))
+            if destination is not None or guest not in self._outgoing:
+                self._outgoing[guest] = _Outgoing(destination)
+        self._learn_ports(guest)
+
+    def _learn_ports(self, guest: str) -> None:
+        """Asks the hypervisor, where there is one; a guest that it cannot say anything of is not forgotten."""
+        ports = () if self._hypervisor is None else self._hypervisor.ports(guest)
+        if ports:
+            self.host.scopes.learn(guest, ports)
 
     def _pauses(self, event: MigrationEvent) -> None:
         """Where no session knows of the guest, its ports are noted now: when it is gone, so are they."""
         if event.guest not in self._outgoing:
             self._note_outgoing(event.guest)
             self._lead(replace(event, phase=Phase.OUTGOING), SourceSession)
-        self._lead(event, SourceSession)
-        scopes = () if self._sessions_of(event.guest, SourceSession) else self.host.scopes.find(event.guest)
+        with self._lock:  # a session that begins from here on knows of the pause
+            if event.guest in self._outgoing:
+                self._outgoing[event.guest] = replace(self._outgoing[event.guest], is_suspended=True)
+            self._lead(event, SourceSession)
+        if self._sessions_of(event.guest, SourceSession):
+            return
+        scopes = self.host.scopes.find(event.guest)
         with self._lock:
             if event.guest in self._outgoing:
-                self._outgoing[event.guest] = replace(self._outgoing[event.guest], is_suspended=True, scopes=scopes)
+                self._outgoing[event.guest] = replace(self._outgoing[event.guest], scopes=scopes)
 
     def _stops(self, event: MigrationEvent) -> None:
         with self._lock:
@@ -221,8 +236,9 @@ class Agent:
             return list(self._sessions.values())
 
     def underway(self) -> list[tuple[str, str]]:
-        """The guests that are on their way, and this host's role in it."""
-        return [(session.guest, session.role) for session in self.sessions()]
+        """The guests that are on their way, and this host's role in it; of one that comes back, only that it comes."""
+        roles = {session.guest: session.role for session in self.sessions() if session.role == "source"}
+        return list({**roles, **{one.guest: one.role for one in self.sessions() if one.role == "destination"}}.items())
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Whether all sessions ended within the time."""
@@ -234,7 +250,7 @@ class Agent:
 
         :raises PeerUnreachable: the answer cannot be sent.
         """
-        if sender != self.host.name and _is_uuid(guest) and self._is_leaving(guest, sender):
+        if sender != self.host.name and _is_uuid(guest) and self._is_leaving(str(uuid.UUID(guest)), sender):
             LOG.info("guest %s leaves this host, as %s asked", guest, sender)
             self.host.transport.tell_found(sender, session)
 
@@ -248,7 +264,8 @@ class Agent:
     def _is_leaving(self, guest: str, destination: str) -> bool:
         """Whether this host's hypervisor has the guest in a job that moves it there, as far as it says where to."""
         # Of a guest that comes here a hypervisor is not asked: it may answer only when its hooks have returned.
-        if self._hypervisor is not None and not self._sessions_of(guest, DestinationSession):
+        is_coming = any(one.is_awaited for one in self._sessions_of(guest, DestinationSession))
+        if self._hypervisor is not None and not is_coming:
             if not self._hypervisor.is_leaving(guest):
                 return False
             self._note_outgoing(guest)
@@ -280,13 +297,16 @@ class Agent:
         if not (_is_uuid(session_id) and _is_uuid(said.guest)):
             raise IllegalMessage("session and guest are UUIDs")
         guest = str(uuid.UUID(said.guest))
-        self._is_leaving(guest, sender)
+        is_leaving = self._is_leaving(guest, sender)
         with self._lock:
             outgoing = self._outgoing.get(guest)
             if outgoing is not None and outgoing.destination not in (None, sender):
                 raise NotAuthorised(f"{guest} moves to {outgoing.destination}, not to {sender}")
-            if any(not one.peer for one in self._sessions_of(guest, SourceSession)):
-                raise NotAuthorised(f"{guest} has left, and nobody had asked for its flows")
+            if any(one.has_left for one in self._sessions_of(guest, SourceSession)):
+                raise NotAuthorised(f"{guest} has left this host already")
+            if self._hypervisor is not None and not is_leaving and outgoing is not None and not outgoing.is_suspended:
+                del self._outgoing[guest]  # its job ended without a word
+                outgoing = None
             return self._add(self._leaving(session_id, guest, sender, outgoing))
 
     def _leaving(self, session: str, guest: str, peer: str, outgoing: _Outgoing | None) -> SourceSession:
@@ -325,10 +345,13 @@ class Agent:
 
     def _forget(self, session: Session) -> None:
         has_stayed = session.report.outcome == Outcome.STAYED.value
-        if has_stayed == (session.role == "destination"):
-            self.host.scopes.learn(session.guest, ())  # it is not here any more
         with self._idle:
             self._sessions.pop(session.id, None)
+            is_last = all(one.guest != session.guest for one in self._sessions.values())
+            if is_last and has_stayed:
+                self._outgoing.pop(session.guest, None)
+            if is_last and has_stayed == (session.role == "destination"):
+                self.host.scopes.learn(session.guest, ())  # it is not here any more
             self._ended[session.id] = None
             while len(self._ended) > ENDED_REMEMBERED:
                 self._ended.popitem(last=False)

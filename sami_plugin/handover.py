@@ -9,7 +9,8 @@
  4. The source sends what changes, again and again (`_export_changes`, `_resync`).
  5. The guest is paused: the source sends its last changes. The destination puts them in, looks, and says COMPLETE.
  6. The guest runs at the destination, which says ARRIVED.
- 7. The source removes by name what it exported, and proves by another export that it is gone (`_purge`).
+ 7. The source removes by name what it exported, looks whether all is gone, and removes by name what packets of peers
+    made of the guest's after the pause (`_purge`).
 
 When the guest stays, the destination removes by name what it put in (`_discard`), and the source keeps everything.
 
@@ -20,9 +21,11 @@ What each role keeps of a port is in `leaving` and in `arriving`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +105,8 @@ class SourceSession(Session):
         self._known = source.Source(
             limits, time.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
         )
+        self.has_left = False
+        """Whether the guest is gone from this host, by its hypervisor's word."""
         self._scopes = scopes
         self._ports: list[Leaving] = []
         self._compression = "zlib"
@@ -262,8 +267,8 @@ class SourceSession(Session):
                 self.report.remark("the guest is back and its flows with it; what it left here before was not removed")
                 return Done("Purge", refused=self._exported_count())
             for port in self._ports:
-                with self.host.deciding(port.scope):
-                    stay = self.host.scopes.neighbours(port.scope)
+                with self.host.lock:
+                    stay = self._neighbours(port.scope)
                     for batch in port.exported.batches():
                         victims = self._ours_alone(port, batch, stay)
                         self._kept_for_others += len(batch) - len(victims)
@@ -275,9 +280,19 @@ class SourceSession(Session):
         self.note("proved")
         return Done("Purge", self._removed, refused=self._left)
 
+    def _neighbours(self, scope: Scope) -> Addresses:
+        """Whose flows stay. A zone that was the port's own when the guest began to leave may be shared by now."""
+        try:
+            return self.host.scopes.neighbours(scope)
+        except SamiError as error:
+            if scope.is_shared:
+                raise
+            self.report.remark(f"it is not known who else is in the zone by now: {error}")
+            return ()
+
     def _ours_alone(self, port: Leaving, batch: Batch, stay: Addresses) -> Batch:
         batch = self.host.leaving.unclaimed_by_others(self.id, port.scope, batch)
-        return batch.take(~has_end_in(batch, stay)) if port.scope.is_shared else batch
+        return batch.take(~has_end_in(batch, stay)) if stay else batch
 
     def _prove(self, port: Leaving, stay: Addresses) -> int:
         """How many flows are left. What packets of peers made after the pause goes by name too, once."""
@@ -290,7 +305,8 @@ class SourceSession(Session):
 
     def _remaining(self, port: Leaving, stay: Addresses) -> list[Batch]:
         pieces = (piece for piece in self.host.driver.export(port.scope) if not isinstance(piece, Omitted))
-        return [left for piece in pieces if len(left := self._ours_alone(port, piece, stay))]
+        own = (piece.take(has_end_in(piece, port.scope.addresses)) for piece in pieces)
+        return [left for piece in own if len(left := self._ours_alone(port, piece, stay))]
 
     # What the session asks of its role.
 
@@ -312,6 +328,7 @@ class SourceSession(Session):
         self.note(_SAID_TO_SOURCE.get(type(message), type(message).__name__))
 
     def _note_phase(self, event: MigrationEvent) -> None:
+        self.has_left |= event.phase is Phase.STOPPED
         self.note(event.phase.value)
 
     def _exported_count(self) -> int:
@@ -477,14 +494,12 @@ class DestinationSession(Session):
         """The scope with the ports whose guests run here: flows with them are this host's own business."""
         if not scope.is_shared:
             return scope
-        still_coming = {
-            address
-            for guest in set(self.host.arriving_guests.values())
-            for other in self.host.scopes.find(guest)
-            for address in other.addresses
-        }
+        still_coming: set[object] = set()
+        for guest in set(self.host.arriving_guests.values()):
+            with contextlib.suppress(SamiError):  # of another guest: it counts as running here, which harms nobody
+                still_coming.update(one for other in self.host.scopes.find(guest) for one in other.addresses)
         running = tuple(one for one in self.host.scopes.neighbours(scope) if one not in still_coming)
-        return Scope(scope.port, scope.guest, scope.zones, scope.addresses, scope.namespace, True, running)
+        return replace(scope, neighbours=running)
 
     def _verify(self, action: Verify) -> Done:
         """Compares what was put in since the last time with what the device kept of it."""
@@ -544,6 +559,11 @@ class DestinationSession(Session):
         Either may be unknown yet, and is the same then.
         """
         return destination.is_open(self._known) and (source == self.peer or not source or not self.peer)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the guest does not run here yet."""
+        return not self._known.runs_here
 
     # What the session asks of its role.
 

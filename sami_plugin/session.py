@@ -147,7 +147,7 @@ class Session(abc.ABC):
         self.has_answer = threading.Event()
         """Set when the peer has answered, or will not."""
         self.has_caught_up = threading.Event()
-        """Set when all that the peer had at first is in the device here, or will not be."""
+        """Set when all that the peer had at first is in the device here, or will not be, and at the session's end."""
         self._sender = Sender(
             host.transport,
             lambda: self.peer,

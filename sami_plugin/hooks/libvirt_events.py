@@ -49,6 +49,7 @@ class LibvirtHost:
         self._uri = uri
         self._phases = _phases(libvirt)
         self._connection: Any = None
+        self._callback = -1
         self._queue: queue.SimpleQueue[tuple[str, int, int] | None] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
         self._is_lost = threading.Event()
@@ -106,18 +107,27 @@ class LibvirtHost:
                 continue
             is_told = False
             LOG.info("libvirt %s tells of migrations from now on", self._uri)
-            self._settle()
-            while not self._is_lost.wait(POLL_SECONDS):
-                self._poll()
+            try:
+                self._settle()
+                while not self._is_lost.wait(POLL_SECONDS):
+                    self._poll()
+            except Exception:  # as in `_say`
+                LOG.exception("libvirt %s is connected to anew", self._uri)
             self._disconnect()
 
     def _connect(self) -> None:
         libvirt = self._libvirt
         self._is_lost.clear()
         connection = libvirt.openReadOnly(self._uri)
-        connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
-        connection.registerCloseCallback(lambda *_: self._is_lost.set(), None)
-        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._heard, None)
+        try:
+            connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
+            connection.registerCloseCallback(lambda *_: self._is_lost.set(), None)
+            self._callback = connection.domainEventRegisterAny(
+                None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._heard, None
+            )
+        except libvirt.libvirtError:
+            connection.close()
+            raise
         self._connection = connection
         if self._is_stopping.is_set():
             self._is_lost.set()
@@ -127,6 +137,7 @@ class LibvirtHost:
         if not self._is_stopping.is_set():
             LOG.warning("libvirt %s ended the connection", self._uri)
         try:
+            connection.domainEventDeregisterAny(self._callback)  # a connection with a callback is not closed by close()
             connection.close()
         except self._libvirt.libvirtError:
             LOG.debug("libvirt %s was gone already", self._uri)
@@ -206,6 +217,8 @@ class LibvirtHost:
             self._tell(event)
         except SamiError as error:
             LOG.warning("guest %s, %s: %s", event.guest, event.phase.value, error)
+        except Exception:  # of the system or our own: one guest's trouble must not end the thread of all
+            LOG.exception("guest %s, %s", event.guest, event.phase.value)
 
 
 def _phases(libvirt: Any) -> dict[tuple[int, int], tuple[tuple[Phase, str | None], ...]]:
@@ -250,7 +263,10 @@ def _run_event_loop(libvirt: Any) -> None:
 
         def run() -> None:
             while True:
-                libvirt.virEventRunDefaultImpl()
+                try:
+                    libvirt.virEventRunDefaultImpl()
+                except libvirt.libvirtError as error:
+                    LOG.warning("libvirt's event loop: %s", error)
 
         _LOOP.append(threading.Thread(target=run, name="sami-libvirt-events", daemon=True))
         _LOOP[0].start()

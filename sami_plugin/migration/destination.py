@@ -241,6 +241,8 @@ def _tick(session: Destination, event: Event, now: float) -> Decision:
     if now >= session.deadline:
         if session.state is State.ASKED:
             return _give_up(session, "the source did not answer; is its agent running?")
+        if session.state is State.COMPLETE:  # the guest may run here, and then these are its flows
+            return _end(session, Outcome.UNCLEAR, "nobody said whether the guest came; its flows were kept")
         return _give_up(session, "the migration took longer than session_seconds")
     actions: list[Action] = []
     if _looks_for_scope(session):
@@ -287,6 +289,13 @@ def _purged(session: Destination, event: Event, now: float) -> Decision:
     return _end(session, Outcome.MOVED, session.reason)
 
 
+def _purged_unarrived(session: Destination, event: Event, now: float) -> Decision:
+    """The source knows that the guest has left it, and its flows are here alone."""
+    return _end(
+        session, Outcome.UNCLEAR, "the guest left the source, and nobody said that it came; its flows were kept"
+    )
+
+
 def _purge_unheard(session: Destination, event: Event, now: float) -> Decision:
     return _end(session, Outcome.MOVED, "the source did not say that it purged")
 
@@ -298,6 +307,8 @@ def _end(session: Destination, outcome: Outcome, reason: str) -> Decision:
 def _failed(session: Destination, event: Event, now: float) -> Decision:
     match event:
         case ActionFailed(what="Renew"):  # there is time for a second and a third try
+            return session, [_next_wake(session, now)]
+        case ActionFailed(what="FindScope") if now < session.zone_deadline:  # the network's agent may be at work
             return session, [_next_wake(session, now)]
         case ActionFailed(reason=reason) | PeerLost(reason=reason):
             return _give_up(session, reason)
@@ -400,6 +411,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         **_WHEN_IT_FAILS,
     },
     State.COMPLETE: {
+        Purged: _purged_unarrived,
         Phase.RESUMED: _runs_complete,
         TimePassed: _tick,
         **_WHEN_IT_FAILS,

@@ -333,7 +333,6 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.OUTGOING: _leaves,
         Phase.SUSPENDED: _paused_before_copying,
         Phase.RESUMED: _resumed,
-        Phase.ROLLBACK: _never_left,
         Phase.STOPPED: _gone_unasked,
         TimePassed: _never_left,
         "ActionFailed": _nothing_sent_yet,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sami_plugin.codec import messages
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.errors import OperatorError
+from sami_plugin.errors import NotAuthorised, OperatorError
 from sami_plugin.model.guest_port import GuestPort
-from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.migration import MigrationEvent, Open, Phase
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -21,6 +23,8 @@ from tests.unit.handover.memory import (
     finish,
     guest_with_flows,
     held,
+    ports,
+    tcp_flows,
     until_idle,
     wait_for_step,
 )
@@ -169,6 +173,51 @@ def test_what_a_guest_leaves_that_nobody_asked_for_is_purged_by_name(hosts: Host
     until_idle(hosts)
     assert time.monotonic() - began < 5
     assert outcome(hosts, "host-a", guest) == ("purged without arrival", "no agent at the destination asked")
+    assert held(hosts, "host-a") == set()
+
+
+def test_guest_that_starts_anew_where_it_left_keeps_its_new_flows(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, started_seconds=5.0, limits=replace(SETTINGS.limits, arrival_seconds=60.0))
+    driver = lambda name: MemoryDriver(MemoryDevice(name))  # noqa: E731
+    with Hosts(tmp_path, ("host-a",), driver, settings=settings) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.say("host-a", Phase.STOPPED, guest)
+        hosts.say("host-a", Phase.STARTED, guest)  # its new host died, and it is started here again
+        hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), tcp_flows(7, first_port=7000))
+        until_idle(hosts)
+        assert ports(hosts, "host-a") == set(range(7000, 7007))
+
+
+def test_job_that_was_aborted_without_a_word_serves_nobody_later(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    comes(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    hypervisors["host-a"].leaving.clear()
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    question = messages.encode(Open(guest, "host-c", (1,), (), ("zlib",), None))
+    hosts.agents["host-a"].deliver("host-c", str(uuid.uuid4()), 0, question)
+    (session,) = hosts.agents["host-a"].sessions()
+    assert session._state() == "waiting"
+
+
+def test_destination_that_asks_after_the_guest_has_left_is_refused_and_the_purge_goes_on(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    comes(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.say("host-a", Phase.STOPPED, guest)
+    question = messages.encode(Open(guest, "host-b", (1,), (), ("zlib",), None))
+    with pytest.raises(NotAuthorised, match="has left"):
+        hosts.agents["host-a"].deliver("host-b", str(uuid.uuid4()), 0, question)
+    assert hosts.agents["host-a"].wait_until_idle(10)
     assert held(hosts, "host-a") == set()
 
 

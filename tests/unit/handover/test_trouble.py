@@ -551,6 +551,20 @@ def test_a_quiet_copy_fills_no_journal(tmp_path: Path) -> None:
 # --- zones that ports share
 
 
+def test_a_guest_that_comes_into_the_zone_during_the_copy_keeps_its_flows(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest, newcomer = guest_with_flows(hosts), new_guest()
+        begin(hosts, guest)
+        hosts.plug("host-a", newcomer, ZONES["host-a"], SECOND_ADDRESS)
+        own = Scope("any", newcomer, {ZoneRole.PORT: ZONES["host-a"]}, (netaddr.IPAddress(SECOND_ADDRESS),))
+        hosts.drivers["host-a"].insert(own, tcp_flows(10, SECOND_ADDRESS, first_port=7000))
+        until(lambda: any(port == 7000 for port, _ in held(hosts, "host-a")))
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert ports(hosts, "host-a") == set(range(7000, 7010))
+        assert ports(hosts, "host-b") == set(range(1000, 1100))
+
+
 def two_that_share(hosts: Hosts) -> tuple[str, str, Batch]:
     """Two guests of one zone that both move, and the one flow between them."""
     one, two = new_guest(), new_guest()

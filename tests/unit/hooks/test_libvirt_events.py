@@ -109,6 +109,8 @@ class Libvirt(SimpleNamespace):
     def domainEventRegisterAny(self, domain: object, kind: int, callback: Callable[..., None], _: object) -> None:  # noqa: N802
         self.heard = callback
 
+    def domainEventDeregisterAny(self, callback: object) -> None: ...  # noqa: N802
+
     def lookupByUUIDString(self, uuid: str) -> Domain:  # noqa: N802
         if self.domain.now is None:
             raise LibvirtError(self.VIR_ERR_NO_DOMAIN)
@@ -133,6 +135,8 @@ class Heard:
         self.events.append(event)
         if event.phase is Phase.ROLLBACK:
             raise OperatorError("the events behind this one are told all the same")
+        if event.phase is Phase.SUSPENDED:
+            raise OSError("so are they when it is not one of our own errors")
 
     def words(self) -> list[tuple[str, str | None]]:
         return [(event.phase.value, event.role) for event in self.events]
@@ -186,6 +190,13 @@ def test_event_in_our_words(
     wait_until(lambda: len(heard.events) == len(words), "the words")
     assert heard.words() == words
     assert {event.guest for event in heard.events} == {GUEST}
+
+
+@pytest.mark.usefixtures("host")
+def test_words_behind_one_that_fails_are_told(libvirt: Libvirt, heard: Heard) -> None:
+    for said in (("SUSPENDED", "MIGRATED"), ("STOPPED", "MIGRATED")):
+        libvirt.say(*said)
+    wait_until(lambda: heard.words() == [("suspended", "source"), ("stopped", "source")], "both words")
 
 
 JOBS = {

@@ -84,7 +84,7 @@ HEARD: dict[State, set[type[Message]]] = {
     State.LOOKING: set(),
     State.ASKED: {Offer, GivesUp, Stays},
     State.RECEIVING: {Flows, InSync, FlowChanges, GivesUp, Stays},
-    State.COMPLETE: {GivesUp, Stays},
+    State.COMPLETE: {GivesUp, Purged, Stays},
     State.ARRIVED: {Purged, GivesUp},
     State.ORPHANED: {Offer, Flows, InSync, FlowChanges, Purged, GivesUp, Stays},
     State.ENDED: {Flows, InSync, FlowChanges, Purged, GivesUp, Stays},
@@ -290,16 +290,35 @@ def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> 
     actions = [action for _, action in made.done]
     assert sum(isinstance(action, End) for action in actions) == 1
     discards = [number for number, action in enumerate(actions) if isinstance(action, Discard)]
-    if ran is None:
-        assert discards
-    else:
+    said = [type(action.message) for action in actions if isinstance(action, Say)]
+    if ran is not None:
         assert all(number < ran for number in discards)
+    elif Complete not in said:
+        assert discards
     if discards:
         assert not any(isinstance(action, Import | Renew) for action in actions[discards[0] :])
-    said = [type(action.message) for action in actions if isinstance(action, Say)]
     if Arrived in said:
         assert ran is not None
         assert said.count(Arrived) == said.count(Complete) == 1
         assert said.index(Complete) < said.index(Arrived)
     for event in (STARTED, RESUMED, STOPPED, GIVES_UP, STAYS, PURGED, PeerLost("lost"), Superseded(), TimePassed()):
         assert destination.step(made.session, event, 1000.0) == (made.session, [])
+
+
+@pytest.mark.parametrize("end", [PURGED, TimePassed()])
+def test_flows_that_may_be_the_only_ones_are_kept_when_nobody_says_where_the_guest_is(end: Event) -> None:
+    made = shell(*IN_STATE[State.COMPLETE])
+    made.now = LIMITS.session_seconds
+    made.tell(end)
+    assert made.kinds()[-1] == "end: unclear"
+    assert "Discard" not in made.kinds()
+
+
+def test_scope_finder_that_fails_is_asked_again_until_zone_seconds_are_over() -> None:
+    made = Shell(destination.step, new(), ["fails"] * 1000)
+    for event in (OFFERED, STARTED):
+        made.tell(event)
+    made.wait_until(1.9)
+    assert made.session.state is State.RECEIVING
+    made.wait_until(2.1)
+    assert made.session.state is State.ORPHANED
