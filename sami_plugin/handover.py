@@ -131,6 +131,8 @@ class SourceSession(Session):
         for scope in self._scopes if self._scopes is not None else self.host.scopes.find(self.guest):
             can_watch = self.host.driver.capabilities(scope).can_watch
             self._ports.append(Leaving(scope, self.host.driver.watch(scope) if can_watch else None))
+        if not self._ports:
+            self.report.remark("this host knows no port of the guest, so nothing was carried")
         self._pieces = self._export()
         return Done("StartExport", len(self._ports))
 

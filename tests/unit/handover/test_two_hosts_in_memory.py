@@ -174,3 +174,5 @@ def test_a_guest_without_ports_moves(hosts: Hosts) -> None:
     wait_for_step(hosts, "host-b", guest, "in sync")
     finish(hosts, guest)
     assert hosts.agents["host-a"].wait_until_idle(20)
+    (told,) = hosts.reports("host-a", guest)
+    assert told["remarks"] == ["this host knows no port of the guest, so nothing was carried"]
