@@ -509,6 +509,7 @@ def test_file_that_is_cut_short_stops_nobody(hook: Hook) -> None:
 # --- what it costs
 
 MOST_MILLISECONDS = 50.0
+MOST_RATIO = 3
 
 
 def milliseconds(command: list[str], environment: dict[str, str]) -> float:
@@ -518,7 +519,7 @@ def milliseconds(command: list[str], environment: dict[str, str]) -> float:
 
 
 def test_it_costs_little_more_than_python_s_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of 30 runs each, in turns; a busy machine gets three tries."""
+    """Of 30 runs each, in turns: what counts on a busy machine is the ratio to what Python alone takes there."""
     file, settings, agent = tmp_path / "50-sami", tmp_path / "hook.conf", Agent(tmp_path / "agent.sock")
     shutil.copyfile(libvirt_hook.__file__, file)
     file.chmod(0o755)
@@ -531,21 +532,18 @@ def test_it_costs_little_more_than_python_s_start(tmp_path: Path, capsys: pytest
         "started": ["/bin/sh", "-c", f"exec {file} web started begin - <{xml}"],
         "prepare": [str(file), "web", "prepare", "begin", "-"],
     }
-    for _ in range(3):
-        took: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(30):
-            for name, command in commands.items():
-                took[name].append(milliseconds(command, environment))
-        median = {name: statistics.median(values) for name, values in took.items()}
-        if median["started"] <= MOST_MILLISECONDS:
-            break
+    took: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(30):
+        for name, command in commands.items():
+            took[name].append(milliseconds(command, environment))
+    median = {name: statistics.median(values) for name, values in took.items()}
     agent.stop()
     assert agent.told
     floor = median["python3 -IS -c pass"]
     with capsys.disabled():
         sys.stdout.write("\nmedian of 30: " + ", ".join(f"{name} {value:.1f} ms" for name, value in median.items()))
         sys.stdout.write(f"; the hook is {median['started'] / floor:.2f} times Python's start\n")
-    assert median["started"] <= MOST_MILLISECONDS
+    assert median["started"] <= max(MOST_MILLISECONDS, MOST_RATIO * floor)
     assert median["prepare"] < floor  # no Python at all
 
 

@@ -160,8 +160,11 @@ def heard() -> Heard:
 @pytest.fixture
 def host(libvirt: Libvirt, heard: Heard) -> Iterator[LibvirtHost]:
     made = LibvirtHost("qemu:///system")
+    polls: list[None] = []
+    real = made._poll
+    made._poll = lambda: polls.append(real())  # type: ignore[method-assign, func-returns-value]
     made.start(heard.tell, lambda: heard.underway)
-    wait_until(lambda: made._connection is not None, "the connection")
+    wait_until(lambda: len(polls) > 1, "the connection, and what is asked when it is made")
     yield made
     made.stop()
 
