@@ -84,6 +84,8 @@ SPANS: dict[str, tuple[tuple[str, str], ...]] = {
     "destination": (
         ("asked", "offered"),
         ("first flows", "in sync"),
+        ("started", "scope known"),
+        ("resumed", "scope known"),
         ("last changes came", "last changes applied"),
         ("last changes applied", "complete"),
         ("complete", "resumed"),
