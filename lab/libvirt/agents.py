@@ -6,7 +6,7 @@ A broker of the world stands between the agents; each host reaches it on its own
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,6 +84,19 @@ class Sami:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Within it no agent runs and no hook is installed: libvirt as it is without SAMI."""
+        for name, agent in self.agents.items():
+            self._lab.hosts[name].remove_hook(HOOK)
+            agent.stop()
+        try:
+            yield
+        finally:
+            for name, agent in self.agents.items():
+                agent.start()
+                self._lab.hosts[name].install_hook(libvirt_hook.__file__, HOOK)
 
     def reports(self, guest: Guest, count: int = 1) -> dict[str, dict[str, Any]]:
         """The newest report of each host, once each has had so many sessions of the guest and they have ended."""

@@ -205,6 +205,18 @@ class LibvirtHost:
         finally:
             self.network.run(["tc", "qdisc", "del", "dev", UNDERLAY, "root"])
 
+    @contextmanager
+    def without_firewall(self) -> Iterator[None]:
+        """Within it nothing looks at what the host bridges: no rule, no conntrack. Entries that are there stay."""
+        switches = [f"net.bridge.bridge-nf-call-{name}" for name in ("iptables", "ip6tables")]
+        for switch in switches:
+            self.network.namespace.sysctl(switch, 0)
+        try:
+            yield
+        finally:
+            for switch in switches:
+                self.network.namespace.sysctl(switch, 1)
+
     def relay(self, port: int) -> Relay:
         """A port on the world's loopback is now on the host's, too; may be cut and mended. It ends with the host."""
         relay = Relay(self.network.namespace, port)

@@ -1,13 +1,14 @@
-"""What a guest's streams notice of many migrations: `python -m lab.libvirt.soak`, some ten minutes.
+"""What a guest's streams notice of many migrations: `python -m lab.libvirt.soak`, some twelve minutes.
 
 A guest that rewrites memory all the time holds TCP and UDP streams of 1,000 packets a second each way, begun by either
-end, over IPv4 and IPv6. No rule admits a packet of them: they live by their entries. It migrates with SAMI again and
-again; some of these migrations alternate with the same migration of the same guest without any firewall, beside which
-the gap in the streams is judged. An emulated guest bears four such streams beside its other work, so two guests come
-one after the other, each with half of the eight kinds.
+end, over IPv4 and IPv6. No rule admits a packet of them: they live by their entries. It migrates with SAMI to and fro.
+Some of these round trips alternate with one of the same guest on hosts without any firewall and without SAMI; beside
+that the gap in the streams is judged. There are eight kinds of stream; where an emulated guest does not bear them all,
+which is measured first, guests come one after the other, each with its share.
 
-result.json and a table. Exit code: 0 when no connection was lost, every migration's flows were complete before the
-guest ran, and the gap holds beside the one without firewall; 1 when not; 125 when the lab cannot run here.
+The output folder gets result.json and the agents' logs. Exit code: 0 when no connection was lost, every migration's
+flows were complete before the guest ran, and the gap holds beside the one without firewall; 1 when not, or when the
+lab failed; 125 when the lab cannot run here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,58 +31,63 @@ import numpy as np
 from lab import isolation
 from lab.broker import Broker
 from lab.deadline import wait_until
-from lab.errors import CommandFailed, DeadlinePassed, LabUnavailable
-from lab.libvirt import parts
+from lab.errors import CommandFailed, DeadlinePassed, LabError, LabUnavailable
+from lab.libvirt import figures, parts, traffic
 from lab.libvirt.agents import HOOK, Sami
+from lab.libvirt.figures import Move, Pair
 from lab.libvirt.guest import STREAM_PORT, Guest
 from lab.libvirt.lab import LibvirtLab
+from lab.libvirt.migration import Migration
 from lab.libvirt.streams import PACKETS_PER_SECOND, Direction, Stream, Streams
+from lab.verdict import has_survived
 
-KINDS = (
-    (("tcp", 4, True), ("udp", 6, True), ("tcp", 6, False), ("udp", 4, False)),
-    (("tcp", 6, True), ("udp", 4, True), ("tcp", 4, False), ("udp", 6, False)),
+Kind = tuple[str, int, bool]
+KINDS: tuple[Kind, ...] = (
+    # Every half has both protocols, both families and both beginners.
+    ("tcp", 4, True),
+    ("udp", 6, True),
+    ("tcp", 6, False),
+    ("udp", 4, False),
+    ("tcp", 6, True),
+    ("udp", 4, True),
+    ("tcp", 4, False),
+    ("udp", 6, False),
 )
+GROUPS = (1, 2, 4)
 DIRTY_MIB = 8
-STEADY_SECONDS = 60.0
+TRY_SECONDS = 15.0
+STEADY_SECONDS = 90.0
 AFTER_SECONDS = 2.0
-IDLE_SECONDS = 20.0
+DEAD_SECONDS = 10.0
+IDLE_SECONDS = 30.0
 HOOK_RUNS = 30
-RESAMPLES = 10_000
-MOST_RATIO, MOST_DIFFERENCE_MS = 1.05, 20.0
+START_RUNS = 8
+# Longer than streams are untracked while there is no firewall.
+UDP_SECONDS = 600
 
 
-@dataclass(slots=True)
-class Measured:
-    """What the migrations showed; times in milliseconds."""
+class ConnectionLost(Exception):
+    """Streams of the guest did not go on, so it is of no more use."""
 
-    lost: list[str] = field(default_factory=list)
-    complete_before_resume: list[bool] = field(default_factory=list)
-    without_zone: int = 0
-    pause_to_complete: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    """With SAMI and the firewall, of every migration."""
-    pairs: list[tuple[float, float]] = field(default_factory=list)
-    """Gap without firewall, gap with SAMI, one after the other."""
-    downtime: list[float] = field(default_factory=list)
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(", ".join(names))
+        self.names = tuple(names)
 
 
 class Soak:
-    """One guest with its streams, and its migrations to and fro."""
+    """One guest with its streams on host a, and its migrations to and fro."""
 
-    def __init__(self, lab: LibvirtLab, sami: Sami, number: int, measured: Measured) -> None:
+    def __init__(self, lab: LibvirtLab, name: str, kinds: Sequence[Kind]) -> None:
         self.lab = lab
-        self.sami = sami
-        self.measured = measured
-        self.guest: Guest = lab.add_guest(f"soak{number}", "a", dirty_mib=DIRTY_MIB)
-        for protocol in ("tcp", "udp"):
+        self.guest: Guest = lab.add_guest(name, "a", dirty_mib=DIRTY_MIB)
+        self.sessions = 0
+        for protocol in figures.PROTOCOLS:
             self.guest.allow(protocol, STREAM_PORT)
         self.streams = Streams(lab)
-        self.every: list[Stream] = [
-            self.streams.begin(self.guest, protocol, family, is_guests=is_guests)
-            for protocol, family, is_guests in KINDS[number]
-        ]
-        self.sessions = 0
-        for protocol in ("tcp", "udp"):
+        self.every: list[Stream] = []
+        for protocol, family, is_guests in kinds:
+            self.every.append(self.streams.begin(self.guest, protocol, family, is_guests=is_guests))
+        for protocol in figures.PROTOCOLS:
             self.guest.revoke(protocol, STREAM_PORT)
         self.guest.close_egress()
 
@@ -89,144 +96,314 @@ class Soak:
         self.streams.stop()
         self.lab.remove_guest(self.guest)
 
-    def migrate(self) -> tuple[float, float, float]:
-        """Once; the longest gap of any stream in either direction in ms, and when it was paused and ran again."""
-        self._wait_until_steady()
-        here = self.lab.host_of(self.guest.name).name
-        there = "b" if here == "a" else "a"
-        move = self.lab.start_migration(self.guest, here, there)
-        result = move.wait()
-        if not result.is_ok:
-            raise LabUnavailable(f"libvirt did not migrate: {result.words}", "see libvirtd's log")
-        self.sessions += 1
-        paused = move.wait_for("SUSPENDED/MIGRATED").time
-        resumed = move.wait_for("RESUMED/MIGRATED", self.lab.hosts[there]).time
-        gaps = []
-        for stream in self.every:
-            report = self.streams.report(stream, move.began_at, resumed + AFTER_SECONDS)
-            end = self.streams.report(stream, resumed + AFTER_SECONDS / 2, resumed + AFTER_SECONDS)
-            for name, direction, last in (
-                ("to the outside", report.to_outside, end.to_outside),
-                ("to the guest", report.to_guest, end.to_guest),
-            ):
-                gaps.append(direction.longest_gap_ms)
-                if not last.received or (stream.name.startswith("tcp") and direction.lost):
-                    self.measured.lost.append(f"{stream.name} {name}, {here} to {there}")
-        return max(gaps), paused, resumed
+    def migrate(self, source: str, destination: str, sami: Sami | None) -> Move:
+        """Once, and everything that is measured of it; without `sami` neither SAMI nor a firewall must be there.
 
-    def migrate_with_sami(self) -> float:
-        """Once, with everything that is measured; the gap in ms."""
-        gap, paused, resumed = self.migrate()
-        there = self.lab.host_of(self.guest.name).name
-        report = self.sami.reports(self.guest, self.sessions)[there]
-        at = {step["step"]: step["monotonic"] for step in report["steps"]}
-        complete = at.get("complete", float("inf"))
-        if at.get("scope known", float("inf")) > resumed:
-            self.measured.without_zone += 1
-        else:
-            self.measured.complete_before_resume.append(complete < resumed)
-        self.measured.pause_to_complete.append((complete - paused) * 1000)
-        self.measured.downtime.append((resumed - paused) * 1000)
-        self.measured.gaps.append(gap)
-        return gap
+        Raises ConnectionLost where streams had died before it.
+        """
+        self.wait_until_steady(STEADY_SECONDS)
+        migration = self.lab.start_migration(self.guest, source, destination)
+        ended = migration.wait()
+        if not ended.is_ok:
+            raise LabError(f"libvirt did not migrate {self.guest.name}: {ended.words}")
+        paused = migration.wait_for("SUSPENDED/MIGRATED").time
+        resumed = migration.wait_for("RESUMED/MIGRATED", migration.destination).time
+        gaps, lost = self._gaps(migration, resumed)
+        shown: dict[str, Any] = {}
+        if sami is not None:
+            self.sessions += 1
+            shown = arrival(sami.reports(self.guest, self.sessions)[destination], paused, resumed)
+        way = f"{source} to {destination}"
+        return Move(sami is not None, way, ended.seconds, (resumed - paused) * 1000, gaps, lost, **shown)
 
-    @contextlib.contextmanager
-    def without_firewall(self) -> Iterator[None]:
-        """Within it nothing on either host looks at a packet of a guest."""
-        for host in self.lab.hosts.values():
-            for command in ("iptables", "ip6tables"):
-                host.run([command, "-I", "FORWARD", "-j", "ACCEPT"])
-                host.run([command, "-t", "raw", "-I", "PREROUTING", "-j", "CT", "--notrack"])
+    def wait_until_steady(self, seconds: float) -> None:
+        """Until the guest bore a whole second: else its gaps are the machine's.
+
+        Raises ConnectionLost where a stream is silent, LabUnavailable where all are but slow.
+        """
         try:
-            yield
-        finally:
-            for host in self.lab.hosts.values():
-                for command in ("iptables", "ip6tables"):
-                    host.run([command, "-t", "raw", "-D", "PREROUTING", "-j", "CT", "--notrack"])
-                    host.run([command, "-D", "FORWARD", "-j", "ACCEPT"])
+            wait_until(lambda: all(map(_is_clean, self._directions(1).values())), "a clean second", seconds)
+        except DeadlinePassed as error:
+            dead = [name for name, direction in self._directions(DEAD_SECONDS).items() if not direction.received]
+            if dead:
+                raise ConnectionLost(dead) from error
+            raise LabUnavailable("the machine has no time for the streams", "end what else runs on it") from error
 
-    def _wait_until_steady(self) -> None:
-        """Until the guest bore a whole second: else its gaps are the machine's."""
+    def slowest(self) -> int:
+        """Packets that the worst stream took in the last second."""
+        return min(direction.received - direction.lost for direction in self._directions(1).values())
 
-        def is_steady() -> bool:
-            end = time.monotonic() + 1
-            reports = [self.streams.report(stream, end - 1, end) for stream in self.every]
-            return all(_is_clean(direction) for one in reports for direction in (one.to_outside, one.to_guest))
+    def _gaps(self, migration: Migration, resumed: float) -> tuple[dict[str, float], tuple[str, ...]]:
+        gaps: dict[str, float] = {}
+        lost = []
+        for stream in self.every:
+            protocol = stream.name.partition("/")[0]
+            report = self.streams.report(stream, migration.began_at, resumed + AFTER_SECONDS)
+            for name, direction in _named(stream, report):
+                gaps[protocol] = max(gaps.get(protocol, 0.0), direction.longest_gap_ms)
+                if protocol == "tcp" and direction.lost:
+                    lost.append(f"{name}: {direction.lost} packets of a TCP stream")
+                elif not self._goes_on(stream, name, resumed + AFTER_SECONDS):
+                    lost.append(name)
+        return gaps, tuple(lost)
 
-        wait_until(is_steady, "the machine to have time for the streams", STEADY_SECONDS)
+    def _goes_on(self, stream: Stream, name: str, since: float) -> bool:
+        """TCP may be quiet for long before it sends again, so one that is quiet is looked at for longer."""
+        begin, end = since - 1, since
+        while not dict(_named(stream, self.streams.report(stream, begin, end)))[name].received:
+            if end >= since + DEAD_SECONDS:
+                return False
+            begin, end = end, end + 1
+        return True
+
+    def _directions(self, seconds: float) -> dict[str, Direction]:
+        end = time.monotonic()
+        return {
+            name: direction
+            for stream in self.every
+            for name, direction in _named(stream, self.streams.report(stream, end - seconds, end))
+        }
+
+
+def _named(stream: Stream, report: Any) -> list[tuple[str, Direction]]:
+    return [(f"{stream.name} to the outside", report.to_outside), (f"{stream.name} to the guest", report.to_guest)]
 
 
 def _is_clean(direction: Direction) -> bool:
     return direction.received > 0.95 * PACKETS_PER_SECOND and not direction.lost
 
 
-def interval(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
-    """The ratio of medians, and its 95 % bootstrap interval over the pairs."""
-    table = np.array(pairs)
-    chosen = np.random.default_rng(1).integers(0, len(table), (RESAMPLES, len(table)))
-    ratios = np.median(table[chosen, 1], axis=1) / np.median(table[chosen, 0], axis=1)
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return float(np.median(table[:, 1]) / np.median(table[:, 0])), float(low), float(high)
+def arrival(report: dict[str, Any], paused: float, resumed: float) -> dict[str, Any]:
+    """What a destination's report tells of an arrival, as fields of Move."""
+    at = {step["step"]: step["monotonic"] for step in report["steps"]}
+    complete = at.get("complete")
+    return {
+        # A zone that was never found is a failure, and not a late one.
+        "had_zone": at.get("scope known", resumed) <= resumed,
+        "complete_after_pause_ms": None if complete is None else (complete - paused) * 1000,
+        "is_complete_before_resume": complete is not None and complete < resumed,
+    }
 
 
-def hook_milliseconds(lab: LibvirtLab, guest: Guest) -> dict[str, float]:
-    """What the hook costs a guest that starts and does not migrate, beside an interpreter that does nothing."""
-    host, xml = lab.hosts["a"], guest.xml()
+@dataclass(slots=True)
+class Measured:
+    """What was measured until now, of all guests."""
 
-    def median(argv: list[str]) -> float:
-        took = []
-        for _ in range(HOOK_RUNS):
+    moves: list[Move] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+
+class Run:
+    """A lab with SAMI, and what is measured in it."""
+
+    def __init__(self, lab: LibvirtLab, sami: Sami) -> None:
+        self.lab = lab
+        self.sami = sami
+        self.measured = Measured()
+        self.others: dict[str, Any] = {}
+        self._guests = 0
+        for host in lab.hosts.values():
+            for name in ("nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"):
+                host.network.sysctl(name, UDP_SECONDS)
+
+    def share(self) -> list[Sequence[Kind]]:
+        """The kinds of stream in as few groups as a guest bears, each of which is held by a guest of its own."""
+        held = {}
+        for count in GROUPS:
+            size = len(KINDS) // count
+            say(f"does a guest bear {size} streams of {PACKETS_PER_SECOND} packets a second each way?")
+            soak = None
+            try:
+                soak = self.soak(KINDS[:size])
+                soak.wait_until_steady(TRY_SECONDS)
+                soak.wait_until_steady(TRY_SECONDS)  # one second may be luck
+            except (LabUnavailable, DeadlinePassed):
+                held[f"slowest_of_{size}_streams"] = soak.slowest() if soak is not None else 0
+            else:
+                held[f"slowest_of_{size}_streams"] = soak.slowest()
+                self.others["streams_at_a_time"] = size
+                self.others["packets_in_a_second"] = held
+                return [KINDS[begin : begin + size] for begin in range(0, len(KINDS), size)]
+            finally:
+                if soak is not None:
+                    soak.end()
+        raise LabUnavailable(f"a guest does not bear {size} streams", "end what else runs on this machine")
+
+    def soak(self, kinds: Sequence[Kind]) -> Soak:
+        """A new guest with such streams."""
+        self._guests += 1
+        return Soak(self.lab, f"soak{self._guests}", kinds)
+
+    def group(self, kinds: Sequence[Kind], trips: int, paired_trips: int) -> None:
+        """So many round trips with SAMI, so many of them beside one without firewall."""
+        soak = self.soak(kinds)
+        for trip in range(trips):
+            try:
+                if trip < paired_trips:
+                    self._pair(soak, is_ours_first=trip % 2 == 0)
+                else:
+                    self._trip(soak, self.sami)
+            except ConnectionLost as error:
+                self.measured.lost += error.names
+                say(f"lost: {error}")
+                soak.end()
+                soak = self.soak(kinds)
+            say(f"{sum(move.has_sami for move in self.measured.moves)} migrations with SAMI")
+        soak.end()
+
+    def _pair(self, soak: Soak, is_ours_first: bool) -> None:
+        if is_ours_first:
+            ours, without = self._trip(soak, self.sami), self._trip_without(soak)
+        else:
+            without, ours = self._trip_without(soak), self._trip(soak, self.sami)
+        self.measured.pairs += zip(without, ours, strict=True)
+
+    def _trip_without(self, soak: Soak) -> list[Move]:
+        # The streams' entries wait on host a; SAMI made them in the trip before, so they put up with any window.
+        with self.sami.away(), contextlib.ExitStack() as stack:
+            for host in self.lab.hosts.values():
+                stack.enter_context(host.without_firewall())
+            return self._trip(soak, None)
+
+    def _trip(self, soak: Soak, sami: Sami | None) -> list[Move]:
+        made = []
+        for way in (("a", "b"), ("b", "a")):
+            move = soak.migrate(*way, sami)
+            made.append(move)
+            self.measured.moves.append(move)
+            if move.lost:
+                raise ConnectionLost(move.lost)
+        return made
+
+    def idle(self) -> None:
+        """What agents cost while nothing migrates."""
+        say(f"agents are idle for {IDLE_SECONDS:g} s")
+        before = {name: agent.cpu_seconds() for name, agent in self.sami.agents.items()}
+        time.sleep(IDLE_SECONDS)  # what is measured
+        self.others["idle_agent_cpu_seconds_per_minute"] = {
+            name: round((agent.cpu_seconds() - before[name]) * 60 / IDLE_SECONDS, 3)
+            for name, agent in self.sami.agents.items()
+        }
+
+    def hook(self) -> None:
+        """What the hook costs a guest that starts and does not migrate; the floor is a Python that does nothing."""
+        say("guests start with the hook and without")
+        guest = self.lab.add_guest("starter", "a")
+        host, xml = self.lab.hosts["a"], guest.xml()
+
+        def called(argv: list[str]) -> float:
             began = time.monotonic()
             process = host.start(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
             process.communicate(xml.encode())
             if process.returncode != 0:
                 raise CommandFailed(argv, process.returncode, "a hook never fails")
-            took.append((time.monotonic() - began) * 1000)
-        return round(float(np.median(took)), 1)
+            return (time.monotonic() - began) * 1000
 
-    return {
-        "started": median([f"/etc/libvirt/hooks/qemu.d/{HOOK}", guest.name, "started", "begin", "-"]),
-        "interpreter_alone": median(["/usr/bin/python3", "-IS", "-c", "pass"]),
-    }
+        def started() -> float:
+            host.virsh("destroy", guest.name)
+            began = time.monotonic()
+            host.virsh("create", "--paused", "/dev/stdin", text=xml)
+            return (time.monotonic() - began) * 1000
+
+        hook = [f"/etc/libvirt/hooks/qemu.d/{HOOK}", guest.name, "started", "begin", "-"]
+        calls = [(called(hook), called(["/usr/bin/python3", "-IS", "-c", "pass"])) for _ in range(HOOK_RUNS)]
+        starts = []
+        for _ in range(START_RUNS):
+            with_hook = started()
+            with self.without_hook():
+                starts.append((with_hook, started()))
+        self.lab.remove_guest(guest)
+        self.others["hook_ms"] = dict(zip(("one_call", "python_alone"), np.median(calls, axis=0).round(1), strict=True))
+        medians = np.median(starts, axis=0).round(1)
+        self.others["guest_start_ms"] = dict(zip(("with_hook", "without_hook"), medians, strict=True))
+
+    @contextlib.contextmanager
+    def without_hook(self) -> Iterator[None]:
+        """Within it host a has no hook of SAMI."""
+        host = self.lab.hosts["a"]
+        program = host.path(f"/etc/libvirt/hooks/qemu.d/{HOOK}").read_bytes()
+        host.remove_hook(HOOK)
+        try:
+            yield
+        finally:
+            kept = host.folder / "hook.kept"
+            kept.write_bytes(program)
+            host.install_hook(kept, HOOK)
+
+    def three_at_once(self) -> None:
+        """Three guests with a download each, two one way and one the other, at the same time."""
+        say("three guests at once")
+        ways = {"three1": ("a", "b"), "three2": ("a", "b"), "three3": ("b", "a")}
+        guests = [self.lab.add_guest(name, way[0], is_awaited=False) for name, way in ways.items()]
+        for guest in guests:
+            guest.wait_until_ready(self.lab.hosts[ways[guest.name][0]])
+        flows = [traffic.download(self.lab, guest) for guest in guests]
+        for guest in guests:
+            guest.close_egress()
+        began = time.monotonic()
+        running = [self.lab.start_migration(guest, *ways[guest.name]) for guest in guests]
+        ended = [migration.wait() for migration in running]
+        survived, complete = [], []
+        for migration, flow in zip(running, flows, strict=True):
+            paused = migration.wait_for("SUSPENDED/MIGRATED").time
+            resumed = migration.wait_for("RESUMED/MIGRATED", migration.destination).time
+            until = resumed + DEAD_SECONDS
+            wait_until(lambda flow=flow, until=until: flow.samples()[-1].time > until, "time", DEAD_SECONDS + 10)
+            survived.append(has_survived(flow.samples(), resumed, DEAD_SECONDS))
+            report = self.sami.reports(migration.guest)[migration.destination.name]
+            complete.append(arrival(report, paused, resumed)["is_complete_before_resume"])
+        for guest in guests:
+            self.lab.remove_guest(guest)
+        self.measured.lost += [guest.name for guest, lives in zip(guests, survived, strict=True) if not lives]
+        self.others["three_at_once"] = {
+            "seconds": round(max(one.ended_at for one in ended) - began, 2),
+            "connections_lost": survived.count(False),
+            "complete_before_resume": complete.count(True),
+        }
 
 
-def result(measured: Measured, others: dict[str, Any]) -> dict[str, Any]:
-    """What result.json holds."""
-    without, with_sami = (round(float(np.median([pair[side] for pair in measured.pairs])), 1) for side in (0, 1))
-    ratio, low, high = interval(measured.pairs)
-    took = measured.pause_to_complete
-    return {
-        "migrations": len(measured.gaps),
-        "connections_lost": len(measured.lost),
-        "complete_before_resume_share": float(np.mean(measured.complete_before_resume)),
-        "moves_without_zone": measured.without_zone,
-        "pause_to_complete_ms": {
-            "median": round(float(np.median(took)), 1),
-            "p99": round(float(np.percentile(took, 99)), 1),
-            "max": round(max(took), 1),
-        },
-        "gap_ms": {
-            "without_firewall": without,
-            "with_sami": with_sami,
-            "ratio": round(ratio, 3),
-            "ratio_low": round(low, 3),
-            "ratio_high": round(high, 3),
-            "pairs": len(measured.pairs),
-        },
-        "pause_ms": {"median": round(float(np.median(measured.downtime)), 1), "max": round(max(measured.downtime), 1)},
-        **others,
-    }
+def run(migrations: int, pairs: int, output: Path) -> int:
+    """See the module."""
+    began = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        lab = stack.enter_context(LibvirtLab())
+        broker = stack.enter_context(Broker(Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/run")))))
+        sami = stack.enter_context(Sami(lab, broker))
+        stack.callback(_keep_logs, sami, output)
+        whole = Run(lab, sami)
+        groups = whole.share()
+        whole.idle()
+        whole.hook()
+        whole.three_at_once()
+        for number, kinds in enumerate(groups):
+            whole.group(kinds, *(_part(count // 2, len(groups), number) for count in (migrations, pairs)))
+    others = {**whole.others, "dirtied_mib": DIRTY_MIB, "seconds": round(time.monotonic() - began)}
+    made = figures.result(whole.measured.moves, whole.measured.pairs, others)
+    # What died between two migrations, or beside them, is lost as well.
+    made["connections_lost"] = len(whole.measured.lost)
+    (output / "result.json").write_text(json.dumps(made, indent=1) + "\n")
+    print(figures.table(made))
+    found = [f"lost: {name}" for name in whole.measured.lost] + figures.faults(made)
+    for fault in found:
+        print(fault, file=sys.stderr)
+    return 1 if found else 0
 
 
-def faults(made: dict[str, Any], lost: list[str]) -> list[str]:
-    """What does not hold."""
-    gap = made["gap_ms"]
-    found = [f"lost: {one}" for one in lost]
-    if made["complete_before_resume_share"] < 1:
-        found.append("flows were not complete before the guest ran")
-    if gap["ratio_low"] > MOST_RATIO or gap["with_sami"] - gap["without_firewall"] > MOST_DIFFERENCE_MS:
-        found.append(f"the gap does not hold beside the one without firewall: {gap}")
-    return found
+def _part(total: int, parts_count: int, number: int) -> int:
+    """So many of a total fall to this part of several."""
+    return total // parts_count + (number < total % parts_count)
+
+
+def _keep_logs(sami: Sami, output: Path) -> None:
+    for name, agent in sami.agents.items():
+        shutil.copy(agent.log, output / f"agent-{name}.log")
+
+
+def say(line: str) -> None:
+    """Progress, for who waits."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -234,62 +411,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lab.libvirt.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--migrations", type=int, default=50, help="with SAMI, in all (50)")
-    parser.add_argument("--pairs", type=int, default=16, help="of them, beside one without firewall (16)")
-    parser.add_argument("--output", type=Path, default=Path("build/libvirt"), help="folder for result.json")
+    parser.add_argument("--migrations", type=int, default=50, help="with SAMI, in all, an even number (50)")
+    parser.add_argument("--pairs", type=int, default=20, help="of them, beside one without firewall, even (20)")
+    parser.add_argument("--output", type=Path, default=Path("build/libvirt"), help="folder for the results")
     options = parser.parse_args()
-    if not 2 <= options.pairs <= options.migrations:
-        parser.error("--pairs: at least 2, and no more than --migrations")
+    if not 2 <= options.pairs <= options.migrations or options.pairs % 2 or options.migrations % 2:
+        parser.error("--pairs: at least 2, and no more than --migrations; both even, for guests come back")
     try:
         parts.check()
         isolation.enter([sys.executable, "-m", "lab.libvirt.soak", *sys.argv[1:]])
         return run(options.migrations, options.pairs, options.output)
-    except (LabUnavailable, DeadlinePassed) as error:
+    except LabUnavailable as error:
         print(error, file=sys.stderr)
         return isolation.EXIT_UNAVAILABLE
-
-
-def run(migrations: int, pairs: int, output: Path) -> int:
-    """See the module."""
-    measured = Measured()
-    others: dict[str, Any] = {"streams_at_a_time": len(KINDS[0]), "dirtied_mib": DIRTY_MIB}
-    with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(LibvirtLab())
-        broker = stack.enter_context(Broker(Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/run")))))
-        sami = stack.enter_context(Sami(lab, broker))
-        before = {name: agent.cpu_seconds() for name, agent in sami.agents.items()}
-        time.sleep(IDLE_SECONDS)  # what is measured
-        others["idle_agent_cpu_share"] = {
-            name: round((agent.cpu_seconds() - before[name]) / IDLE_SECONDS, 4) for name, agent in sami.agents.items()
-        }
-        for number in range(len(KINDS)):
-            soak = Soak(lab, sami, number, measured)
-            if number == 0:
-                others["hook_ms"] = hook_milliseconds(lab, soak.guest)
-            _half(soak, migrations // 2, pairs // 2, number)
-            soak.end()
-    made = result(measured, others)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "result.json").write_text(json.dumps(made, indent=1) + "\n")
-    for name, value in made.items():
-        print(f"{name:32}{value}")
-    found = faults(made, measured.lost)
-    for fault in found:
-        print(fault, file=sys.stderr)
-    return 1 if found else 0
-
-
-def _half(soak: Soak, migrations: int, pairs: int, number: int) -> None:
-    for turn in range(migrations):
-        if sys.stderr.isatty():
-            print(f"\rguest {number + 1} of 2, migration {turn + 1} of {migrations} ", end="", file=sys.stderr)
-        if turn >= pairs:
-            soak.migrate_with_sami()
-            continue
-        with soak.without_firewall():
-            without = soak.migrate()[0]
-            soak.sami.reports(soak.guest, soak.sessions)
-        soak.measured.pairs.append((without, soak.migrate_with_sami()))
+    except LabError as error:
+        print(f"the run failed: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
