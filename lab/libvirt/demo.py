@@ -2,10 +2,9 @@
 
     python -m lab.libvirt.demo [--output build/demo-libvirt]
 
-All guests of a side migrate at the same time. The output folder gets result.json,
-demo.png and the agents' logs. Exit code: 0 when every
-connection without SAMI died and every one with it survived, 1 when not (stderr says which), 125 when the lab cannot run
-here: it takes the machine's root and what `tools/prepare libvirt` gets.
+All guests of a side migrate at the same time. The output folder gets result.json, demo.png and the agents' logs. Exit
+code: 0 when every connection without SAMI died and every one with it survived, 1 when not (stderr says which) or when
+the lab failed, 125 when it cannot run here: it takes the machine's root and what `tools/prepare libvirt` gets.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 from lab import demo, isolation, verdict
 from lab.broker import Broker
 from lab.deadline import wait_until
-from lab.errors import LabUnavailable
+from lab.errors import LabError, LabUnavailable
 from lab.libvirt import parts, traffic
 from lab.libvirt.agents import Sami
 from lab.libvirt.guest import ECHO_PORT, Guest
@@ -78,7 +77,7 @@ def run_side(side: str, sami: Sami | None, lab: LibvirtLab) -> dict[str, dict[st
     for letter, move in moves.items():
         result = move.wait()
         if not result.is_ok:
-            raise LabUnavailable(f"the migration of case {letter} failed: {result.words}", "see libvirtd's log")
+            raise LabError(f"the migration of case {letter} failed: {result.words}")
     reports = {letter: _report(lab, move, flows[letter], sami) for letter, move in moves.items()}
     for guest in guests.values():
         lab.remove_guest(guest)
@@ -127,6 +126,9 @@ def main() -> int:
     except LabUnavailable as error:
         print(error, file=sys.stderr)
         return isolation.EXIT_UNAVAILABLE
+    except LabError as error:
+        print(f"the demo failed: {error}", file=sys.stderr)
+        return 1
 
 
 def _show(output: Path) -> int:
