@@ -23,7 +23,7 @@ test: prepare-all ## lint, then all tests: unit tests, the real kernel, the lab,
 
 test-libvirt: prepare-libvirt run-libvirt-tests ## the tests on real libvirt hosts alone, as root
 
-test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 10 minutes
+test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
 	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
 
 bench: prepare-test ## measure

@@ -6,15 +6,16 @@ Some of these round trips alternate with one of the same guest on hosts without 
 that the gap in the streams is judged. There are eight kinds of stream; where an emulated guest does not bear them all,
 which is measured first, guests come one after the other, each with its share.
 
-The output folder gets result.json and the agents' logs. Exit code: 0 when no connection was lost, every migration's
-flows were complete before the guest ran, and the gap holds beside the one without firewall; 1 when not, or when the
-lab failed; 125 when the lab cannot run here.
+The output folder gets result.json, moves.jsonl (each migration) and the agents' logs. Exit code: 0 when no connection
+was lost, every migration's flows were complete before the guest ran, and the gap holds beside the one without firewall;
+1 when not, or when the lab failed; 125 when the lab cannot run here.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -384,6 +385,8 @@ def run(migrations: int, pairs: int, output: Path) -> int:
     # What died between two migrations, or beside them, is lost as well.
     made["connections_lost"] = len(whole.measured.lost)
     (output / "result.json").write_text(json.dumps(made, indent=1) + "\n")
+    rows = [json.dumps(dataclasses.asdict(move)) for move in whole.measured.moves]
+    (output / "moves.jsonl").write_text("\n".join(rows) + "\n")
     print(figures.table(made))
     found = [f"lost: {name}" for name in whole.measured.lost] + figures.faults(made)
     for fault in found:
