@@ -54,9 +54,10 @@ KINDS: tuple[Kind, ...] = (
     ("tcp", 4, False),
     ("udp", 6, False),
 )
-GROUPS = (1, 2, 4)
+SIZES = (8, 4, 2)
 DIRTY_MIB = 8
-TRY_SECONDS = 15.0
+TRY_SECONDS = 20.0
+TRY_CLEAN_SECONDS = 5  # one alone may be luck
 STEADY_SECONDS = 90.0
 AFTER_SECONDS = 2.0
 DEAD_SECONDS = 10.0
@@ -117,18 +118,25 @@ class Soak:
         way = f"{source} to {destination}"
         return Move(sami is not None, way, ended.seconds, (resumed - paused) * 1000, gaps, lost, **shown)
 
-    def wait_until_steady(self, seconds: float) -> None:
-        """Until the guest bore a whole second: else its gaps are the machine's.
+    def wait_until_steady(self, seconds: float, clean_seconds: int = 1) -> None:
+        """Until the guest bore a whole second, or so many in a row: else its gaps are the machine's.
 
         Raises ConnectionLost where a stream is silent, LabUnavailable where all are but slow.
         """
         try:
-            wait_until(lambda: all(map(_is_clean, self._directions(1).values())), "a clean second", seconds)
+            wait_until(lambda: self._was_clean(clean_seconds), "a clean second", seconds)
         except DeadlinePassed as error:
             dead = [name for name, direction in self._directions(DEAD_SECONDS).items() if not direction.received]
             if dead:
                 raise ConnectionLost(dead) from error
             raise LabUnavailable("the machine has no time for the streams", "end what else runs on it") from error
+
+    def _was_clean(self, seconds: int) -> bool:
+        return all(
+            _is_clean(direction)
+            for _ in range(seconds)
+            for direction in self._directions(1, is_next=seconds > 1).values()
+        )
 
     def slowest(self) -> int:
         """Packets that the worst stream took in the last second."""
@@ -157,8 +165,9 @@ class Soak:
             begin, end = end, end + 1
         return True
 
-    def _directions(self, seconds: float) -> dict[str, Direction]:
-        end = time.monotonic()
+    def _directions(self, seconds: float, *, is_next: bool = False) -> dict[str, Direction]:
+        """All streams' directions by name, of these last seconds or of the next."""
+        end = time.monotonic() + (seconds if is_next else 0)
         return {
             name: direction
             for stream in self.every
@@ -208,17 +217,15 @@ class Run:
             for name in ("nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"):
                 host.network.sysctl(name, UDP_SECONDS)
 
-    def share(self) -> list[Sequence[Kind]]:
-        """The kinds of stream in as few groups as a guest bears, each of which is held by a guest of its own."""
+    def share(self, sizes: Sequence[int]) -> list[Sequence[Kind]]:
+        """The kinds of stream, a guest each, in groups of the first of these sizes that a guest bears."""
         held = {}
-        for count in GROUPS:
-            size = len(KINDS) // count
+        for size in sizes:
             say(f"does a guest bear {size} streams of {PACKETS_PER_SECOND} packets a second each way?")
             soak = None
             try:
                 soak = self.soak(KINDS[:size])
-                soak.wait_until_steady(TRY_SECONDS)
-                soak.wait_until_steady(TRY_SECONDS)  # one second may be luck
+                soak.wait_until_steady(TRY_SECONDS, TRY_CLEAN_SECONDS)
             except (LabUnavailable, DeadlinePassed):
                 held[f"slowest_of_{size}_streams"] = soak.slowest() if soak is not None else 0
             else:
@@ -229,7 +236,7 @@ class Run:
             finally:
                 if soak is not None:
                     soak.end()
-        raise LabUnavailable(f"a guest does not bear {size} streams", "end what else runs on this machine")
+        raise LabUnavailable(f"a guest does not bear {sizes[-1]} streams", "end what else runs on this machine")
 
     def soak(self, kinds: Sequence[Kind]) -> Soak:
         """A new guest with such streams."""
@@ -364,7 +371,7 @@ class Run:
         }
 
 
-def run(migrations: int, pairs: int, output: Path) -> int:
+def run(migrations: int, pairs: int, sizes: Sequence[int], output: Path) -> int:
     """See the module."""
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
@@ -374,12 +381,16 @@ def run(migrations: int, pairs: int, output: Path) -> int:
         sami = stack.enter_context(Sami(lab, broker))
         stack.callback(_keep_logs, sami, output)
         whole = Run(lab, sami)
-        groups = whole.share()
+        groups = whole.share(sizes)
         whole.idle()
         whole.hook()
         whole.three_at_once()
-        for number, kinds in enumerate(groups):
-            whole.group(kinds, *(_part(count // 2, len(groups), number) for count in (migrations, pairs)))
+        stopped = []
+        try:
+            for number, kinds in enumerate(groups):
+                whole.group(kinds, *(_part(count // 2, len(groups), number) for count in (migrations, pairs)))
+        except LabError as error:  # what was measured until then is shown all the same
+            stopped.append(f"the run ended before its time: {error}")
     others = {**whole.others, "dirtied_mib": DIRTY_MIB, "seconds": round(time.monotonic() - began)}
     made = figures.result(whole.measured.moves, whole.measured.pairs, others)
     # What died between two migrations, or beside them, is lost as well.
@@ -388,7 +399,7 @@ def run(migrations: int, pairs: int, output: Path) -> int:
     rows = [json.dumps(dataclasses.asdict(move)) for move in whole.measured.moves]
     (output / "moves.jsonl").write_text("\n".join(rows) + "\n")
     print(figures.table(made))
-    found = [f"lost: {name}" for name in whole.measured.lost] + figures.faults(made)
+    found = stopped + [f"lost: {name}" for name in whole.measured.lost] + figures.faults(made)
     for fault in found:
         print(fault, file=sys.stderr)
     return 1 if found else 0
@@ -416,6 +427,7 @@ def main() -> int:
     )
     parser.add_argument("--migrations", type=int, default=50, help="with SAMI, in all, an even number (50)")
     parser.add_argument("--pairs", type=int, default=20, help="of them, beside one without firewall, even (20)")
+    parser.add_argument("--streams", type=int, choices=SIZES, help="at a time; without it, as many as a guest bears")
     parser.add_argument("--output", type=Path, default=Path("build/libvirt"), help="folder for the results")
     options = parser.parse_args()
     if not 2 <= options.pairs <= options.migrations or options.pairs % 2 or options.migrations % 2:
@@ -423,7 +435,8 @@ def main() -> int:
     try:
         parts.check()
         isolation.enter([sys.executable, "-m", "lab.libvirt.soak", *sys.argv[1:]])
-        return run(options.migrations, options.pairs, options.output)
+        sizes = SIZES if options.streams is None else (options.streams,)
+        return run(options.migrations, options.pairs, sizes, options.output)
     except LabUnavailable as error:
         print(error, file=sys.stderr)
         return isolation.EXIT_UNAVAILABLE
