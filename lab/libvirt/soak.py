@@ -58,14 +58,14 @@ SIZES = (8, 4, 2)
 DIRTY_MIB = 8
 TRY_SECONDS = 20.0
 TRY_CLEAN_SECONDS = 5  # one alone may be luck
-STEADY_SECONDS = 90.0
+STEADY_SECONDS = 300.0
 AFTER_SECONDS = 2.0
 DEAD_SECONDS = 10.0
 IDLE_SECONDS = 30.0
 HOOK_RUNS = 30
 START_RUNS = 8
 # Longer than streams are untracked while there is no firewall.
-UDP_SECONDS = 600
+UDP_SECONDS = 1800
 
 
 class ConnectionLost(Exception):
