@@ -25,6 +25,8 @@ class Move:
     pause_ms: float
     gaps_ms: dict[str, float]
     """By protocol, the longest gap of any of its streams in either direction."""
+    gap_began_before_event_ms: float
+    """The longest gap of all began so long before libvirt's word SUSPENDED was heard; less than 0: after it."""
     lost: tuple[str, ...] = ()
     """Streams that did not go on, each with the direction."""
     had_zone: bool = True
@@ -61,6 +63,10 @@ def result(moves: Sequence[Move], pairs: Sequence[Pair], others: dict[str, Any])
         },
         "gap_ms": _gaps(pairs),
         "pause_ms": _beside(pairs, lambda move: move.pause_ms),
+        "gap_began_before_event_ms": {
+            "median": _percentile([move.gap_began_before_event_ms for move in moves], 50),
+            "max": _percentile([move.gap_began_before_event_ms for move in moves], 100),
+        },
         "virsh_seconds": _beside(pairs, lambda move: move.virsh_seconds, digits=2),
         **others,
     }

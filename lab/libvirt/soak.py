@@ -6,9 +6,9 @@ Some of these round trips alternate with one of the same guest on hosts without 
 that the gap in the streams is judged. There are eight kinds of stream; where an emulated guest does not bear them all,
 which is measured first, guests come one after the other, each with its share.
 
-The output folder gets result.json, moves.jsonl (each migration) and the agents' logs. Exit code: 0 when no connection
-was lost, every migration's flows were complete before the guest ran, and the gap holds beside the one without firewall;
-1 when not, or when the lab failed; 125 when the lab cannot run here.
+The output folder gets result.json, moves.jsonl (each migration), libvirt's events and the agents' logs. Exit code: 0
+when no connection was lost, every migration's flows were complete before the guest ran, and the gap holds beside the
+one without firewall; 1 when not, or when the lab failed; 125 when the lab cannot run here.
 """
 
 from __future__ import annotations
@@ -110,13 +110,14 @@ class Soak:
             raise LabError(f"libvirt did not migrate {self.guest.name}: {ended.words}")
         paused = migration.wait_for("SUSPENDED/MIGRATED").time
         resumed = migration.wait_for("RESUMED/MIGRATED", migration.destination).time
-        gaps, lost = self._gaps(migration, resumed)
+        gaps, began_at, lost = self._gaps(migration, resumed)
         shown: dict[str, Any] = {}
         if sami is not None:
             self.sessions += 1
             shown = arrival(sami.reports(self.guest, self.sessions)[destination], paused, resumed)
         way = f"{source} to {destination}"
-        return Move(sami is not None, way, ended.seconds, (resumed - paused) * 1000, gaps, lost, **shown)
+        pause_ms, before_ms = (resumed - paused) * 1000, (paused - began_at) * 1000
+        return Move(sami is not None, way, ended.seconds, pause_ms, gaps, before_ms, lost, **shown)
 
     def wait_until_steady(self, seconds: float, clean_seconds: int = 1) -> None:
         """Until the guest bore a whole second, or so many in a row: else its gaps are the machine's.
@@ -142,19 +143,22 @@ class Soak:
         """Packets that the worst stream took in the last second."""
         return min(direction.received - direction.lost for direction in self._directions(1).values())
 
-    def _gaps(self, migration: Migration, resumed: float) -> tuple[dict[str, float], tuple[str, ...]]:
+    def _gaps(self, migration: Migration, resumed: float) -> tuple[dict[str, float], float, tuple[str, ...]]:
+        """The longest by protocol, when the longest of all began, and what did not go on."""
         gaps: dict[str, float] = {}
+        longest = (0.0, 0.0)
         lost = []
         for stream in self.every:
             protocol = stream.name.partition("/")[0]
             report = self.streams.report(stream, migration.began_at, resumed + AFTER_SECONDS)
             for name, direction in _named(stream, report):
+                longest = max(longest, (direction.longest_gap_ms, direction.gap_began_at))
                 gaps[protocol] = max(gaps.get(protocol, 0.0), direction.longest_gap_ms)
                 if protocol == "tcp" and direction.lost:
                     lost.append(f"{name}: {direction.lost} packets of a TCP stream")
                 elif not self._goes_on(stream, name, resumed + AFTER_SECONDS):
                     lost.append(name)
-        return gaps, tuple(lost)
+        return gaps, longest[1], tuple(lost)
 
     def _goes_on(self, stream: Stream, name: str, since: float) -> bool:
         """TCP may be quiet for long before it sends again, so one that is quiet is looked at for longer."""
@@ -379,7 +383,7 @@ def run(migrations: int, pairs: int, sizes: Sequence[int], output: Path) -> int:
         lab = stack.enter_context(LibvirtLab())
         broker = stack.enter_context(Broker(Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/run")))))
         sami = stack.enter_context(Sami(lab, broker))
-        stack.callback(_keep_logs, sami, output)
+        stack.callback(_keep_logs, lab, sami, output)
         whole = Run(lab, sami)
         groups = whole.share(sizes)
         whole.idle()
@@ -410,7 +414,8 @@ def _part(total: int, parts_count: int, number: int) -> int:
     return total // parts_count + (number < total % parts_count)
 
 
-def _keep_logs(sami: Sami, output: Path) -> None:
+def _keep_logs(lab: LibvirtLab, sami: Sami, output: Path) -> None:
+    shutil.copy(lab.folder / "events", output / "events")
     for name, agent in sami.agents.items():
         shutil.copy(agent.log, output / f"agent-{name}.log")
 

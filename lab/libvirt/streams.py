@@ -47,12 +47,14 @@ Arrivals = npt.NDArray[np.void]
 @dataclass(frozen=True, slots=True)
 class Direction:
     """What became of the packets of one direction. `longest_gap_ms` is between two arrivals at the receiver, or
-    between the last one and the end of what was looked at; infinite where nothing came at all."""
+    between the last one and the end of what was looked at; infinite where nothing came at all. It began at
+    `gap_began_at`."""
 
     received: int
     lost: int
     duplicates: int
     longest_gap_ms: float
+    gap_began_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +153,13 @@ def judge(arrivals: Arrivals, since: float, until: float) -> Report:
     at = arrivals["at_us"] / 1e6
     window = arrivals[(at >= since) & (at <= until)]
     numbers = np.unique(window["sequence"])
+    gap_ms, gap_began_at = _longest_gap(window["at_us"] / 1e6, since, until)
     to_outside = Direction(
         received=len(window),
         lost=int(numbers[-1] - numbers[0]) + 1 - len(numbers) if len(numbers) else 0,
         duplicates=len(window) - len(numbers),
-        longest_gap_ms=_longest_gap_ms(window["at_us"] / 1e6, since, until),
+        longest_gap_ms=gap_ms,
+        gap_began_at=gap_began_at,
     )
     return Report(since, until, to_outside, _to_guest(arrivals, window, since, until))
 
@@ -163,16 +167,18 @@ def judge(arrivals: Arrivals, since: float, until: float) -> Report:
 def _to_guest(arrivals: Arrivals, window: Arrivals, since: float, until: float) -> Direction:
     told = np.sort(window, order="sequence")
     if not len(told):
-        return Direction(0, 0, 0, float("inf"))
+        return Direction(0, 0, 0, float("inf"), since)
     highest, received, duplicates = (
         int(told[name][-1]) - int(told[name][0]) for name in ("highest", "received", "duplicates")
     )
     times = _arrival_times(arrivals)
+    gap_ms, gap_began_at = _longest_gap(times[(times >= since) & (times <= until)], since, until)
     return Direction(
         received=received,
         lost=max(0, highest - (received - duplicates)),  # what is late at the beginning of the window is no gain
         duplicates=duplicates,
-        longest_gap_ms=_longest_gap_ms(times[(times >= since) & (times <= until)], since, until),
+        longest_gap_ms=gap_ms,
+        gap_began_at=gap_began_at,
     )
 
 
@@ -188,7 +194,11 @@ def _arrival_times(arrivals: Arrivals) -> npt.NDArray[np.float64]:
     return (arrived[is_new] + offset[before]) / 1e6
 
 
-def _longest_gap_ms(times: npt.NDArray[np.float64], since: float, until: float) -> float:
+def _longest_gap(times: npt.NDArray[np.float64], since: float, until: float) -> tuple[float, float]:
+    """In milliseconds, and when it began."""
     if not len(times):
-        return float("inf")
-    return 1000 * float(np.diff(np.concatenate(([since], np.sort(times), [until]))).max())
+        return float("inf"), since
+    moments = np.concatenate(([since], np.sort(times), [until]))
+    gaps = np.diff(moments)
+    longest = int(gaps.argmax())
+    return 1000 * float(gaps[longest]), float(moments[longest])

@@ -8,11 +8,11 @@ from lab.libvirt.soak import arrival
 
 def with_sami(gap: float = 100.0, **others: Any) -> Move:
     good = {"complete_after_pause_ms": 5.0, "is_complete_before_resume": True}
-    return Move(True, "a to b", 1.0, 80.0, {"tcp": gap, "udp": gap / 2}, **(good | others))
+    return Move(True, "a to b", 1.0, 80.0, {"tcp": gap, "udp": gap / 2}, 30.0, **(good | others))
 
 
 def without(gap: float = 100.0) -> Move:
-    return Move(False, "a to b", 1.0, 80.0, {"tcp": gap, "udp": gap / 2})
+    return Move(False, "a to b", 1.0, 80.0, {"tcp": gap, "udp": gap / 2}, 30.0)
 
 
 def of(*pairs: tuple[Move, Move]) -> dict[str, Any]:

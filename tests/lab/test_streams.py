@@ -38,6 +38,7 @@ def test_nothing_is_lost_of_a_steady_stream():
 def test_a_pause_that_the_guest_does_not_see_is_a_gap_in_both_directions():
     report = judge(log(1000, pause_at=500, pause=300), seconds(0), seconds(1299))
     assert report.to_outside.longest_gap_ms == pytest.approx(301)
+    assert report.to_outside.gap_began_at == pytest.approx(seconds(499))
     assert report.to_guest.longest_gap_ms == pytest.approx(301, abs=1)
 
 
