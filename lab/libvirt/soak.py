@@ -2,7 +2,7 @@
 
 A guest that rewrites memory all the time holds TCP and UDP streams of 1,000 packets a second each way, begun by either
 end, over IPv4 and IPv6. No rule admits a packet of them: they live by their entries. It migrates with SAMI to and fro.
-Some of these round trips alternate with one of the same guest on hosts without any firewall and without SAMI; beside
+These round trips alternate with those of the same guest on hosts without any firewall and without SAMI; beside
 that the gap in the streams is judged. There are eight kinds of stream; where an emulated guest does not bear them all,
 which is measured first, guests come one after the other, each with its share.
 
@@ -431,7 +431,7 @@ def main() -> int:
         prog="python -m lab.libvirt.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--migrations", type=int, default=50, help="with SAMI, in all, an even number (50)")
-    parser.add_argument("--pairs", type=int, default=20, help="of them, beside one without firewall, even (20)")
+    parser.add_argument("--pairs", type=int, default=50, help="of them, beside one without firewall, even (50)")
     parser.add_argument("--streams", type=int, choices=SIZES, help="at a time; without it, as many as a guest bears")
     parser.add_argument("--output", type=Path, default=Path("build/libvirt"), help="folder for the results")
     options = parser.parse_args()

@@ -1,8 +1,9 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from lab.libvirt.figures import Move, faults, interval, result
+from lab.libvirt.figures import Move, difference_interval, faults, ratio_interval, result
 from lab.libvirt.soak import arrival
 
 
@@ -71,11 +72,12 @@ def test_gap_that_may_be_chance_holds_only_while_the_medians_are_near() -> None:
     assert faults(far) == ["the gap is 35 ms longer than without firewall (medians)"]
 
 
-def test_interval_is_the_same_for_the_same_pairs_and_holds_the_ratio() -> None:
+@pytest.mark.parametrize("interval", [ratio_interval, difference_interval])
+def test_interval_is_the_same_for_the_same_pairs_and_holds_the_value(interval: Callable[..., Any]) -> None:
     pairs = [(100.0 + 7 * n % 40, 105.0 + 11 * n % 40) for n in range(20)]
-    ratio, low, high = interval(pairs)
-    assert low <= ratio <= high
-    assert interval(pairs) == (ratio, low, high)
+    value, low, high = interval(pairs)
+    assert low <= value <= high
+    assert interval(pairs) == (value, low, high)
 
 
 def test_flows_that_were_complete_before_the_guest_ran() -> None:
