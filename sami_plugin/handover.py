@@ -7,12 +7,14 @@
  3. The destination puts each batch into its firewall as soon as the port's place is known there, looks at what the
     firewall kept, and keeps it from running out of time (`_import`, `_find_scope`, `_verify`, `_renew`).
  4. The source sends what changes, again and again (`_export_changes`, `_resync`).
- 5. The guest is paused: the source sends its last changes. The destination puts them in, looks, and says COMPLETE.
+ 5. The guest is paused: the source sends its last changes (`_export_changes`). The destination puts them in, looks
+    (`_import`, `_verify`), and says COMPLETE.
  6. The guest runs at the destination, which says ARRIVED.
  7. The source removes by name what it exported, looks whether all is gone, and removes by name what packets of peers
     made of the guest's after the pause (`_purge`).
 
 When the guest stays, the destination removes by name what it put in (`_discard`), and the source keeps everything.
+When a guest left and no destination ever asked, the source notes what it left (`_keep`) and purges that after a while.
 
 When to do which is decided in `migration.source` and `migration.destination`; `session` writes each decision into the
 journal, waits for the disk where the decision says so, and calls what stands here: how it is done, in the order above.
@@ -139,10 +141,7 @@ class SourceSession(Session):
     def _keep(self, action: Keep) -> Done:
         """Nobody asked for the guest's flows. What it leaves is noted, to be removed by name like all else."""
         self._start_export(StartExport())
-        told: list[Batch] = []
-        for port, batch in merged(self._pieces):
-            self._tell(port, batch, told)
-        for some in split(told, self.host.settings.batch_flows) if told else ():
+        for some in self._told(self._pieces):
             self._packed(some)
         for port in self._ports:
             port.close()
@@ -159,14 +158,20 @@ class SourceSession(Session):
 
     def _export_next(self, action: ExportNext) -> Done:
         pieces, is_all = taken(self._pieces, self.host.settings.batch_flows)
-        told: list[Batch] = []
-        for port, batch in merged(pieces):
-            self._tell(port, batch, told)
-        for some in split(told, self.host.settings.batch_flows) if told else ():
+        count = 0
+        for some in self._told(pieces):
+            count += sum(map(len, some))
             self._say(Flows(self._packed(some)))
         if is_all:
             self.note("export ended")
-        return Done("ExportNext", sum(map(len, told)), is_all=is_all)
+        return Done("ExportNext", count, is_all=is_all)
+
+    def _told(self, pieces: Iterable[Piece]) -> list[list[Batch]]:
+        """These flows as what the other host is told of, in lists that make one message each."""
+        told: list[Batch] = []
+        for port, batch in merged(pieces):
+            self._tell(port, batch, told)
+        return split(told, self.host.settings.batch_flows) if told else []
 
     def _export_changes(self, action: ExportChanges) -> Done:
         """Tells what changed since the last time; where changes were lost, by the difference of a whole export."""
@@ -414,6 +419,7 @@ class DestinationSession(Session):
 
     def _import(self, action: Import) -> Done:
         self.keep_payload(action.payload)
+        # The ports that are known take theirs at once; the rest waits for those that are not.
         if not self._known.has_scope:
             self._waiting.append(action.payload)
         if self._ports or self._known.has_scope:

@@ -227,11 +227,7 @@ class Session(abc.ABC):
             LOG.exception("%s: the session could not be ended in order", self.id)
         finally:
             if not self._is_over:
-                self._is_over = True
-                self._sender.finish()
-                self.has_answer.set()
-                self.has_caught_up.set()
-                self._ended(self)
+                self._leave()
 
     def _live(self) -> None:
         try:
@@ -249,7 +245,8 @@ class Session(abc.ABC):
                 LOG.warning("%s: %s said: %s", self.id, self.peer, error)
                 self.report.remark(f"refused: {error}")
             if isinstance(event, PeerSaid):
-                self._kept.popleft()
+                with self._inbox_lock:
+                    self._kept.popleft()
 
     def _next_event(self) -> Event | None:
         if self._finished:
@@ -358,6 +355,10 @@ class Session(abc.ABC):
                 self.host.journal.end(self.id, self._state(), outcome.value, self.report.as_dict())
             except JournalError as error:
                 self._lose_journal(error)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Nobody waits for the session any more, and nobody finds it."""
         self._is_over = True
         self._sender.finish()
         self.has_answer.set()

@@ -69,16 +69,28 @@ def comes(hosts: Hosts, guest: str, host: str = "host-b") -> None:
     hosts.say(host, Phase.STARTED, guest)
 
 
+def is_copying(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> str:
+    """A guest that is on its way from host-a to host-b."""
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    comes(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    return guest
+
+
+def asks(hosts: Hosts, asking: str, guest: str) -> None:
+    """A host's agent asks host-a for the guest's flows, though nobody told it to."""
+    question = messages.encode(Open(guest, asking, (1,), (), ("zlib",), None))
+    hosts.agents["host-a"].deliver(asking, str(uuid.uuid4()), 0, question)
+
+
 def outcome(hosts: Hosts, host: str, guest: str) -> tuple[str, str]:
     report = hosts.reports(host, guest)[0]
     return report["outcome"], report["reason"]
 
 
 def test_the_host_that_is_about_to_lose_the_guest_is_found(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
-    guest = guest_with_flows(hosts)
-    hypervisors["host-a"].leaving.add(guest)
-    comes(hosts, guest)
-    wait_for_step(hosts, "host-b", guest, "in sync")
+    guest = is_copying(hosts, hypervisors)
     assert guest not in hypervisors["host-b"].asked, "of a guest that comes a hypervisor must not be asked"
     finish(hosts, guest)
     until_idle(hosts)
@@ -106,10 +118,7 @@ def test_guest_that_merely_starts_makes_no_session_and_waits_for_nothing(hosts: 
 
 
 def test_event_that_comes_late_begins_nothing_anew(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
-    guest = guest_with_flows(hosts)
-    hypervisors["host-a"].leaving.add(guest)
-    comes(hosts, guest)
-    wait_for_step(hosts, "host-b", guest, "in sync")
+    guest = is_copying(hosts, hypervisors)
     hosts.say("host-a", Phase.SUSPENDED, guest)
     wait_for_step(hosts, "host-b", guest, "complete")
     hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, role="destination", is_incoming=True))
@@ -192,15 +201,11 @@ def test_guest_that_starts_anew_where_it_left_keeps_its_new_flows(tmp_path: Path
 def test_job_that_was_aborted_without_a_word_serves_nobody_later(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
-    guest = guest_with_flows(hosts)
-    hypervisors["host-a"].leaving.add(guest)
-    comes(hosts, guest)
-    wait_for_step(hosts, "host-b", guest, "in sync")
+    guest = is_copying(hosts, hypervisors)
     hypervisors["host-a"].leaving.clear()
     hosts.say("host-b", Phase.STOPPED, guest)
     until_idle(hosts)
-    question = messages.encode(Open(guest, "host-c", (1,), (), ("zlib",), None))
-    hosts.agents["host-a"].deliver("host-c", str(uuid.uuid4()), 0, question)
+    asks(hosts, "host-c", guest)
     (session,) = hosts.agents["host-a"].sessions()
     assert session._state() == "waiting"
 
@@ -208,15 +213,11 @@ def test_job_that_was_aborted_without_a_word_serves_nobody_later(
 def test_destination_that_asks_after_the_guest_has_left_is_refused_and_the_purge_goes_on(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
-    guest = guest_with_flows(hosts)
-    hypervisors["host-a"].leaving.add(guest)
-    comes(hosts, guest)
-    wait_for_step(hosts, "host-b", guest, "in sync")
+    guest = is_copying(hosts, hypervisors)
     hosts.say("host-a", Phase.SUSPENDED, guest)
     hosts.say("host-a", Phase.STOPPED, guest)
-    question = messages.encode(Open(guest, "host-b", (1,), (), ("zlib",), None))
     with pytest.raises(NotAuthorised, match="has left"):
-        hosts.agents["host-a"].deliver("host-b", str(uuid.uuid4()), 0, question)
+        asks(hosts, "host-b", guest)
     assert hosts.agents["host-a"].wait_until_idle(10)
     assert held(hosts, "host-a") == set()
 
@@ -234,10 +235,7 @@ def test_a_guest_that_was_paused_for_a_move_that_failed_keeps_its_flows(hosts: H
 def test_a_job_that_is_gone_while_the_guest_runs_on_lets_the_destination_let_go(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
-    guest = guest_with_flows(hosts)
-    hypervisors["host-a"].leaving.add(guest)
-    comes(hosts, guest)
-    wait_for_step(hosts, "host-b", guest, "in sync")
+    guest = is_copying(hosts, hypervisors)
     hypervisors["host-a"].leaving.clear()
     hosts.agents["host-a"].note(MigrationEvent(guest, Phase.ROLLBACK, role="source"))
     until_idle(hosts)
