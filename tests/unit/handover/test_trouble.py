@@ -349,12 +349,18 @@ def test_resumed_alone_is_enough_to_look_for_the_scope(tmp_path: Path) -> None:
         assert len(held(hosts, "host-b")) == 100
 
 
+def guest_of_two_ports(hosts: Hosts) -> str:
+    """On host-a, with 100 flows of the first port and 50 of the second."""
+    guest = guest_with_flows(hosts)
+    hosts.plug("host-a", guest, 4098, SECOND_ADDRESS)
+    second = hosts.agents["host-a"].host.scopes.find(guest)[1]
+    hosts.drivers["host-a"].insert(second, tcp_flows(50, SECOND_ADDRESS))
+    return guest
+
+
 def test_flows_of_a_port_that_appears_later_than_the_first_are_put_in(tmp_path: Path) -> None:
     with hosts_in(tmp_path) as hosts:
-        guest = guest_with_flows(hosts)
-        hosts.plug("host-a", guest, 4098, SECOND_ADDRESS)
-        two = hosts.agents["host-a"].host.scopes.find(guest)[1]
-        hosts.drivers["host-a"].insert(two, tcp_flows(50, SECOND_ADDRESS))
+        guest = guest_of_two_ports(hosts)
         announced(hosts, guest)
         until(lambda: len(held(hosts, "host-b")) == 100)  # the first port's do not wait for the second
         hosts.plug("host-b", guest, 5202, SECOND_ADDRESS)
@@ -367,10 +373,7 @@ def test_flows_of_a_port_that_appears_later_than_the_first_are_put_in(tmp_path: 
 
 def test_a_port_that_never_appears_costs_its_own_flows_and_names_them(tmp_path: Path) -> None:
     with hosts_in(tmp_path, limited(zone_seconds=0.3)) as hosts:
-        guest = guest_with_flows(hosts)
-        hosts.plug("host-a", guest, 4098, SECOND_ADDRESS)
-        two = hosts.agents["host-a"].host.scopes.find(guest)[1]
-        hosts.drivers["host-a"].insert(two, tcp_flows(50, SECOND_ADDRESS))
+        guest = guest_of_two_ports(hosts)
         announced(hosts, guest)
         wait_for_step(hosts, "host-b", guest, "scope known")
         finish(hosts, guest)
