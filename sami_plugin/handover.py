@@ -10,8 +10,8 @@
  5. The guest is paused: the source sends its last changes (`_export_changes`). The destination puts them in, looks
     (`_import`, `_verify`), and says COMPLETE.
  6. The guest runs at the destination, which says ARRIVED.
- 7. The source removes by name what it exported, looks whether all is gone, and removes by name what packets of peers
-    made of the guest's after the pause (`_purge`).
+ 7. The source removes by name what it exported and looks whether all is gone (`_purge`); a moment later it removes by
+    name what packets of peers have made of the guest's since the pause (`_purge_late`).
 
 When the guest stays, the destination removes by name what it put in (`_discard`), and the source keeps everything.
 When a guest left and no destination ever asked, the source notes what it left (`_keep`) and purges that after a while.
@@ -51,6 +51,7 @@ from sami_plugin.migration.decision import (
     Look,
     PeerSaid,
     Purge,
+    PurgeLate,
     Renew,
     Resync,
     StartExport,
@@ -125,6 +126,7 @@ class SourceSession(Session):
             ExportChanges: self._export_changes,
             Resync: self._resync,
             Purge: self._purge,
+            PurgeLate: self._purge_late,
         }
 
     def _start_export(self, action: StartExport) -> Done:
@@ -276,16 +278,36 @@ class SourceSession(Session):
             for port in self._ports:
                 with self.host.lock:
                     stay = self._neighbours(port.scope)
-                    for batch in port.exported.batches():
-                        victims = self._ours_alone(port, batch, stay)
-                        self._kept_for_others += len(batch) - len(victims)
-                        removed = self.host.driver.remove(port.scope, victims.identities)
+                    victims = [self._ours_alone(port, batch, stay) for batch in port.exported.batches()]
+                    self._kept_for_others += len(port.exported) - sum(map(len, victims))
+                    for batch in victims:
+                        removed = self.host.driver.remove(port.scope, batch.identities)
                         self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
                     self.note("purged")
-                    self._left += self._prove(port, stay)
+                    self._left += sum(self._is_left(port.scope, batch) for batch in victims)
                     self.host.leaving.release(self.id, port.scope)
         self.note("proved")
         return Done("Purge", self._removed, refused=self._left)
+
+    def _is_left(self, scope: Scope, batch: Batch) -> int:
+        """How many are there still. What has the same name and another id was made since: that is `_purge_late`'s."""
+        found, is_there = self.host.driver.read_back(scope, batch)
+        return int(np.count_nonzero(is_there & (found.rows["flowId"] == batch.rows["flowId"])))
+
+    def _purge_late(self, action: PurgeLate) -> Done:
+        """Removes by name what packets of peers made here after the pause, until they knew where the guest is now.
+
+        Later than the purge, for they may still be coming then, and since a look at a whole firewall has no hurry.
+        """
+        with self.host.purging(self.guest) as is_allowed:
+            for port in self._ports if is_allowed else ():
+                with self.host.lock:
+                    for batch in self._remaining(port, self._neighbours(port.scope)):
+                        self._late += len(batch)
+                        self.report.name("removed at the source, made there after the pause", len(batch), names(batch))
+                        self.host.driver.remove(port.scope, batch.identities)
+        self.note("watched")
+        return Done("PurgeLate", self._late)
 
     def _neighbours(self, scope: Scope) -> Addresses:
         """Whose flows stay. A zone that was the port's own when the guest began to leave may be shared by now."""
@@ -300,15 +322,6 @@ class SourceSession(Session):
     def _ours_alone(self, port: Leaving, batch: Batch, stay: Addresses) -> Batch:
         batch = self.host.leaving.unclaimed_by_others(self.id, port.scope, batch)
         return batch.take(~has_end_in(batch, stay)) if stay else batch
-
-    def _prove(self, port: Leaving, stay: Addresses) -> int:
-        """How many flows are left. What packets of peers made after the pause goes by name too, once."""
-        left = self._remaining(port, stay)
-        for batch in left:
-            self._late += len(batch)
-            self.report.name("removed at the source, made there after the pause", len(batch), names(batch))
-            self.host.driver.remove(port.scope, batch.identities)
-        return sum(map(len, self._remaining(port, stay))) if left else 0
 
     def _remaining(self, port: Leaving, stay: Addresses) -> list[Batch]:
         pieces = (piece for piece in self.host.driver.export(port.scope) if not isinstance(piece, Omitted))

@@ -39,6 +39,7 @@ from sami_plugin.migration.decision import (
     PeerLost,
     PeerSaid,
     Purge,
+    PurgeLate,
     Renew,
     Resync,
     Returns,
@@ -302,7 +303,7 @@ class Session(abc.ABC):
     def _act_safely(self, action: Action) -> bool:
         """Whether the actions behind this one may follow. The one broad catch: a failure ends this session alone."""
         try:
-            if isinstance(action, Purge) and not self._journal_works:
+            if isinstance(action, Purge | PurgeLate) and not self._journal_works:
                 raise JournalError(
                     "the journal does not work, so nothing is purged; mend it and remove the flows by hand"
                 )

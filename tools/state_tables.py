@@ -70,7 +70,7 @@ MESSAGES = (
     GivesUp("reason"),
 )
 ACTIONS = (
-    *("StartExport", "ExportNext", "ExportChanges", "Resync", "Purge"),
+    *("StartExport", "ExportNext", "ExportChanges", "Resync", "Purge", "PurgeLate"),
     *("FindScope", "Import", "Verify", "Renew", "Discard"),
 )
 EVENTS: tuple[Event, ...] = (

@@ -139,6 +139,14 @@ MIGRATION_OPTIONS = [
         "arrived. Raise it where the agents' broker may be away for longer.",
     ),
     cfg.FloatOpt(
+        "watch_seconds",
+        default=_LIMITS.watch_seconds,
+        min=0.0,
+        help="Seconds after which the source, having purged a guest's flows, looks for entries that packets of peers "
+        "have made there since the guest was paused, and removes them by name. Raise it where the network takes longer "
+        "to learn where a guest is.",
+    ),
+    cfg.FloatOpt(
         "session_seconds",
         default=_LIMITS.session_seconds,
         min=10.0,
@@ -209,6 +217,7 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         open_seconds=values.open_seconds,
         zone_seconds=values.zone_seconds,
         arrival_seconds=values.arrival_limit,
+        watch_seconds=values.watch_seconds,
         session_seconds=values.session_seconds,
     )
     return Settings(

@@ -141,6 +141,11 @@ class Purge:
 
 
 @dataclass(frozen=True, slots=True)
+class PurgeLate:
+    """Remove at the source, by name, what packets of peers have made of the guest's since it was paused."""
+
+
+@dataclass(frozen=True, slots=True)
 class Import:
     """Put these flows in and take these out, in order, as soon as the scope is known."""
 
@@ -198,6 +203,7 @@ Action = (
     | ExportChanges
     | Resync
     | Purge
+    | PurgeLate
     | Import
     | FindScope
     | Verify

@@ -5,6 +5,7 @@ COPYING     the guest runs here; what there is is being sent
 FOLLOWING   the guest runs here; only what changes is being sent
 DRAINED     the guest is paused and the last change is sent; nothing may be purged yet
 PURGING     the destination has it all and the guest runs there, or the guest has left and nobody spoke
+WATCHING    all is purged; packets of peers that were on their way here may have made new entries since
 ABANDONED   nothing is carried, or not any more; still to be seen is whether the guest leaves
 ENDED
 
@@ -32,6 +33,7 @@ from sami_plugin.migration.decision import (
     PeerLost,
     PeerSaid,
     Purge,
+    PurgeLate,
     Resync,
     Say,
     StartExport,
@@ -64,6 +66,7 @@ class State(enum.Enum):
     FOLLOWING = "following"
     DRAINED = "drained"
     PURGING = "purging"
+    WATCHING = "watching"
     ABANDONED = "abandoned"
     ENDED = "ended"
 
@@ -85,6 +88,10 @@ class Source:
     is_gone: bool = False
     purge_at: float = math.inf
     """When the guest has been gone for so long that its flows go, whoever speaks or does not."""
+    comes_back: bool = False
+    """The guest is on its way here again."""
+    outcome: Outcome = Outcome.MOVED
+    """How the purge went."""
     exported: int = 0
     resync_at: float = 0.0
     reason: str = ""
@@ -278,7 +285,25 @@ def _purged(session: Source, event: Event, now: float) -> Decision:
     else:
         outcome = Outcome.MOVED
     said = Say(Purged(event.count, event.refused), is_durable=True)
-    return replace(session, state=State.ENDED), [said, End(outcome, session.reason)]
+    if session.comes_back:  # what comes with it must not be taken for late
+        return replace(session, state=State.ENDED), [said, End(outcome, session.reason)]
+    session = replace(session, state=State.WATCHING, outcome=outcome)
+    return session, [said, WakeAt(now + session.limits.watch_seconds)]
+
+
+def _look_for_late(session: Source, event: Event, now: float) -> Decision:
+    return session, [PurgeLate()]
+
+
+def _watched(session: Source, event: Event, now: float) -> Decision:
+    return replace(session, state=State.ENDED), [End(session.outcome, session.reason)]
+
+
+def _watched_in_vain(session: Source, event: Event, now: float) -> Decision:
+    """All that was exported is gone: how the migration went does not change by it."""
+    assert isinstance(event, ActionFailed)
+    reason = f"what late packets have made here was not looked for: {event.reason}"
+    return replace(session, state=State.ENDED), [End(session.outcome, reason)]
 
 
 def _purge_failed(session: Source, event: Event, now: float) -> Decision:
@@ -312,7 +337,7 @@ def _comes_here(session: Source, event: Event, now: float) -> Decision:
     """A guest can only come here because it has left: nothing has to be waited for."""
     if not session.is_gone:
         return session, []
-    return replace(session, state=State.PURGING, has_arrived=True), [Purge()]
+    return replace(session, state=State.PURGING, has_arrived=True, comes_back=True), [Purge()]
 
 
 def _ignore(session: Source, event: Event, now: float) -> Decision:
@@ -374,6 +399,17 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
     State.PURGING: {
         "Purge": _purged,
         "ActionFailed": _purge_failed,
+        Complete: _ignore,
+        Arrived: _ignore,
+        GivesUp: _ignore,
+    },
+    State.WATCHING: {
+        TimePassed: _look_for_late,
+        "PurgeLate": _watched,
+        "ActionFailed": _watched_in_vain,
+        "Returns": _watched,
+        "Superseded": _watched,
+        "PeerLost": _ignore,
         Complete: _ignore,
         Arrived: _ignore,
         GivesUp: _ignore,

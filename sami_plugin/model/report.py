@@ -80,6 +80,7 @@ SPANS: dict[str, tuple[tuple[str, str], ...]] = {
         ("complete", "arrived"),
         ("arrived", "purged"),
         ("purged", "proved"),
+        ("proved", "watched"),
     ),
     "destination": (
         ("asked", "offered"),

@@ -15,6 +15,7 @@ class Limits:
     open_seconds: float = 30.0
     zone_seconds: float = 30.0
     arrival_seconds: float = 60.0
+    watch_seconds: float = 1.0
     session_seconds: float = 3600.0
 
 

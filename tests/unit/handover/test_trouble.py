@@ -316,6 +316,22 @@ def test_the_source_purges_though_its_port_is_still_there_when_the_guest_arrives
         assert report(hosts, "host-a", guest)["outcome"] == "moved"
 
 
+def test_what_late_packets_made_at_the_source_after_the_purge_is_removed_and_named(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, limited(watch_seconds=1.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        here = hosts.scope("host-a", guest)
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until(lambda: hosts.has_step("host-a", guest, "proved"))
+        hosts.drivers["host-a"].insert(here, tcp_flows(3, first_port=7000))
+        assert len(held(hosts, "host-a")) == 3
+        until_idle(hosts)
+        assert held(hosts, "host-a") == set()
+        told = report(hosts, "host-a", guest)
+        assert (told["outcome"], told["flows"]["late"], told["flows"]["left_behind"]) == ("moved", 3, 0)
+        assert set(told["named"]) == {"removed at the source, made there after the pause"}
+
+
 def test_a_guest_that_comes_back_before_anybody_said_that_it_arrived_has_its_flows(tmp_path: Path) -> None:
     with hosts_in(tmp_path, limited(arrival_seconds=60.0)) as hosts:
         guest = guest_with_flows(hosts)

@@ -15,7 +15,7 @@ from tools.state_tables import MESSAGES
 
 LIMITS = Limits(
     delta_seconds=1, resync_seconds=4, hold_seconds=9, open_seconds=10, zone_seconds=2, arrival_seconds=20,
-    session_seconds=100,
+    watch_seconds=1, session_seconds=100,
 )  # fmt: skip
 
 events = st.one_of(

@@ -21,6 +21,7 @@ from sami_plugin.migration.decision import (
     PeerLost,
     PeerSaid,
     Purge,
+    PurgeLate,
     Returns,
     Say,
     StartExport,
@@ -72,6 +73,7 @@ IN_STATE: dict[State, tuple[Event, ...]] = {
     State.WAITING: (OPENED,),
     State.FOLLOWING: (OPENED, OUTGOING),
     State.DRAINED: (OPENED, OUTGOING, SUSPENDED),
+    State.WATCHING: (OPENED, OUTGOING, SUSPENDED, COMPLETE, ARRIVED),
     State.ABANDONED: (OPENED, OUTGOING, PeerLost("lost")),
     State.ENDED: (OPENED, OUTGOING, SUSPENDED, RESUMED),
 }
@@ -81,6 +83,7 @@ HEARD: dict[State, set[type[Message]]] = {
     State.FOLLOWING: {GivesUp, Stays},
     State.DRAINED: {Complete, Arrived, GivesUp, Stays},
     State.PURGING: {Complete, Arrived, GivesUp},
+    State.WATCHING: {Complete, Arrived, GivesUp},
     State.ABANDONED: {Complete, Arrived, GivesUp, Stays},
     State.ENDED: {Complete, Arrived, GivesUp, Stays},
 }
@@ -126,7 +129,26 @@ def test_nothing_is_purged_before_both_complete_and_arrived(said: list[Event]) -
     made.wait_until(99)
     assert "Purge" not in made.kinds()
     made.tell(said[1])
-    assert made.kinds()[-3:] == ["Purge", "Purged", "end: moved"]
+    assert made.kinds()[-2:] == ["Purge", "Purged"]
+
+
+def test_what_late_packets_made_is_looked_for_once_a_moment_after_the_purge() -> None:
+    made = shell(*IN_STATE[State.WATCHING])
+    made.wait_until(LIMITS.watch_seconds - 0.1)
+    assert made.kinds()[-2:] == ["Purge", "Purged"]
+    made.wait_until(LIMITS.watch_seconds)
+    assert made.kinds()[-3:] == ["Purged", "PurgeLate", "end: moved"]
+
+
+def test_guest_on_its_way_back_ends_the_watch_and_nothing_is_removed() -> None:
+    assert shell(*IN_STATE[State.WATCHING], Returns()).kinds()[-2:] == ["Purged", "end: moved"]
+
+
+def test_a_late_look_that_fails_does_not_change_how_the_migration_went() -> None:
+    made = shell(*IN_STATE[State.WATCHING])
+    made.choices = iter(["fails"])
+    made.wait_until(LIMITS.watch_seconds)
+    assert made.done[-1][1] == End(Outcome.MOVED, "what late packets have made here was not looked for: pretended")
 
 
 @pytest.mark.parametrize("state", [State.WAITING, State.COPYING, State.FOLLOWING, State.DRAINED, State.ABANDONED])
@@ -160,7 +182,9 @@ def test_guest_that_left_without_arrival_is_purged_after_arrival_seconds(state: 
     made.wait_until(24.9)
     assert "Purge" not in made.kinds()
     made.wait_until(25)
-    assert made.kinds()[-3:] == ["Purge", "Purged", "end: purged without arrival"]
+    assert made.kinds()[-2:] == ["Purge", "Purged"]
+    made.wait_until(25 + LIMITS.watch_seconds)
+    assert made.kinds()[-1] == "end: purged without arrival"
 
 
 @pytest.mark.parametrize("trouble", [PeerLost("lost"), PeerSaid(GivesUp("no"))])
@@ -268,13 +292,18 @@ def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> 
             if isinstance(action, Purge):
                 purge_is_right(made, time)
     assert made.is_over or made.wake_at is not None, "nothing will ever end this session"
-    made.wait_until(LIMITS.session_seconds + LIMITS.arrival_seconds)
+    made.wait_until(LIMITS.session_seconds + LIMITS.arrival_seconds + LIMITS.watch_seconds)
     assert made.is_over
     for time, action in made.done:
         if isinstance(action, Purge):
             purge_is_right(made, time)
     assert sum(isinstance(action, End) for _, action in made.done) == 1
     assert sum(isinstance(action, Purge) for _, action in made.done) <= 1
+    late = [time for time, action in made.done if isinstance(action, PurgeLate)]
+    assert not late or any(isinstance(action, Purge) for _, action in made.done)
+    if late:
+        came_back = [at for at, event in made.told if isinstance(event, Returns) and at >= purged_at(made)]
+        assert not any(at < late[0] for at in came_back), "what the guest brought with it was taken for late"
     for event in (
         OUTGOING,
         SUSPENDED,
@@ -287,6 +316,10 @@ def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> 
         TimePassed(),
     ):
         assert source.step(made.session, event, 1000.0) == (made.session, [])
+
+
+def purged_at(made: Shell) -> float:
+    return next(time for time, action in made.done if isinstance(action, Purge))
 
 
 def purge_is_right(made: Shell, time: float) -> None:
