@@ -62,7 +62,7 @@ class Pair:
 
     def begin(self, source: int) -> None:
         here, there = self.agents[source], self.agents[1 - source]
-        here.tell(Phase.OUTGOING, self.guest)
+        here.tell(Phase.OUTGOING, self.guest, destination=there.name)
         there.tell(Phase.PREPARE, self.guest, here.name)
         self.plug(1 - source, True)
         there.tell(Phase.STARTED, self.guest)

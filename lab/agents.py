@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from sami_plugin.errors import JournalError, OperatorError
 from sami_plugin.hooks import local_socket
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.testing.certificates import Certificates
 
 START_SECONDS = 30.0
 
@@ -41,6 +43,8 @@ class AgentProcess:
     ) -> None:
         """`options` are those of its configuration by group, besides the places of its files, which are below `folder`.
 
+        All agents of one folder have their certificates from one authority.
+
         `start` starts a process, as Popen does, where the agent is to run.
         """
         self.name = name
@@ -51,7 +55,8 @@ class AgentProcess:
         self.log = self._folder / "log"
         self._config = self._folder / "sami-agent.conf"
         places = {"host": name, "journal": self.journal, "socket": self.socket}
-        groups = {**options, "agent": {**places, **options.get("agent", {})}}
+        certificates = dataclasses.asdict(Certificates(folder / "certificates").files(name))
+        groups = {**options, "agent": {**places, **options.get("agent", {})}, "tls": certificates}
         self._config.write_text(
             "".join(
                 f"[{group}]\n" + "".join(f"{option} = {value}\n" for option, value in values.items())
@@ -90,9 +95,9 @@ class AgentProcess:
             process.send_signal(with_signal)
             process.wait(30)
 
-    def tell(self, phase: Phase, guest: str, source: str | None = None) -> None:
+    def tell(self, phase: Phase, guest: str, source: str | None = None, destination: str | None = None) -> None:
         """What this host's hypervisor says of a guest."""
-        local_socket.send(self.socket, MigrationEvent(guest, phase, source))
+        local_socket.send(self.socket, MigrationEvent(guest, phase, source, destination))
 
     def sessions(self, guest: str) -> list[dict[str, Any]]:
         """The journal's rows of the guest's sessions here, newest first."""

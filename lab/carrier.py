@@ -45,12 +45,14 @@ class Carrier:
         """What the lab says of a guest, as the host's hypervisor would."""
         assert self.hosts is not None
         source: str | None = None
+        destination: str | None = None
         if phase == Phase.OUTGOING.value:
-            self._last_move[guest.uuid] = (host.name, "")
+            assert guest.moves_to is not None
+            destination = guest.moves_to.name
+            self._last_move[guest.uuid] = (host.name, destination)
         elif phase == Phase.PREPARE.value:
             source = self._last_move[guest.uuid][0]
-            self._last_move[guest.uuid] = (source, host.name)
-        self.hosts.agents[host.name].tell(MigrationEvent(guest.uuid, Phase(phase), source))
+        self.hosts.agents[host.name].tell(MigrationEvent(guest.uuid, Phase(phase), source, destination))
 
     def result(self, guest: Guest) -> dict[str, dict[str, Any]]:
         assert self.hosts is not None

@@ -33,6 +33,8 @@ class Guest(Ruled):
         self.namespace = Namespace(f"{prefix}guest-{name}")
         self.netns_path = self.namespace.path
         self.host: Host | None = None
+        self.moves_to: Host | None = None
+        """Where its last migration went, or was to go."""
         self.migrating = threading.Lock()
         self._program = program
         self._is_routed = is_routed

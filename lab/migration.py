@@ -134,6 +134,7 @@ class Migration:
                 raise IllegalMove(
                     f"{self.guest.name} is on {here}: no way {self.source.name} to {self.destination.name}"
                 )
+            self.guest.moves_to = self.destination
             try:
                 self._go()
             except _End as end:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from oslo_config import cfg
@@ -16,24 +18,28 @@ from stevedore import driver as stevedore_driver
 from stevedore.exception import NoMatches
 
 from sami_plugin import conf as options
+from sami_plugin.channel.identity import Credentials
 from sami_plugin.codec import messages
 from sami_plugin.drivers import loader
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import (
+    Busy,
     ConfigurationError,
     IllegalMessage,
     NotAuthorised,
     NotAvailable,
     OperatorError,
     RepresentationError,
+    SamiError,
 )
 from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks import domain_xml
 from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket
 from sami_plugin.journal.journal import Journal
-from sami_plugin.model.guest_port import GuestPort
-from sami_plugin.model.migration import MigrationEvent, Open, Outcome, Phase
+from sami_plugin.line import Line
+from sami_plugin.model.migration import GivesUp, Message, MigrationEvent, Open, Origin, Outcome, Phase
+from sami_plugin.model.packet import Packet
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.scopes.base import ScopeFinder
@@ -44,6 +50,12 @@ LOG = logging.getLogger(__name__)
 
 ENDED_REMEMBERED = 1024
 """Sessions of which a late or repeated message is still taken, and dropped, after their end."""
+
+
+MOST_GREETINGS = 64
+"""Hosts that call at a time and have not yet shown who they are."""
+GREETING_SECONDS = 10.0
+"""The time that each of them has for it."""
 
 
 SessionT = TypeVar("SessionT", bound=Session)
@@ -60,14 +72,30 @@ class _Outgoing:
     """Its ports, where no session knows them."""
 
 
+@dataclass(slots=True)
+class _Greeting:
+    """A host that calls; it is not known yet who it is, or what it wants."""
+
+    sender: str
+    """Who it says it is."""
+    id: str
+    line: Line
+    until: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    session: Session | None = None
+
+
 class Hypervisor(Protocol):
-    """What an agent asks of its host's hypervisor. Both may be called from any thread and block for a moment only."""
+    """What an agent asks of its host's hypervisor. May be called from any thread, and blocks for a moment only."""
 
     def is_leaving(self, guest: str) -> bool:
         """Whether the guest is in a job that moves it away."""
 
-    def ports(self, guest: str) -> tuple[GuestPort, ...]:
-        """The guest's ports, none where it is not there."""
+    def description(self, guest: str) -> str | None:
+        """The guest's XML; None where it is not there."""
+
+    def mark(self, guest: str) -> None:
+        """Gives the guest a new token (`Origin`), some time."""
 
 
 class Agent:
@@ -82,15 +110,17 @@ class Agent:
         scopes: ScopeFinder,
         journal: Journal,
         settings: Settings,
+        credentials: Credentials,
         transport_url: str | None = None,
         hypervisor: Hypervisor | None = None,
     ) -> None:
         """:raises ConfigurationError: the broker is not one that this version may use."""
         transport = Transport(conf, name, self, transport_url)
-        self.host = Host(name, settings, driver, scopes, journal, transport)
+        self.host = Host(name, settings, driver, scopes, journal, transport, credentials)
         self._hypervisor = hypervisor
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
+        self._greetings: dict[str, _Greeting] = {}
         self._outgoing: dict[str, _Outgoing] = {}
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
@@ -138,23 +168,22 @@ class Agent:
 
         :raises OperatorError: something is missing in what was said.
         """
-        if event.domain is not None:
-            self._learn(event.guest, event.domain)
+        origin = self._learn(event.guest, event.domain)
         match event.phase:
             case Phase.PREPARE:
-                self._expect(event)
+                self._expect(event, origin)
             case Phase.STARTED:
                 # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
                 if not self._sessions_of(event.guest, DestinationSession):
                     if event.is_incoming:
-                        self._learn_ports(event.guest)
-                        self._expect(event)
+                        self._expect(event, origin or self._look(event.guest))
                     else:  # it starts here: what it left before has to be gone before it speaks
                         for leaving in self._sessions_of(event.guest, SourceSession):
                             leaving.expect_return()
                 self._lead(event, DestinationSession)
             case Phase.OUTGOING:
                 self._note_outgoing(event.guest, event.destination)
+                self._refuse_others(event)
                 self._lead(event, SourceSession)
             case Phase.SUSPENDED:
                 self._pauses(event)
@@ -170,23 +199,34 @@ class Agent:
             case Phase.STOPPED:
                 self._stops(event)
 
-    def _learn(self, guest: str, domain: str) -> None:
+    def _learn(self, guest: str, domain: str | None) -> Origin | None:
+        """Keeps what the description says of the guest's ports; returns what it says of where it comes from."""
+        if domain is None:
+            return None
         try:
-            self.host.scopes.learn(guest, domain_xml.ports_of(domain))
+            if ports := domain_xml.ports_of(domain):
+                self.host.scopes.learn(guest, ports)
+            return domain_xml.origin_of(domain)
         except RepresentationError as error:  # the migration is known all the same
             LOG.warning("guest %s: its ports are not known: %s", guest, error)
+            return None
 
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
         with self._lock:
             if destination is not None or guest not in self._outgoing:
                 self._outgoing[guest] = _Outgoing(destination)
-        self._learn_ports(guest)
+        self._look(guest)
 
-    def _learn_ports(self, guest: str) -> None:
-        """Asks the hypervisor, where there is one; a guest that it cannot say anything of is not forgotten."""
-        ports = () if self._hypervisor is None else self._hypervisor.ports(guest)
-        if ports:
-            self.host.scopes.learn(guest, ports)
+    def _look(self, guest: str) -> Origin | None:
+        """Asks the hypervisor, where there is one, to describe the guest; as `_learn`."""
+        return self._learn(guest, None if self._hypervisor is None else self._hypervisor.description(guest))
+
+    def _refuse_others(self, event: MigrationEvent) -> None:
+        """Sessions of hosts that asked before it was known where the guest moves to."""
+        for session in self._sessions_of(event.guest, SourceSession):
+            if event.destination is not None and session.peer and session.peer != event.destination:
+                LOG.warning("%s: %s moves to %s, not to %s", session.id, event.guest, event.destination, session.peer)
+                session.refuse(f"the guest moves to {event.destination}")
 
     def _pauses(self, event: MigrationEvent) -> None:
         """Where no session knows of the guest, its ports are noted now: when it is gone, so are they."""
@@ -214,21 +254,67 @@ class Agent:
         if not any(session.guest == event.guest for session in self.sessions()):
             self.host.scopes.learn(event.guest, ())  # it ended here, and its tap's name may be another guest's next
 
-    def deliver(self, sender: str, session_id: str, number: int, octets: bytes) -> None:
-        """A peer's message.
+    def deliver(self, sender: str, session_id: str, packet: Packet) -> None:
+        """A packet from who says to be `sender`. Of an unknown session it is a host that calls.
 
-        :raises NotAuthorised: the session is another host's.
-        :raises IllegalMessage, RepresentationError: it is not one that may come now.
+        :raises PeerError: it is not one that may come now, or more than is taken at a time.
         """
         with self._lock:
             session = self._sessions.get(session_id)
             if session is None and session_id in self._ended:
                 return
         if session is None:
-            session = self._open(sender, session_id, number, octets)
+            self._greet(sender, session_id, packet)
+            return
         if session.peer != sender:
             raise NotAuthorised(f"session {session_id} is not with {sender}")
-        session.deliver(number, octets)
+        session.deliver(packet)
+
+    def _greet(self, sender: str, session_id: str, packet: Packet) -> None:
+        """A host that calls is heard until it has shown who it is, and has said what it wants."""
+        greeting = self._greeting(sender, session_id)
+        with greeting.lock:
+            if greeting.session is not None:  # another thread had the packet before this one
+                greeting.session.deliver(packet)
+                return
+            heard = greeting.line.take(packet)
+            if not heard:
+                return
+            try:
+                greeting.session = self._open(greeting, messages.decode(heard[0]))
+            except SamiError as error:  # the caller is told, and not the broker
+                LOG.warning("%s: %s was refused: %s", session_id, sender, error)
+                greeting.line.say(messages.encode(GivesUp(str(error))))
+                self._hang_up(session_id)
+                return
+            with self._lock:
+                self._greetings.pop(session_id, None)
+            greeting.session.hear(heard)
+
+    def _greeting(self, sender: str, session_id: str) -> _Greeting:
+        if not _is_uuid(session_id):
+            raise IllegalMessage("a session is a UUID")
+        with self._lock:
+            now = time.monotonic()
+            for old in [one for one, known in self._greetings.items() if now > known.until]:
+                self._hang_up(old)
+            greeting = self._greetings.get(session_id)
+            if greeting is None:
+                if len(self._greetings) >= MOST_GREETINGS:
+                    raise Busy(f"{MOST_GREETINGS} hosts call at a time, and {sender} was not heard")
+                line = self.host.line(session_id, caller=sender)
+                greeting = self._greetings[session_id] = _Greeting(sender, session_id, line, now + GREETING_SECONDS)
+            if greeting.sender != sender:
+                raise NotAuthorised(f"session {session_id} is not with {sender}")
+            return greeting
+
+    def _hang_up(self, session_id: str) -> None:
+        """What was said to the caller still reaches it; what it says is heard no more."""
+        with self._lock:
+            greeting = self._greetings.pop(session_id, None)
+            if greeting is not None:
+                greeting.line.finish()
+                self._remember_ended(session_id)
 
     def sessions(self) -> list[Session]:
         """Those under way, oldest first."""
@@ -245,27 +331,9 @@ class Agent:
         with self._idle:
             return self._idle.wait_for(lambda: not self._sessions, timeout_seconds)
 
-    def asked(self, sender: str, session: str, guest: str) -> None:
-        """Another host awaits a guest and asks which one it leaves. Only who is about to lose it answers.
-
-        :raises PeerUnreachable: the answer cannot be sent.
-        """
-        if sender != self.host.name and _is_uuid(guest) and self._is_leaving(str(uuid.UUID(guest)), sender):
-            LOG.info("guest %s leaves this host, as %s asked", guest, sender)
-            self.host.transport.tell_found(sender, session)
-
-    def found(self, sender: str, session: str) -> None:
-        """The answer to such a question of ours."""
-        with self._lock:
-            asking = self._sessions.get(session)
-        if isinstance(asking, DestinationSession):
-            asking.find(sender)
-
     def _is_leaving(self, guest: str, destination: str) -> bool:
         """Whether this host's hypervisor has the guest in a job that moves it there, as far as it says where to."""
-        # Of a guest that comes here a hypervisor is not asked: it may answer only when its hooks have returned.
-        is_coming = any(one.is_awaited for one in self._sessions_of(guest, DestinationSession))
-        if self._hypervisor is not None and not is_coming:
+        if self._hypervisor is not None and not self._is_coming(guest):
             if not self._hypervisor.is_leaving(guest):
                 return False
             self._note_outgoing(guest)
@@ -273,43 +341,74 @@ class Agent:
             outgoing = self._outgoing.get(guest)
         return outgoing is not None and outgoing.destination in (None, destination)
 
-    def _expect(self, event: MigrationEvent) -> None:
-        if event.source is None and self._hypervisor is None:
-            raise OperatorError("source: has to be told with `prepare`, since no hypervisor is there to be asked")
+    def _is_coming(self, guest: str) -> bool:
+        """Then the hypervisor is not asked about it: it may answer only when its hooks have returned."""
+        return any(one.is_awaited for one in self._sessions_of(guest, DestinationSession))
+
+    def _expect(self, event: MigrationEvent, origin: Origin | None) -> None:
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
-        source = event.source or ""
+        source = event.source or ("" if origin is None or origin.host == self.host.name else origin.host)
+        if not source and self._hypervisor is None:
+            raise OperatorError("source: has to be told with `prepare`: the guest's description does not name it")
         with self._lock:  # the hook and Nova may say it at the same time
             session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
-            if session is None or not session.is_about(source):
+            is_new = session is None or not session.is_about(source)
+            if session is None or is_new:
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
-                self._add(DestinationSession(self.host, str(uuid.uuid4()), event.guest, source, self._forget))
+                session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, source, self._forget)
+            if origin is not None:
+                session.token = origin.token
+            if is_new:
+                self._add(session)
             elif source:
                 session.find(source)
 
-    def _open(self, sender: str, session_id: str, number: int, octets: bytes) -> Session:
-        said = messages.decode(octets)
-        if number != 0 or not isinstance(said, Open):
-            raise IllegalMessage(f"there is no session {session_id[:40]} here; it begins with message 0, Open")
-        if said.destination != sender:
-            raise NotAuthorised(f"{sender} may not speak for {said.destination}")
-        if not (_is_uuid(session_id) and _is_uuid(said.guest)):
-            raise IllegalMessage("session and guest are UUIDs")
+    def _open(self, greeting: _Greeting, said: Message) -> Session:
+        sender = greeting.sender
+        if not isinstance(said, Open):
+            raise IllegalMessage("a session begins with Open")
+        if not _is_uuid(said.guest):
+            raise IllegalMessage("a guest is a UUID")
         guest = str(uuid.UUID(said.guest))
         is_leaving = self._is_leaving(guest, sender)
+        has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
         with self._lock:
             outgoing = self._outgoing.get(guest)
-            if outgoing is not None and outgoing.destination not in (None, sender):
-                raise NotAuthorised(f"{guest} moves to {outgoing.destination}, not to {sender}")
             if any(one.has_left for one in self._sessions_of(guest, SourceSession)):
                 raise NotAuthorised(f"{guest} has left this host already")
             if self._hypervisor is not None and not is_leaving and outgoing is not None and not outgoing.is_suspended:
                 del self._outgoing[guest]  # its job ended without a word
                 outgoing = None
-            return self._add(self._leaving(session_id, guest, sender, outgoing))
+            self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)
+            return self._add(self._leaving(greeting.id, guest, sender, outgoing, greeting.line))
 
-    def _leaving(self, session: str, guest: str, peer: str, outgoing: _Outgoing | None) -> SourceSession:
+    def _has_token(self, guest: str, token: str) -> bool:
+        """Whether the caller was given the guest's description, as its destination is and no other host."""
+        description = self._hypervisor.description(guest) if self._hypervisor is not None and token else None
+        try:
+            origin = domain_xml.origin_of(description) if description is not None else None
+        except RepresentationError:
+            return False
+        return origin is not None and hmac.compare_digest(origin.token.encode(), token.encode())
+
+    def _refuse_who_is_not_the_destination(
+        self, guest: str, sender: str, outgoing: _Outgoing | None, *, has_token: bool
+    ) -> None:
+        """:raises NotAuthorised: it is not shown that the guest moves to the sender."""
+        destination = outgoing.destination if outgoing is not None else None
+        if destination == sender or (destination is None and has_token):
+            return
+        if destination is not None:
+            raise NotAuthorised(f"{guest} moves to {destination}, not to {sender}")
+        # Where there is no hypervisor to ask, its word may come after the destination's, and names the destination.
+        if self._hypervisor is not None or outgoing is not None or self._sessions_of(guest, SourceSession):
+            raise NotAuthorised(f"nothing shows that {guest} moves to {sender}")
+
+    def _leaving(
+        self, session: str, guest: str, peer: str, outgoing: _Outgoing | None, line: Line | None = None
+    ) -> SourceSession:
         return SourceSession(
             self.host,
             session,
@@ -319,13 +418,11 @@ class Agent:
             is_outgoing=outgoing is not None,
             is_suspended=outgoing is not None and outgoing.is_suspended,
             scopes=outgoing.scopes if outgoing is not None and not peer else None,
+            line=line,
         )
 
     def _add(self, session: Session) -> Session:
         with self._lock:
-            known = self._sessions.get(session.id)
-            if known is not None:  # the same Open came twice at the same time
-                return known
             for older in self._sessions_of(session.guest, type(session)):
                 older.supersede()
             self._sessions[session.id] = session
@@ -350,12 +447,17 @@ class Agent:
             is_last = all(one.guest != session.guest for one in self._sessions.values())
             if is_last and has_stayed:
                 self._outgoing.pop(session.guest, None)
+                if session.role == "source" and self._hypervisor is not None:
+                    self._hypervisor.mark(session.guest)
             if is_last and has_stayed == (session.role == "destination"):
                 self.host.scopes.learn(session.guest, ())  # it is not here any more
-            self._ended[session.id] = None
-            while len(self._ended) > ENDED_REMEMBERED:
-                self._ended.popitem(last=False)
+            self._remember_ended(session.id)
             self._idle.notify_all()
+
+    def _remember_ended(self, session: str) -> None:
+        self._ended[session] = None
+        while len(self._ended) > ENDED_REMEMBERED:
+            self._ended.popitem(last=False)
 
 
 def _is_uuid(text: str) -> bool:
@@ -384,7 +486,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
     :raises SamiError: it cannot start; the message says what to change.
     """
     settings = options.settings(conf)
-    libvirt = LibvirtHost(conf.libvirt.uri) if conf.libvirt.uri else None
+    libvirt = LibvirtHost(conf.libvirt.uri, conf.agent.host) if conf.libvirt.uri else None
     agent = Agent(
         conf,
         name=conf.agent.host,
@@ -392,6 +494,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
         scopes=load_scopes(conf.agent.scopes, conf),
         journal=Journal(conf.agent.journal),
         settings=settings,
+        credentials=Credentials(conf.agent.host, options.tls_files(conf)),
         hypervisor=libvirt,
     )
     with ExitStack() as stack:

@@ -16,6 +16,8 @@ SamiError
 ├── PeerError                 the other host's move
 │   ├── NotAuthorised             it asked for what it may not have
 │   ├── IllegalMessage            it said what may not be said in this state; nothing has changed here
+│   ├── StreamBroken              what came is not what it sent; another stream is begun
+│   ├── StreamBroken              what came is not what it sent; the next stream goes on where this one ended
 │   ├── PeerUnreachable           it does not answer, or the broker does not
 │   └── Busy                      it is faster than this host; it sends the same again
 └── JournalError              the disk's move: the journal cannot be read or written
@@ -105,6 +107,10 @@ class NotAuthorised(PeerError):
 
 class IllegalMessage(PeerError):
     """The other host said what may not be said in this state; nothing has changed here."""
+
+
+class StreamBroken(PeerError):
+    """What came is not what the other host sent, or it says so of ours; nothing of it was used."""
 
 
 class PeerUnreachable(PeerError):

@@ -1,7 +1,7 @@
 """What happens to a guest's flows when it moves, from the first word of the migration to the purge.
 
- 1. The destination's hypervisor says that a guest is about to come. `DestinationSession` asks the source for its flows,
-    and before that all hosts which one that is, where nobody said it (`_look`, `_ask`).
+ 1. The destination's hypervisor says that a guest is about to come, and from which host. `DestinationSession` asks that
+    one for the guest's flows (`_ask`).
  2. The source has the guest in an outgoing job: `SourceSession` begins to watch the guest's ports, exports them, and
     sends the flows batch by batch while the guest runs (`_start_export`, `_export_next`).
  3. The destination puts each batch into its firewall as soon as the port's place is known there, looks at what the
@@ -34,8 +34,9 @@ import numpy as np
 
 from sami_plugin.arriving import Arriving, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
-from sami_plugin.errors import PeerUnreachable, SamiError
+from sami_plugin.errors import SamiError
 from sami_plugin.leaving import Leaving, Piece, Sweep, merged, split, taken
+from sami_plugin.line import Line
 from sami_plugin.migration import destination, source
 from sami_plugin.migration.decision import (
     Action,
@@ -48,7 +49,6 @@ from sami_plugin.migration.decision import (
     FindScope,
     Import,
     Keep,
-    Look,
     PeerSaid,
     Purge,
     PurgeLate,
@@ -101,9 +101,10 @@ class SourceSession(Session):
         is_outgoing: bool,
         is_suspended: bool = False,
         scopes: tuple[Scope, ...] | None = None,
+        line: Line | None = None,
     ) -> None:
         """`scopes` are the guest's ports where it is gone already, and they with it."""
-        super().__init__(host, session, guest, peer, ended)
+        super().__init__(host, session, guest, peer, ended, line)
         limits = host.settings.limits
         self._known = source.Source(
             limits, time.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
@@ -389,11 +390,12 @@ class DestinationSession(Session):
         self._looker = ThreadPoolExecutor(1, thread_name_prefix=f"sami-look-{session[:8]}")
         self._findings = Findings()
         self._discarded = 0
+        self.token = ""
+        """See Origin."""
         host.arriving_guests[session] = guest
 
     def _actions(self) -> Actions:
         return {
-            Look: self._look,
             Ask: self._ask,
             FindScope: self._find_scope,
             Import: self._import,
@@ -406,14 +408,6 @@ class DestinationSession(Session):
         self._known, actions = destination.begin(self._known, self.peer, time.monotonic())
         self._enact("guest prepare", actions)
 
-    def _look(self, action: Look) -> Done:
-        """Asks all hosts; the answer is an event. A broker that is away is asked again."""
-        try:
-            self.host.transport.ask_all(self.id, self.guest)
-        except PeerUnreachable as error:
-            self.report.remark(str(error))
-        return Done("Look")
-
     def _ask(self, action: Ask) -> Done:
         self.peer = self.report.peer = action.source
         capabilities = self.host.driver.capabilities()
@@ -425,6 +419,7 @@ class DestinationSession(Session):
             templates=tuple(sorted(capabilities.templates)),
             compressions=compression.available(),
             free=free,
+            token=self.token,
         )
         self.note("asked")
         self._say(said)

@@ -13,16 +13,17 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from sami_plugin.channel.ordering import Inbox, Outbox
+from sami_plugin.channel.identity import Credentials
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import Busy, IllegalMessage, JournalError, RepresentationError, SamiError
 from sami_plugin.journal.journal import Journal
+from sami_plugin.line import Line
 from sami_plugin.migration.claims import Claims
 from sami_plugin.migration.decision import (
     Action,
@@ -50,11 +51,12 @@ from sami_plugin.migration.decision import (
     WakeAt,
 )
 from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome
+from sami_plugin.model.packet import Packet
 from sami_plugin.model.report import Report
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.scopes.base import ScopeFinder
-from sami_plugin.transport.rpc import Sender, Transport
+from sami_plugin.transport.rpc import Transport
 
 LOG = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Host:
     scopes: ScopeFinder
     journal: Journal
     transport: Transport
+    credentials: Credentials
     leaving: Claims = field(default_factory=Claims)
     arriving: Claims = field(default_factory=Claims)
     arriving_guests: dict[str, str] = field(default_factory=dict)
@@ -86,6 +89,10 @@ class Host:
     _turns: threading.Lock = field(default_factory=threading.Lock)
     _purging: set[str] = field(default_factory=set)
     _received: set[str] = field(default_factory=set)
+
+    def line(self, session: str, *, caller: str = "") -> Line:
+        """A new one for this session; see Line."""
+        return Line(self.transport, self.credentials, self.settings, session, caller=caller)
 
     def deciding(self, scope: Scope) -> AbstractContextManager[object]:
         """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""
@@ -126,7 +133,16 @@ class Session(abc.ABC):
 
     role: ClassVar[str]
 
-    def __init__(self, host: Host, session: str, guest: str, peer: str, ended: Callable[[Session], None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        session: str,
+        guest: str,
+        peer: str,
+        ended: Callable[[Session], None],
+        line: Line | None = None,
+    ) -> None:
+        """`line` is the one on which the peer has called; without it this end is to call."""
         self.host = host
         self.id = session
         self.guest = guest
@@ -136,11 +152,11 @@ class Session(abc.ABC):
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._finished: deque[Done | ActionFailed] = deque()
         self._wake_at: float | None = None
-        self._inbox = Inbox()
-        self._inbox_lock = threading.Lock()
+        self._line = line or host.line(session)
+        self._line.lost = lambda reason: self._events.put(PeerLost(reason))
+        self._hearing = threading.Lock()
         self._kept: deque[int] = deque()
         """The sizes of the peer's messages that are in the queue."""
-        self._outbox = Outbox()
         self._decisions = 0
         self._payloads = 0
         self._is_over = False
@@ -149,15 +165,6 @@ class Session(abc.ABC):
         """Set when the peer has answered, or will not."""
         self.has_caught_up = threading.Event()
         """Set when all that the peer had at first is in the device here, or will not be, and at the session's end."""
-        self._sender = Sender(
-            host.transport,
-            lambda: self.peer,
-            session,
-            window=host.settings.window,
-            call_seconds=host.settings.call_seconds,
-            lifetime_seconds=host.settings.message_seconds,
-            refused=lambda reason: self._events.put(PeerLost(reason)),
-        )
         self._thread = threading.Thread(target=self._run, name=f"sami-{self.role}-{session[:8]}", daemon=True)
 
     # From any thread.
@@ -171,33 +178,45 @@ class Session(abc.ABC):
         self._note_phase(event)
         self._events.put(GuestDid(event))
 
-    def deliver(self, number: int, octets: bytes) -> None:
-        """A message of the peer, in any order.
+    def deliver(self, packet: Packet) -> None:
+        """A packet of the peer, in any order.
 
         :raises Busy: this session has not yet handled what came before; nothing was taken.
-        :raises IllegalMessage: its number was used for other bytes, or is out of the window.
-        :raises RepresentationError: it is no message; the session is over for the peer.
+        :raises RepresentationError: it held no message; the session is over for the peer.
+        :raises PeerError: as `Line.take`.
         """
-        with self._inbox_lock:
-            is_next = number == self._inbox.next_number
-            if sum(self._kept) + (0 if is_next else self._inbox.waiting_octets) > MOST_KEPT_OCTETS:
+        with self._hearing:
+            if sum(self._kept) > MOST_KEPT_OCTETS:
                 raise Busy(f"session {self.id} has more to do than it can keep")
-            for ready in self._inbox.accept(number, octets):
-                try:
-                    said = PeerSaid(messages.decode(ready))
-                except RepresentationError as error:
-                    self._events.put(PeerLost(f"{self.peer} said what is no message: {error}"))
-                    raise
-                self._kept.append(len(ready))
-                self._events.put(said)
+            for message in self._line.take(packet):
+                self._hear(message)
+
+    def hear(self, said: Iterable[bytes]) -> None:
+        """Messages that came before the session was there."""
+        with self._hearing:
+            for message in said:
+                self._hear(message)
+
+    def _hear(self, octets: bytes) -> None:
+        try:
+            said = PeerSaid(messages.decode(octets))
+        except RepresentationError as error:
+            self._events.put(PeerLost(f"{self.peer} said what is no message: {error}"))
+            raise
+        self._kept.append(len(octets))
+        self._events.put(said)
 
     def supersede(self) -> None:
         """Another migration of the guest has begun here."""
         self._events.put(Superseded())
 
     def find(self, source: str) -> None:
-        """This host's agent says that the guest is about to leave it."""
+        """It is known now which host the guest leaves."""
         self._events.put(Found(source))
+
+    def refuse(self, reason: str) -> None:
+        """The peer has no business here."""
+        self._events.put(PeerLost(reason))
 
     def expect_return(self) -> None:
         """The guest is about to come to this host."""
@@ -207,7 +226,7 @@ class Session(abc.ABC):
         """Ends the thread; what the session was about is left as it is. Waits for the action under way."""
         self._events.put(None)
         self._thread.join()
-        self._sender.finish()
+        self._line.finish()
         self._let_go()
 
     # In the session's own thread.
@@ -246,7 +265,7 @@ class Session(abc.ABC):
                 LOG.warning("%s: %s said: %s", self.id, self.peer, error)
                 self.report.remark(f"refused: {error}")
             if isinstance(event, PeerSaid):
-                with self._inbox_lock:
+                with self._hearing:
                     self._kept.popleft()
 
     def _next_event(self) -> Event | None:
@@ -320,7 +339,7 @@ class Session(abc.ABC):
             # Most is decided upon at once. What is only a part of a whole, and what sends much, goes behind what
             # happened meanwhile: neither the guest's pause nor an abort waits for it.
             if isinstance(action, BULK):
-                self._sender.when_there_is_room(lambda: self._events.put(done))
+                self._line.when_there_is_room(lambda: self._events.put(done))
             elif done.is_all:
                 self._finished.append(done)
             else:
@@ -342,7 +361,8 @@ class Session(abc.ABC):
     def _say(self, message: Message) -> None:
         if not self.peer:  # nobody was found yet, or nobody asked
             return
-        self._sender.send(self._outbox.number(), messages.encode(message))
+        self._line.peer = self.peer
+        self._line.say(messages.encode(message))
 
     def _end(self, outcome: Outcome, reason: str) -> None:
         self._let_go()
@@ -361,7 +381,7 @@ class Session(abc.ABC):
     def _leave(self) -> None:
         """Nobody waits for the session any more, and nobody finds it."""
         self._is_over = True
-        self._sender.finish()
+        self._line.finish()
         self.has_answer.set()
         self.has_caught_up.set()
         self._ended(self)

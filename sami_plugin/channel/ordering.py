@@ -1,7 +1,7 @@
 """Numbered messages: put in order on arrival, and harmless when repeated.
 
-Each session has one numbering in each direction, from 0. A stream (TLS goes through here next) bears no gap, no
-repetition and no change of order, and RPC does all three.
+Each stream has one numbering in each direction, from 0. TLS bears no gap, no repetition and no change of order, and RPC
+does all three.
 """
 
 from __future__ import annotations
@@ -53,15 +53,3 @@ class Inbox:
             self._seen.pop(self._next - self._most_waiting, None)
             self._next += 1
         return ready
-
-
-class Outbox:
-    """Numbers messages of one direction of one session. Not thread-safe."""
-
-    def __init__(self) -> None:
-        self._next = 0
-
-    def number(self) -> int:
-        number = self._next
-        self._next += 1
-        return number

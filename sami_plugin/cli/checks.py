@@ -54,6 +54,7 @@ class Check:
 LEAST_PYTHON = (3, 11)
 LEAST_NUMPY = (1, 24)
 LEAST_HEADROOM = 0.2
+SOON_DAYS = 30
 WANTED_BUFFER = 32 << 20
 ENTRY_POINTS = ("sami.drivers", "sami.scopes", "sami.cli")
 _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
@@ -363,6 +364,7 @@ def _configured(files: list[str] | None) -> Iterator[Check]:
     yield _driver(known)
     yield _journal(known.journal)
     yield _broker(known.transport_url)
+    yield _certificate(known)
     yield from _libvirt(known)
     yield _agent_socket(known.socket)
     yield _scopes(known, files)
@@ -474,13 +476,13 @@ def _broker(url: str) -> Check:
     import oslo_messaging
     from oslo_config import cfg
 
-    from sami_plugin.transport.rpc import refuse_foreign_broker
+    from sami_plugin.transport.rpc import refuse_unknown_broker
 
     mend = "set [DEFAULT] transport_url, for example rabbit://NAME:PASSWORD@127.0.0.1:5672/"
     if url.partition("://")[2].strip("/") == "" and not url.startswith("fake:"):
         return Check(name, Result.MISSING, f"transport_url: {url} names no broker", mend)
     try:
-        refuse_foreign_broker(url)
+        refuse_unknown_broker(url)
         parsed = oslo_messaging.TransportURL.parse(cfg.ConfigOpts(), url) if not url.startswith("fake:") else None
     except errors.ConfigurationError as error:
         return Check(name, Result.MISSING, str(error), mend)
@@ -490,13 +492,30 @@ def _broker(url: str) -> Check:
         return Check(name, Result.LIMITED, "fake:// carries messages within one process only: for tests", mend)
     places = [(host.hostname or "", host.port or 5672) for host in parsed.hosts]
     silent = [f"{place}:{port}: {why}" for place, port in places if (why := _amqp_silence(place, port))]
-    this_version = "this version takes a broker on a loopback address only"
     if len(silent) == len(places):
-        return Check(name, Result.MISSING, f"no broker answers: {'; '.join(silent)}", f"start RabbitMQ; {this_version}")
+        return Check(name, Result.MISSING, f"no broker answers: {'; '.join(silent)}", "start RabbitMQ")
     if silent:
         return Check(name, Result.LIMITED, f"some brokers do not answer: {'; '.join(silent)}", "start them")
     where = ", ".join(f"{place}:{port}" for place, port in places)
-    return Check(name, Result.OK, f"{where} speaks AMQP; name and password were not tried; {this_version}")
+    return Check(name, Result.OK, f"{where} speaks AMQP; name and password were not tried")
+
+
+def _certificate(known: AgentConfiguration) -> Check:
+    from sami_plugin.channel.identity import Credentials, days_until, utc
+
+    name = "certificate"
+    mend = "`sami pki` makes certificates, and the installation page tells where they go"
+    try:
+        credentials = Credentials(known.host, known.tls)
+        left = days_until(utc(credentials.certificate(), "not_valid_after"))
+    except errors.SamiError as error:
+        return Check(name, Result.MISSING, str(error), mend)
+    reason = f"{known.tls.certificate} is that of {known.host} and counts for {int(left)} days more"
+    if known.tls.revoked is None:
+        return Check(name, Result.LIMITED, f"{reason}; no list of revoked ones is used", "set [tls] revoked")
+    if left < SOON_DAYS:
+        return Check(name, Result.LIMITED, reason, f"renew it: `sami pki renew {known.host}`")
+    return Check(name, Result.OK, reason)
 
 
 def _amqp_silence(host: str, port: int) -> str:

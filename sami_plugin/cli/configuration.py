@@ -13,6 +13,8 @@ from sami_plugin.errors import ConfigurationError
 if TYPE_CHECKING:
     from oslo_config import cfg
 
+    from sami_plugin.model.settings import Files
+
 DEFAULT_FILE = "/etc/sami/sami-agent.conf"
 
 
@@ -28,6 +30,7 @@ class AgentConfiguration:
     socket: str
     transport_url: str
     libvirt_uri: str
+    tls: Files
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,8 @@ def load(files: list[str] | None) -> AgentConfiguration:
     """
     from oslo_config import cfg
 
+    from sami_plugin import conf as known
+
     conf = options(files)
     try:
         agent = conf.agent
@@ -59,6 +64,7 @@ def load(files: list[str] | None) -> AgentConfiguration:
             agent.socket,
             conf.transport_url,
             conf.libvirt.uri,
+            known.tls_files(conf),
         )
     except (cfg.Error, ValueError) as error:
         raise ConfigurationError(f"configuration: {words(error)}") from error

@@ -81,7 +81,7 @@ def libvirt(uri: str) -> Iterator[Check]:
     """Whether the agent can ask libvirt; blocks for some seconds at most."""
     name = "libvirt-python"
     mend = "pip install sami_plugin[libvirt], or Debian's python3-libvirt with the system's Python"
-    asked = "import libvirt, sys; c = libvirt.openReadOnly(sys.argv[1]); print(c.getHostname(), c.getLibVersion())"
+    asked = "import libvirt, sys; c = libvirt.open(sys.argv[1]); print(c.getHostname(), c.getLibVersion())"
     try:
         # In a process of its own: a daemon that hangs does not hang us.
         done = subprocess.run(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 from oslo_config import cfg
 
-from sami_plugin.model.settings import Limits, Settings
+from sami_plugin.model.settings import Files, Limits, Settings
 
 _DEFAULTS = Settings()
 _LIMITS = Limits()
@@ -189,15 +190,53 @@ LIBVIRT_OPTIONS: list[cfg.Opt] = [
         "uri",
         default="",
         help="libvirt's connection URI, qemu:///system for most hosts. With it the agent hears of migrations and asks "
-        "whether a guest is about to leave; a read-only connection is used. Without it only hooks tell the agent of "
+        "whether a guest is about to leave, and it notes in each guest's description which host it is on. So the "
+        "connection has to be one that may write. Without it only hooks tell the agent of "
         "migrations, and they have to name the source. Needs the extra `libvirt`.",
     ),
 ]
 
 
+TLS = cfg.OptGroup("tls", title="Who this host is, and whom it believes")
+TLS_OPTIONS: list[cfg.Opt] = [
+    cfg.StrOpt(
+        "certificate",
+        default="/etc/sami/tls/host.pem",
+        help="Path of this host's certificate, PEM, followed by those between it and its authority if there are any. "
+        "Among its subject's alternative names it has the URI sami://NAME with the name of [agent] host. `sami pki` "
+        "makes such certificates for those who have no authority of their own. A file that is replaced counts for the "
+        "sessions that begin afterwards; nothing has to be restarted.",
+    ),
+    cfg.StrOpt(
+        "key",
+        default="/etc/sami/tls/host.key",
+        help="Path of the certificate's key, PEM without a password. Nobody but the agent may read it (mode 0600).",
+    ),
+    cfg.StrOpt(
+        "authorities",
+        default="/etc/sami/tls/ca.pem",
+        help="Path of the certificates of the authorities, PEM. Each host that has a certificate of one of them can "
+        "take part.",
+    ),
+    cfg.StrOpt(
+        "revoked",
+        default="/etc/sami/tls/crl.pem",
+        help="Path of the authorities' lists of revoked certificates (CRL), PEM, one of each authority. A list that is "
+        "out of date lets no session begin. Empty: there is none, and nothing is ever revoked.",
+    ),
+]
+
+
+def tls_files(conf: cfg.ConfigOpts) -> Files:
+    """The options of [tls]."""
+    values = conf.tls
+    revoked = Path(values.revoked) if values.revoked else None
+    return Files(Path(values.certificate), Path(values.key), Path(values.authorities), revoked)
+
+
 def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     """For oslo-config-generator."""
-    return [(AGENT, AGENT_OPTIONS), (MIGRATION, MIGRATION_OPTIONS), (LIBVIRT, LIBVIRT_OPTIONS)]
+    return [(AGENT, AGENT_OPTIONS), (MIGRATION, MIGRATION_OPTIONS), (TLS, TLS_OPTIONS), (LIBVIRT, LIBVIRT_OPTIONS)]
 
 
 def register(conf: cfg.ConfigOpts) -> None:

@@ -8,29 +8,40 @@ Addresses of a port are written there in three ways, and all count. By SAMI's ow
 
 by libvirt's filters (https://libvirt.org/formatnwfilter.html), `<filterref><parameter name='IP' value='192.0.2.7'/>`,
 and by Nova's metadata, which names a port by its UUID: the tap is called "tap" and the first 11 characters of it.
+
+Which host the guest comes from is written there by that host's agent:
+
+    <sami-origin:origin xmlns:sami-origin="urn:sami:origin:1" host="compute-1" token="..."/>
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+import secrets
 import uuid
 from collections.abc import Iterator
 from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
 
 import netaddr
 
 from sami_plugin.errors import Malformed
 from sami_plugin.model.flows import Addresses
 from sami_plugin.model.guest_port import GuestPort
+from sami_plugin.model.migration import Origin
 
 PORTS = "urn:sami:ports:1"
+ORIGIN = "urn:sami:origin:1"
+ORIGIN_PREFIX = "sami-origin"
 NOVA = "http://openstack.org/xmlns/libvirt/nova/1.1"
 MOST_OCTETS = 1 << 20
 
 _DEVICE = re.compile(r"[^\s/:]{1,15}")
 """What the kernel takes for a name (dev_valid_name in net/core/dev.c)."""
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_TOKEN = re.compile(r"[0-9a-f]{64}")
+_HOST = re.compile(r"[!-~]{1,255}")
 _FILTER_PARAMETERS = ("IP", "IPV6")
 
 
@@ -52,6 +63,25 @@ def ports_of(xml: str | bytes) -> tuple[GuestPort, ...]:
         addresses = [_address(ip.get("address"), f"nova:port {number}") for ip in port.iterfind(f"{{{NOVA}}}ip")]
         by_device.setdefault(f"tap{port.get('uuid', '')[:11]}", []).extend(addresses)
     return tuple(_ports(domain, by_mac, by_device))
+
+
+def origin_of(xml: str | bytes) -> Origin | None:
+    """The host that the guest runs on, or comes from, by its own word; None where it says nothing.
+
+    :raises Malformed: as `ports_of`, or the word is none.
+    """
+    found = _domain(xml).find(f"metadata/{{{ORIGIN}}}origin")
+    if found is None:
+        return None
+    host, token = found.get("host", ""), found.get("token", "")
+    if not (_HOST.fullmatch(host) and _TOKEN.fullmatch(token)):
+        raise Malformed(f"{host[:40]!r} and what is beside it are no host and its token", "domain XML, sami:origin")
+    return Origin(host, token)
+
+
+def new_origin(host: str) -> str:
+    """The element that says that a guest runs on this host, with a new token. libvirt adds the namespace."""
+    return f"<origin host={quoteattr(host)} token={quoteattr(secrets.token_hex(32))}/>"
 
 
 def guest_uuid_of(xml: str | bytes) -> str:

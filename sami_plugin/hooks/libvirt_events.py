@@ -1,8 +1,10 @@
 """What libvirt says of the guests of this host, in our words, and what it is asked.
 
-Three threads, each with one thing to do: one runs libvirt's event loop, whose callbacks only queue; one takes them from
+Four threads, each with one thing to do: one runs libvirt's event loop, whose callbacks only queue; one takes them from
 the queue and tells; one keeps the connection, and asks from time to time about guests that are on their way, because an
-abort or a dead destination gives the source no event at all.
+abort or a dead destination gives the source no event at all; one writes into the description of each guest that runs
+here that it does (`Origin`), before the guest leaves, for then it is too late: from a migration's first moment to its
+last libvirt lets nobody write there.
 
 What a host sees in which case stands in the table that tests/libvirt goes through. libvirt-python is imported when it
 is used: it has to be built against the host's libvirt, and not every host has one.
@@ -16,9 +18,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sami_plugin.errors import NotAvailable, SamiError
+from sami_plugin.errors import NotAvailable, RepresentationError, SamiError
 from sami_plugin.hooks import domain_xml
-from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.migration import MigrationEvent, Phase
 
 LOG = logging.getLogger(__name__)
@@ -37,8 +38,11 @@ SOURCE, DESTINATION = "source", "destination"
 class LibvirtHost:
     """This host's libvirt. Works by itself from `start` on, through restarts of the daemon, until `stop`."""
 
-    def __init__(self, uri: str) -> None:
-        """:raises NotAvailable: there is no libvirt-python."""
+    def __init__(self, uri: str, host: str) -> None:
+        """`host` is this host's name among the agents.
+
+        :raises NotAvailable: there is no libvirt-python.
+        """
         try:
             import libvirt
         except ImportError as error:
@@ -47,10 +51,13 @@ class LibvirtHost:
             ) from error
         self._libvirt: Any = libvirt
         self._uri = uri
+        self._host = host
         self._phases = _phases(libvirt)
+        self._runs = _events_of_guests_that_run(libvirt)
         self._connection: Any = None
         self._callback = -1
         self._queue: queue.SimpleQueue[tuple[str, int, int] | None] = queue.SimpleQueue()
+        self._to_mark: queue.SimpleQueue[tuple[str, bool] | None] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
         self._is_lost = threading.Event()
         self._tell: Tell = lambda event: None
@@ -61,7 +68,12 @@ class LibvirtHost:
         """`tell` is called from a thread of its own and must not block for long."""
         self._tell, self._underway = tell, underway
         _run_event_loop(self._libvirt)
-        for work, name in ((self._keep, "sami-libvirt"), (self._pass_on, "sami-libvirt-tell")):
+        works = (
+            (self._keep, "sami-libvirt"),
+            (self._pass_on, "sami-libvirt-tell"),
+            (self._mark_all, "sami-libvirt-mark"),
+        )
+        for work, name in works:
             thread = threading.Thread(target=work, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -71,6 +83,7 @@ class LibvirtHost:
         self._is_stopping.set()
         self._is_lost.set()
         self._queue.put(None)
+        self._to_mark.put(None)
         for thread in self._threads:
             thread.join(RECONNECT_SECONDS)
 
@@ -81,16 +94,21 @@ class LibvirtHost:
         """
         return self._job(guest) is Phase.OUTGOING
 
-    def ports(self, guest: str) -> tuple[GuestPort, ...]:
-        """The guest's ports as libvirt describes them; none where it is not here, or cannot be asked."""
+    def description(self, guest: str) -> str | None:
+        """The guest's XML; None where it is not here, or cannot be asked for."""
         connection = self._connection
         if connection is None:
-            return ()
+            return None
         try:
-            return domain_xml.ports_of(connection.lookupByUUIDString(guest).XMLDesc(0))
-        except (self._libvirt.libvirtError, SamiError) as error:
-            LOG.warning("guest %s: its ports are not known: %s", guest, error)
-            return ()
+            found: str = connection.lookupByUUIDString(guest).XMLDesc(0)
+            return found
+        except self._libvirt.libvirtError as error:
+            LOG.warning("guest %s: libvirt does not describe it: %s", guest, error)
+            return None
+
+    def mark(self, guest: str) -> None:
+        """Gives the guest a new token, some time: another host has learned the one it has. Returns at once."""
+        self._to_mark.put((guest, True))
 
     # --- The connection, and questions from time to time
 
@@ -109,6 +127,8 @@ class LibvirtHost:
             LOG.info("libvirt %s tells of migrations from now on", self._uri)
             try:
                 self._settle()
+                for domain in self._connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                    self._to_mark.put((domain.UUIDString(), False))
                 while not self._is_lost.wait(POLL_SECONDS):
                     self._poll()
             except Exception:  # as in `_say`
@@ -118,7 +138,7 @@ class LibvirtHost:
     def _connect(self) -> None:
         libvirt = self._libvirt
         self._is_lost.clear()
-        connection = libvirt.openReadOnly(self._uri)
+        connection = libvirt.open(self._uri)
         try:
             connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
             connection.registerCloseCallback(lambda *_: self._is_lost.set(), None)
@@ -199,10 +219,50 @@ class LibvirtHost:
         LOG.info("libvirt %s does not say how it is with a guest: %s", self._uri, error)
         return None
 
+    # --- Which host a guest is on
+
+    def _mark_all(self) -> None:
+        while (wanted := self._to_mark.get()) is not None:
+            guest, is_new = wanted
+            try:
+                self._mark(guest, is_new=is_new)
+            except self._libvirt.libvirtError as error:
+                if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:
+                    continue  # it ended meanwhile
+                LOG.warning("guest %s: its flows cannot be carried away from here: %s", guest, error)
+            except Exception:  # as in `_say`
+                LOG.exception("guest %s is not marked", guest)
+
+    def _mark(self, guest: str, *, is_new: bool) -> None:
+        """Blocks while libvirt moves the guest, up to half a minute."""
+        libvirt, connection = self._libvirt, self._connection
+        if connection is None:  # all are looked at when there is one again
+            return
+        domain = connection.lookupByUUIDString(guest)
+        if not is_new and self._is_marked(domain.XMLDesc(0)):
+            return
+        domain.setMetadata(
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+            domain_xml.new_origin(self._host),
+            domain_xml.ORIGIN_PREFIX,
+            domain_xml.ORIGIN,
+            libvirt.VIR_DOMAIN_AFFECT_LIVE,
+        )
+        LOG.debug("guest %s: its description says that it is on %s", guest, self._host)
+
+    def _is_marked(self, xml: str) -> bool:
+        try:
+            origin = domain_xml.origin_of(xml)
+        except RepresentationError:
+            return False
+        return origin is not None and origin.host == self._host
+
     # --- Events
 
     def _heard(self, connection: Any, domain: Any, event: int, detail: int, opaque: object) -> None:
         """In libvirt's own thread."""
+        if (event, detail) in self._runs or event == self._libvirt.VIR_DOMAIN_EVENT_RESUMED:
+            self._to_mark.put((domain.UUIDString(), False))
         if (event, detail) in self._phases:
             self._queue.put((domain.UUIDString(), event, detail))
 
@@ -246,6 +306,23 @@ def _phases(libvirt: Any) -> dict[tuple[int, int], tuple[tuple[Phase, str | None
         # go of what had begun to come.
         **{(stopped, detail): ((Phase.ROLLBACK, SOURCE), (Phase.STOPPED, DESTINATION)) for detail in ends},
     }
+
+
+def _events_of_guests_that_run(libvirt: Any) -> frozenset[tuple[int, int]]:
+    """Those after which a guest runs here, or may, and libvirt lets its description be changed; RESUMED not among them.
+
+    Not STARTED/MIGRATED: such a guest is still on its way.
+    """
+    started = libvirt.VIR_DOMAIN_EVENT_STARTED
+    return frozenset(
+        {
+            (started, libvirt.VIR_DOMAIN_EVENT_STARTED_BOOTED),
+            (started, libvirt.VIR_DOMAIN_EVENT_STARTED_RESTORED),
+            (started, libvirt.VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT),
+            (started, libvirt.VIR_DOMAIN_EVENT_STARTED_WAKEUP),
+            (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED),
+        }
+    )
 
 
 _LOOP: list[threading.Thread] = []

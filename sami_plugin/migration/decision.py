@@ -34,7 +34,7 @@ class PeerSaid:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """This host's agent says that the guest is about to leave it."""
+    """It is known now which host the guest leaves."""
 
     source: str
 
@@ -84,11 +84,6 @@ Event = GuestDid | PeerSaid | Found | Done | ActionFailed | PeerLost | TimePasse
 
 
 # What a session does about it.
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """Ask all agents whose host the guest is about to leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +190,6 @@ class End:
 
 Action = (
     Say
-    | Look
     | Ask
     | Keep
     | StartExport

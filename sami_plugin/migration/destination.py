@@ -1,6 +1,6 @@
 """What the host does that a guest comes to.
 
-LOOKING     it is not known yet which host the guest leaves; all are asked
+LOOKING     it is not known yet which host the guest leaves
 ASKED       the source has been asked for the guest's flows
 RECEIVING   flows come; they go into the device as soon as the port's scope is known here
 COMPLETE    all of it is in the device, read back and journaled; the guest is not here yet
@@ -31,7 +31,6 @@ from sami_plugin.migration.decision import (
     Found,
     GuestDid,
     Import,
-    Look,
     PeerLost,
     PeerSaid,
     Renew,
@@ -56,8 +55,6 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.settings import Limits
 
 ZONE_POLL_SECONDS = 0.02
-LOOK_SECONDS = 1.0
-"""After so long all hosts are asked again: one may have been busy, or its hypervisor not so far."""
 
 
 class State(enum.Enum):
@@ -107,7 +104,7 @@ def new(limits: Limits, now: float) -> Destination:
 
 def begin(session: Destination, source: str, now: float) -> Decision:
     """What is done then; `source` may be empty, where nobody said which host the guest leaves."""
-    return _ask(session, source, now) if source else (session, [Look(), WakeAt(now + LOOK_SECONDS)])
+    return _ask(session, source, now) if source else (session, [WakeAt(session.deadline)])
 
 
 def _ask(session: Destination, source: str, now: float) -> Decision:
@@ -227,10 +224,10 @@ def _tell_arrival(session: Destination, now: float) -> Decision:
     return replace(session, state=State.ARRIVED), actions
 
 
-def _look_again(session: Destination, event: Event, now: float) -> Decision:
+def _never_found(session: Destination, event: Event, now: float) -> Decision:
     if now < session.deadline:
-        return session, [Look(), WakeAt(min(now + LOOK_SECONDS, session.deadline))]
-    reason = "no host says that the guest leaves it; does the source's agent run, and does it see its libvirt?"
+        return session, [WakeAt(session.deadline)]
+    reason = "nothing says which host the guest leaves; did an agent run there before, and could it mark its guests?"
     if not session.is_started:  # a veto, or a guest that moves without running: nothing more will be heard of it
         return _end(session, Outcome.FAILED, reason)
     return _give_up(session, reason)
@@ -386,7 +383,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         "Found": _found,
         Phase.STARTED: _started,
         Phase.RESUMED: _runs,
-        TimePassed: _look_again,
+        TimePassed: _never_found,
         "ActionFailed": _failed,
         Phase.STOPPED: _never_came,
         "Superseded": _superseded,

@@ -49,6 +49,16 @@ class MigrationEvent:
     """With STARTED: the teller knows that the guest comes from another host, and does not merely start here."""
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a host writes into the description of each guest that runs on it, and what travels with the guest."""
+
+    host: str
+    """The host's name among the agents."""
+    token: str = field(repr=False)
+    """Made anew for each guest. Who knows it was given the guest's description, or may read it on one of both hosts."""
+
+
 class Outcome(enum.Enum):
     """How a session ended."""
 
@@ -76,6 +86,8 @@ class Open:
     templates: tuple[str, ...]
     compressions: tuple[str, ...]
     free: int | None
+    token: str = field(default="", repr=False)
+    """What the guest's description says (`Origin`), as proof that it came with the guest; empty: it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)

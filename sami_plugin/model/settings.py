@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +32,16 @@ class Settings:
     verdict_seconds: float = 5.0
     started_seconds: float = 2.0
     enterprise: int = 32473
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a host's credentials are, all in PEM."""
+
+    certificate: Path
+    """Its own, with those between it and the authority behind it, if there are any."""
+    key: Path
+    authorities: Path
+    """The certificates of the authorities whose word counts."""
+    revoked: Path | None = None
+    """Their lists of revoked certificates; None: nothing is ever revoked."""

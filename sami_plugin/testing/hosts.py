@@ -16,12 +16,14 @@ from typing import Any
 from oslo_config import cfg
 
 from sami_plugin.agent import Agent, Hypervisor
+from sami_plugin.channel.identity import Credentials
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.scopes.static import StaticScopes
+from sami_plugin.testing.certificates import Certificates
 
 
 class Hosts:
@@ -43,6 +45,7 @@ class Hosts:
         self._scope_files = scope_files or {name: folder / f"{name}-ports.json" for name in names}
         self.drivers = {name: make_driver(name) for name in names}
         self.agents: dict[str, Agent] = {}
+        self.certificates = Certificates(folder / "certificates")
         for name in names:
             if scope_files is None:
                 self._write(name)
@@ -53,6 +56,7 @@ class Hosts:
                 scopes=StaticScopes(self._scope_files[name]),
                 journal=Journal(folder / f"{name}-journal.sqlite"),
                 settings=settings or Settings(),
+                credentials=Credentials(name, self.certificates.files(name)),
                 transport_url=transport_url,
                 hypervisor=(hypervisors or {}).get(name),
             )
@@ -85,9 +89,15 @@ class Hosts:
         self._ports[host] = [port for port in self._ports[host] if port["guest"] != guest]
         self._write(host)
 
-    def say(self, host: str, phase: Phase, guest: str, source: str | None = None) -> None:
-        """The host's hypervisor says something of the guest."""
-        self.agents[host].tell(MigrationEvent(guest, phase, source))
+    def say(
+        self, host: str, phase: Phase, guest: str, source: str | None = None, destination: str | None = None
+    ) -> None:
+        """The host's hypervisor says something of the guest. Of OUTGOING the destination is said by default, too: the
+        next of the hosts."""
+        if phase is Phase.OUTGOING and destination is None:
+            names = [*self.agents, *self.agents]
+            destination = names[names.index(host) + 1]
+        self.agents[host].tell(MigrationEvent(guest, phase, source, destination))
 
     def scope(self, host: str, guest: str) -> Scope:
         """Where the guest's one port has its state on the host."""

@@ -1,9 +1,9 @@
-"""Messages over oslo.messaging RPC.
+"""Packets over oslo.messaging RPC.
 
-Each agent is an RPC server named after its host; a message is one call of the peer's `deliver`. The call returns when
-the peer has the message in its memory, which says nothing about what became of it: acknowledgements that matter are
+Each agent is an RPC server named after its host; a packet is one call of the peer's `deliver`. The call returns when
+the peer has the packet in its memory, which says nothing about what became of it: acknowledgements that matter are
 messages of their own. A call that is not answered is repeated with the same bytes, and the receiver's numbering makes
-the repetition harmless.
+the repetition harmless. Whoever has the broker can read and forge all of this; what counts is inside of the packets.
 """
 
 from __future__ import annotations
@@ -20,33 +20,30 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 from urllib.parse import urlsplit
 
-import netaddr
 import oslo_messaging
 from oslo_config import cfg
 from oslo_messaging.rpc import dispatcher
 
-from sami_plugin.errors import Busy, ConfigurationError, PeerUnreachable, SamiError
+from sami_plugin.errors import Busy, ConfigurationError, PeerUnreachable, SamiError, StreamBroken
+from sami_plugin.model.packet import Packet
 
 LOG = logging.getLogger(__name__)
 
 EXCHANGE = TOPIC = "sami"
-VERSION = "1.0"
+VERSION = "2.0"
 CLOSE_SECONDS = 1.0
+TAKEN = "taken"
 LATER = "later"
-"""Answered by an agent that ends, or has more to do than it can keep: the message is to be sent again."""
+"""Answered by an agent that ends, or has more to do than it can keep: the packet is to be sent again."""
+BROKEN = "broken"
+"""The packet's stream is of no more use; its client begins another."""
 
 
 class Receiver(Protocol):
     """Who takes what other hosts say. Called from any thread; may raise `SamiError`."""
 
-    def deliver(self, sender: str, session: str, number: int, octets: bytes) -> None:
-        """One message of a session."""
-
-    def asked(self, sender: str, session: str, guest: str) -> None:
-        """The sender awaits this guest and asks all hosts which one it leaves."""
-
-    def found(self, sender: str, session: str) -> None:
-        """The sender says that the guest of this session, which was asked for, is about to leave it."""
+    def deliver(self, sender: str, session: str, packet: Packet) -> None:
+        """One packet of a session, from who says to be `sender`."""
 
 
 class Endpoint:
@@ -59,65 +56,35 @@ class Endpoint:
         self._has_stopped = has_stopped
 
     @oslo_messaging.expose
-    def who_is_left(self, context: object, sender: str, session: str, guest: str) -> None:
-        """The question of a host that awaits a guest. Nobody waits for an answer; who has one calls `is_left`."""
-        if not self._has_stopped.is_set() and all(isinstance(each, str) for each in (sender, session, guest)):
-            self._say(self._receiver.asked, sender, session, guest)
-
-    @oslo_messaging.expose
-    def is_left(self, context: object, sender: str, session: str) -> None:
-        """The answer."""
-        if not self._has_stopped.is_set() and all(isinstance(each, str) for each in (sender, session)):
-            self._say(self._receiver.found, sender, session)
-
-    def _say(self, to: Callable[..., None], *words: str) -> None:
-        try:
-            to(*words)
-        except SamiError as error:
-            LOG.warning("%s: question or answer refused: %s", words, error)
-
-    @oslo_messaging.expose
-    def deliver(self, context: object, sender: str, session: str, number: int, payload: str) -> str:
-        """Takes one message. Answers "taken", or why not in words: exceptions do not travel well over RPC."""
+    def deliver(self, context: object, sender: str, session: str, stream: int, number: int, payload: str) -> str:
+        """Takes one packet. Answers TAKEN, LATER, BROKEN, or what kind of error it is: the broker reads it too."""
         if self._has_stopped.is_set():
             return LATER
         try:
-            if not (isinstance(sender, str) and isinstance(session, str) and type(number) is int):
-                return "sender, session and number have to be a text, a text and a number"
-            octets = base64.b64decode(payload, validate=True)
-            self._receiver.deliver(sender, session, number, octets)
+            are_texts = isinstance(sender, str) and isinstance(session, str)
+            if not (are_texts and type(number) is int and type(stream) is int):
+                return "sender, session, stream and number have to be two texts and two numbers"
+            packet = Packet(stream, number, base64.b64decode(payload, validate=True))
         except (binascii.Error, TypeError, ValueError):
             return "the payload is no base64"
+        try:
+            self._receiver.deliver(sender, session, packet)
         except Busy:
             return LATER
+        except StreamBroken as error:
+            LOG.warning("%s: packet %s of %s: %s", session, number, sender, error)
+            return BROKEN
         except SamiError as error:
-            LOG.warning("%s: message %s from %s refused: %s", session, number, sender, error)
-            return str(error) or type(error).__name__
-        return "taken"
+            LOG.warning("%s: packet %s of %s refused: %s", session, number, sender, error)
+            return type(error).__name__
+        return TAKEN
 
 
-def refuse_foreign_broker(url: str) -> None:
-    """Flows travel unauthenticated in this version, so only a broker of this machine is taken.
-
-    :raises ConfigurationError: it is another one.
-    """
-    parts = urlsplit(url)
-    if parts.scheme == "fake":
-        return
-    if parts.scheme != "rabbit":
-        raise ConfigurationError(f"transport_url: {parts.scheme or url!r} is not supported; use rabbit:// or fake://")
-    hosts = [place.rpartition("@")[2] for place in parts.netloc.split(",")]
-    for host in hosts:
-        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        try:
-            is_local = netaddr.IPAddress(name, flags=netaddr.INET_PTON).is_loopback()
-        except (netaddr.AddrFormatError, ValueError):
-            is_local = name == "localhost"
-        if not is_local:
-            raise ConfigurationError(
-                f"transport_url: the broker {name or '(none)'} is not on this machine, and this version does not "
-                "authenticate the other host yet; use a broker on a loopback address"
-            )
+def refuse_unknown_broker(url: str) -> None:
+    """:raises ConfigurationError: RPC over what the URL names was never tried."""
+    scheme = urlsplit(url).scheme
+    if scheme not in ("rabbit", "fake"):
+        raise ConfigurationError(f"transport_url: {scheme or url!r} is not supported; use rabbit:// or fake://")
 
 
 def _register_what_it_forgets(conf: cfg.ConfigOpts) -> None:
@@ -147,7 +114,7 @@ class Transport:
         try:
             self._transport = oslo_messaging.get_rpc_transport(conf, url=url)
             chosen = conf.transport_url if url is None else url
-            refuse_foreign_broker(chosen)
+            refuse_unknown_broker(chosen)
             self._is_embedded = urlsplit(chosen).scheme == "fake"
         except (oslo_messaging.InvalidTransportURL, oslo_messaging.DriverLoadFailure) as error:
             raise ConfigurationError(f"transport_url: {error}") from error
@@ -186,10 +153,10 @@ class Transport:
         """Closes the connections of a transport that was not started."""
         self._transport.cleanup()
 
-    def call(self, peer: str, session: str, number: int, octets: bytes, timeout_seconds: float) -> str:
-        """One try to hand a message over. Blocks up to `timeout_seconds`.
+    def call(self, peer: str, session: str, packet: Packet, timeout_seconds: float) -> str:
+        """One try to hand a packet over. Blocks up to `timeout_seconds`.
 
-        :returns: "taken", or the peer's words why not.
+        :returns: TAKEN, BROKEN, or the peer's words why it did not take it.
         :raises PeerUnreachable: nobody answered, or an agent that takes nothing now.
         """
         try:
@@ -198,8 +165,9 @@ class Transport:
                 "deliver",
                 sender=self.host,
                 session=session,
-                number=number,
-                payload=base64.b64encode(octets).decode("ascii"),
+                stream=packet.stream,
+                number=packet.number,
+                payload=base64.b64encode(packet.octets).decode("ascii"),
             )
         except (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, OSError) as error:
             raise PeerUnreachable(f"{peer} does not answer: {error or type(error).__name__}") from error
@@ -207,32 +175,12 @@ class Transport:
             raise PeerUnreachable(f"the agent of {peer} is busy or about to end")
         return str(answer)
 
-    def ask_all(self, session: str, guest: str) -> None:
-        """Asks all hosts which one this guest leaves. Who it is calls `Receiver.found`, some time.
-
-        :raises PeerUnreachable: the broker does not take the question.
-        """
-        self._cast(self._client.prepare(fanout=True, retry=0), "who_is_left", session=session, guest=guest)
-
-    def tell_found(self, peer: str, session: str) -> None:
-        """The answer to another host's question. Is asked again where it gets lost.
-
-        :raises PeerUnreachable: the broker does not take the answer.
-        """
-        self._cast(self._client.prepare(server=peer, retry=0), "is_left", session=session)
-
-    def _cast(self, client: oslo_messaging.RPCClient, method: str, **words: str) -> None:
-        try:
-            client.cast({}, method, sender=self.host, **words)
-        except (oslo_messaging.MessagingException, OSError) as error:
-            raise PeerUnreachable(f"the broker does not answer: {error or type(error).__name__}") from error
-
 
 class Sender:
-    """Sends the messages of one session, a window of them at a time, each until it is taken.
+    """Sends the packets of one session, a window of them at a time, each until it is taken.
 
     A peer that cannot be reached is tried for as long as the session lasts: whether that is too long is for its
-    decisions to say. After `finish` each message is tried for `lifetime_seconds` more. No method blocks.
+    decisions to say. After `finish` each packet is tried for `lifetime_seconds` more. No method blocks.
     """
 
     RETRY_PAUSE_SECONDS = 0.2
@@ -247,10 +195,12 @@ class Sender:
         call_seconds: float,
         lifetime_seconds: float,
         refused: Callable[[str], None],
+        broken: Callable[[int], None],
     ) -> None:
-        """`peer` tells whom to send to: it may be known only later, but before the first message.
+        """`peer` tells whom to send to: it may be known only later, but before the first packet.
 
-        `refused` is told, from another thread, that the peer does not take a message, and why.
+        `refused` is told, from another thread, that the peer does not take a packet, and why; `broken`, which stream it
+        says is broken.
         """
         self._transport = transport
         self._peer = peer
@@ -259,22 +209,23 @@ class Sender:
         self._call_seconds = call_seconds
         self._lifetime_seconds = lifetime_seconds
         self._refused = refused
+        self._broken = broken
         self._lock = threading.Lock()
         self._under_way = 0
         self._waiting_for_room: list[Callable[[], None]] = []
         self._last_try_at = math.inf
         self._pool = ThreadPoolExecutor(window, thread_name_prefix=f"sami-send-{session[:8]}")
 
-    def send(self, number: int, octets: bytes) -> None:
+    def send(self, packet: Packet) -> None:
         with self._lock:
             self._under_way += 1
         try:
-            self._pool.submit(self._deliver, number, octets)
+            self._pool.submit(self._deliver, packet)
         except RuntimeError:  # finished meanwhile
             self._one_less()
 
     def when_there_is_room(self, then: Callable[[], None]) -> None:
-        """Calls `then`, now or later and from any thread, when fewer messages are under way than the window takes.
+        """Calls `then`, now or later and from any thread, when fewer packets are under way than the window takes.
 
         That is what slows an export down to what the other side takes.
         """
@@ -289,11 +240,11 @@ class Sender:
         self._last_try_at = min(self._last_try_at, time.monotonic() + self._lifetime_seconds)
         self._pool.shutdown(wait=False)
 
-    def _deliver(self, number: int, octets: bytes) -> None:
+    def _deliver(self, packet: Packet) -> None:
         try:
-            failure = self._try_until_taken(number, octets)
+            failure = self._try_until_taken(packet)
         except Exception as error:  # of the messaging library: in a pool's thread nobody else would hear of it
-            LOG.exception("%s: message %s could not be sent", self._session, number)
+            LOG.exception("%s: packet %s could not be sent", self._session, packet.number)
             failure = f"{type(error).__name__}: {error}"
         finally:
             self._one_less()
@@ -309,16 +260,18 @@ class Sender:
         for each in then:
             each()
 
-    def _try_until_taken(self, number: int, octets: bytes) -> str | None:
+    def _try_until_taken(self, packet: Packet) -> str | None:
         while True:
             try:
                 peer = self._peer()
-                answer = self._transport.call(peer, self._session, number, octets, self._call_seconds)
-                return None if answer == "taken" else f"{peer} refused message {number}: {answer}"
+                answer = self._transport.call(peer, self._session, packet, self._call_seconds)
+                if answer == BROKEN:
+                    self._broken(packet.stream)
+                return None if answer in (TAKEN, BROKEN) else f"{peer} refused what was sent: {answer}"
             except PeerUnreachable as error:
                 if time.monotonic() > self._last_try_at:
-                    LOG.warning("%s: message %s was never taken: %s", self._session, number, error)
+                    LOG.warning("%s: packet %s was never taken: %s", self._session, packet.number, error)
                     return None
-                LOG.info("%s: message %s is repeated: %s", self._session, number, error)
+                LOG.info("%s: packet %s is repeated: %s", self._session, packet.number, error)
             if self._transport.has_stopped.wait(self.RETRY_PAUSE_SECONDS):
                 return None

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import netaddr
 import pytest
 
 from benchmarks.floor import namespaces
+from lab.deadline import wait_until
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.model.flows import TEMPLATES, ZoneRole
 from sami_plugin.model.scope import Scope
+from sami_plugin.testing.certificates import Certificates
 from sami_plugin.testing.conformance import PORT_ADDRESSES, flows
 
 SAMI = (sys.executable, "-m", "sami_plugin.cmd.cli")
@@ -159,7 +161,8 @@ def test_doctor_of_root_has_tried_everything(tmp_path: Path) -> None:
     conf = tmp_path / "agent.conf"
     conf.write_text(
         f"[DEFAULT]\ntransport_url = fake://\n[agent]\nscope_file = {ports}\n"
-        f"journal = {tmp_path}/journal\nsocket = {tmp_path}/socket\n"
+        f"journal = {tmp_path}/journal\nsocket = {tmp_path}/socket\nhost = a\n[tls]\n"
+        + "".join(f"{option} = {path}\n" for option, path in asdict(Certificates(tmp_path / "pki").files("a")).items())
     )
     rows = {row["Check"]: row for row in table("doctor", "--config-file", conf)}
     assert {name: rows[name]["Result"] for name in KERNEL_CHECKS} == dict.fromkeys(KERNEL_CHECKS, "ok")
@@ -223,13 +226,21 @@ def test_reader_that_goes_away_is_no_error(places: list[str], what: tuple[str, .
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def _has_reader(fifo: Path) -> bool:
+    try:
+        os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)  # stays open: at its end the reader would end too
+    except OSError:
+        return False
+    return True
+
+
 def test_interrupt_ends_quietly_with_130(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    # Reading from a pipe that nobody writes to lasts until it is interrupted.
+    # Reading from a pipe that nobody writes to lasts until it is interrupted; it opens for writing once somebody reads.
     process = subprocess.Popen([*SAMI, "flow", "import", str(fifo), "--zone", "1"], stderr=subprocess.PIPE)
     try:
-        time.sleep(1.5)
+        wait_until(lambda: _has_reader(fifo), "the command to read", 30)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
     finally:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("libvirt_here")
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "doc/source/install/libvirt.rst").read_text()
 SAMI = ROOT / ".venv/bin/sami"
-BROKER_OF_THE_PAGE = "rabbit://sami:SECRET@127.0.0.1:5672/"
+BROKER_OF_THE_PAGE = "rabbit://sami:SECRET@broker:5672/"
 WATCHED_SECONDS = 4.0
 
 
@@ -46,6 +46,24 @@ def commands(block: str) -> list[str]:
 def hosts(libvirt_here: None, tmp_path: Path) -> Iterator[tuple[LibvirtLab, Broker]]:
     with LibvirtLab(has_hook=False) as lab, Broker(tmp_path) as broker:
         yield lab, broker
+
+
+def make_certificates(folder: Path) -> None:
+    """On the machine that is no compute host, for the lab's hosts a and b."""
+    (block,) = (block for block in blocks("console") if "sami pki init" in block)
+    for command in commands(block):
+        words = re.sub(r"\bhost-([ab])\b", r"\1", command).split()
+        subprocess.run([str(SAMI), *words[1:]], cwd=folder, check=True)
+
+
+def bring_certificates(host: LibvirtHost, folder: Path) -> None:
+    """By the page's table of what goes where."""
+    rows = re.findall(r"   \* - ``(\S+)``\n     - ``(/etc/sami/tls/\S+)``\n", PAGE)
+    assert len(rows) == 4
+    host.run(["mkdir", "-p", "/etc/sami/tls"])
+    for source, there in rows:
+        text = (folder / source.replace("host-a", host.name)).read_text()
+        host.run(["sh", "-c", f"umask 077; cat > {there}"], text)
 
 
 def configure(host: LibvirtHost, broker: Broker) -> None:
@@ -81,14 +99,18 @@ def doctor(host: LibvirtHost) -> dict[str, str]:
     return {row["Check"]: row["Result"] for row in json.loads(said)}
 
 
-def test_who_follows_the_page_migrates_without_losing_a_connection(hosts: tuple[LibvirtLab, Broker]) -> None:
+def test_who_follows_the_page_migrates_without_losing_a_connection(
+    hosts: tuple[LibvirtLab, Broker], tmp_path: Path
+) -> None:
     lab, broker = hosts
     guest = lab.add_guest("web", "a")
     # Only systemd could say that libvirtd was reloaded since the hook was put there.
-    asked = dict.fromkeys(("libvirt-python", "libvirt", "hook", "hook's socket", "socket"), "ok")
+    asked = dict.fromkeys(("certificate", "libvirt-python", "libvirt", "hook", "hook's socket", "socket"), "ok")
     asked["hook is called"] = "limited"
     with ExitStack() as stack:
+        make_certificates(tmp_path)
         for host in lab.hosts.values():
+            bring_certificates(host, tmp_path)
             configure(host, broker)
             install_hook(host)
             agent = start_agent(host)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sami_plugin.channel.ordering import Inbox, Outbox
+from sami_plugin.channel.ordering import Inbox
 from sami_plugin.errors import IllegalMessage
 
 MOST = 16
@@ -70,8 +70,3 @@ def test_message_that_fills_the_gap_brings_those_that_waited() -> None:
     assert inbox.accept(2, b"c") == []
     assert inbox.accept(1, b"b") == []
     assert inbox.accept(0, b"a") == [b"a", b"b", b"c"]
-
-
-def test_outbox_counts_from_zero() -> None:
-    outbox = Outbox()
-    assert [outbox.number() for _ in range(3)] == [0, 1, 2]

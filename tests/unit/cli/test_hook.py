@@ -371,7 +371,7 @@ ANSWERS = """
 class Connection:
     getHostname = lambda self: "host-a"
     getLibVersion = lambda self: 9_000_000
-def openReadOnly(uri):
+def open(uri):
     assert uri == "qemu:///system"
     return Connection()
 """
@@ -385,10 +385,10 @@ def test_doctor_finds_libvirt_as_the_agent_would(tmp_path: Path, monkeypatch: py
     # It answers, but the agent does not ask.
     _, libvirt = hook_checks.libvirt("")
     assert (libvirt.result, "uri = qemu:///system" in libvirt.mend) == (Result.MISSING, True)
-    fake_libvirt(tmp_path, "def openReadOnly(uri): raise OSError('Failed to connect socket')", monkeypatch)
+    fake_libvirt(tmp_path, "def open(uri): raise OSError('Failed to connect socket')", monkeypatch)
     _, libvirt = hook_checks.libvirt("qemu:///system")
     assert (libvirt.result, "Failed to connect" in libvirt.reason) == (Result.MISSING, True)
-    fake_libvirt(tmp_path, "import time\ndef openReadOnly(uri): time.sleep(60)", monkeypatch)
+    fake_libvirt(tmp_path, "import time\ndef open(uri): time.sleep(60)", monkeypatch)
     monkeypatch.setattr(hook_checks, "_LIBVIRT_SECONDS", 0.3)
     _, libvirt = hook_checks.libvirt("qemu:///system")
     assert (libvirt.result, "does not answer" in libvirt.reason) == (Result.MISSING, True)
@@ -413,7 +413,7 @@ def test_doctor_tells_all_in_the_order_of_mending(
         "[libvirt]\nuri = qemu:///system\n"
     )
     found = list(checks._configured([str(conf)]))
-    configured = ["configuration", "driver", "journal", "broker", "libvirt-python", "libvirt"]
+    configured = ["configuration", "driver", "journal", "broker", "certificate", "libvirt-python", "libvirt"]
     assert names(found) == [*configured, "hook", "hook's socket", "socket", "scopes"]
     by_name = {one.name: one for one in found}
     assert by_name["hook"].mend == "sami hook install"

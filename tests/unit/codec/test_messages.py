@@ -89,7 +89,10 @@ def test_vector(message: Message, octets: str) -> None:
     assert messages.decode(bytes.fromhex(octets)) == message
 
 
-@pytest.mark.parametrize(("kind", "field"), FIELDS)
+REQUIRED = [one for one in FIELDS if one != ("Open", "token")]
+
+
+@pytest.mark.parametrize(("kind", "field"), REQUIRED)
 def test_missing_field_is_refused_by_kind_and_name(kind: str, field: str) -> None:
     body = body_of(KINDS[kind])
     del body[field]
@@ -165,3 +168,11 @@ def test_message_that_is_too_long_is_refused_unread() -> None:
 def test_any_bytes_are_taken_or_refused(octets: bytes) -> None:
     with contextlib.suppress(Malformed):
         messages.decode(octets)
+
+
+def test_open_without_a_token_is_one_of_a_guest_that_has_none() -> None:
+    body = body_of(KINDS["Open"])
+    del body["token"]
+    said = decode(body)
+    assert isinstance(said, Open)
+    assert said.token == ""

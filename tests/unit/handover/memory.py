@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -56,13 +57,20 @@ def ports(hosts: Hosts, host: str) -> set[int]:
     return {port for port, _ in held(hosts, host)}
 
 
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.005)
+
+
 def until_idle(hosts: Hosts) -> None:
     for name, agent in hosts.agents.items():
         assert agent.wait_until_idle(20), f"{name} still has sessions"
 
 
 def begin(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
-    hosts.say(source, Phase.OUTGOING, guest)
+    hosts.say(source, Phase.OUTGOING, guest, destination=destination)
     hosts.say(destination, Phase.PREPARE, guest, source)
     hosts.plug(destination, guest, ZONES[destination], GUEST_ADDRESS)
     hosts.say(destination, Phase.STARTED, guest)

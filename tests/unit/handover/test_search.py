@@ -1,20 +1,19 @@
-"""Whose guest is it? Hosts in memory whose hypervisors are asked, as where libvirt moves guests and nobody tells."""
+"""Where from, and where to? Hosts in memory whose hypervisors are asked, as where libvirt moves guests."""
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sami_plugin.codec import messages
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.errors import NotAuthorised, OperatorError
-from sami_plugin.model.guest_port import GuestPort
-from sami_plugin.model.migration import MigrationEvent, Open, Phase
+from sami_plugin.errors import OperatorError
+from sami_plugin.hooks import domain_xml
+from sami_plugin.model.migration import Flows, MigrationEvent, Offer, Phase
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -25,29 +24,44 @@ from tests.unit.handover.memory import (
     held,
     ports,
     tcp_flows,
+    until,
     until_idle,
     wait_for_step,
 )
+from tests.unit.handover.stranger import Stranger
 
 
 class Hypervisor:
-    """Knows which guests are in a job that moves them away."""
+    """Knows which guests are in a job that moves them away, and marks those that run here."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str) -> None:
+        self.host = host
         self.leaving: set[str] = set()
         self.asked: list[str] = []
+        self.marks: dict[str, str] = {}
 
     def is_leaving(self, guest: str) -> bool:
         self.asked.append(guest)
         return guest in self.leaving
 
-    def ports(self, guest: str) -> tuple[GuestPort, ...]:
-        return ()
+    def description(self, guest: str) -> str | None:
+        self.asked.append(guest)
+        return described(guest, self.host, self.marks[guest]) if guest in self.marks else None
+
+    def mark(self, guest: str) -> None:
+        self.marks[guest] = secrets.token_hex(32)
+
+
+def described(guest: str, host: str, token: str) -> str:
+    return (
+        f"<domain><uuid>{guest}</uuid><metadata>"
+        f"<o:origin xmlns:o='{domain_xml.ORIGIN}' host='{host}' token='{token}'/></metadata></domain>"
+    )
 
 
 @pytest.fixture
 def hypervisors() -> dict[str, Hypervisor]:
-    return {name: Hypervisor() for name in ZONES}
+    return {name: Hypervisor(name) for name in ZONES}
 
 
 @pytest.fixture
@@ -63,25 +77,26 @@ def hosts(tmp_path: Path, hypervisors: dict[str, Hypervisor]) -> Iterator[Hosts]
         yield made
 
 
-def comes(hosts: Hosts, guest: str, host: str = "host-b") -> None:
-    hosts.say(host, Phase.PREPARE, guest)
+def marked(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> str:
+    """A guest that runs on host-a."""
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].mark(guest)
+    return guest
+
+
+def comes(hosts: Hosts, guest: str, description: str | None, host: str = "host-b") -> None:
+    hosts.agents[host].tell(MigrationEvent(guest, Phase.PREPARE, domain=description))
     hosts.plug(host, guest, ZONES[host], GUEST_ADDRESS)
     hosts.say(host, Phase.STARTED, guest)
 
 
 def is_copying(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> str:
     """A guest that is on its way from host-a to host-b."""
-    guest = guest_with_flows(hosts)
+    guest = marked(hosts, hypervisors)
     hypervisors["host-a"].leaving.add(guest)
-    comes(hosts, guest)
+    comes(hosts, guest, hypervisors["host-a"].description(guest))
     wait_for_step(hosts, "host-b", guest, "in sync")
     return guest
-
-
-def asks(hosts: Hosts, asking: str, guest: str) -> None:
-    """A host's agent asks host-a for the guest's flows, though nobody told it to."""
-    question = messages.encode(Open(guest, asking, (1,), (), ("zlib",), None))
-    hosts.agents["host-a"].deliver(asking, str(uuid.uuid4()), 0, question)
 
 
 def outcome(hosts: Hosts, host: str, guest: str) -> tuple[str, str]:
@@ -89,7 +104,7 @@ def outcome(hosts: Hosts, host: str, guest: str) -> tuple[str, str]:
     return report["outcome"], report["reason"]
 
 
-def test_the_host_that_is_about_to_lose_the_guest_is_found(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
+def test_the_guest_s_description_says_which_host_it_leaves(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
     guest = is_copying(hosts, hypervisors)
     assert guest not in hypervisors["host-b"].asked, "of a guest that comes a hypervisor must not be asked"
     finish(hosts, guest)
@@ -99,8 +114,10 @@ def test_the_host_that_is_about_to_lose_the_guest_is_found(hosts: Hosts, hypervi
 
 
 def test_where_no_hook_is_installed_the_event_is_enough(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
-    guest = guest_with_flows(hosts)
+    guest = marked(hosts, hypervisors)
     hypervisors["host-a"].leaving.add(guest)
+    hypervisors["host-b"].marks[guest] = hypervisors["host-a"].marks[guest]
+    hypervisors["host-b"].host = "host-a"  # what came with the guest still says so
     hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
     hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, role="destination", is_incoming=True))
     wait_for_step(hosts, "host-b", guest, "in sync")
@@ -128,44 +145,75 @@ def test_event_that_comes_late_begins_nothing_anew(hosts: Hosts, hypervisors: di
     assert len(held(hosts, "host-b")) == 100
 
 
-def test_of_two_hosts_that_answer_none_is_believed(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
+def test_where_nothing_names_the_source_the_migration_goes_on_and_the_report_says_so(hosts: Hosts) -> None:
     guest = guest_with_flows(hosts)
-    for name in ("host-a", "host-c"):
-        hypervisors[name].leaving.add(guest)
-    comes(hosts, guest)
-    wait_for_step(hosts, "host-b", guest, "discarded")
-    hosts.say("host-b", Phase.RESUMED, guest)
-    assert hosts.agents["host-b"].wait_until_idle(10)
-    assert held(hosts, "host-b") == set()
-    assert "both say that the guest leaves them" in outcome(hosts, "host-b", guest)[1]
-
-
-def test_where_nobody_answers_the_migration_goes_on_and_the_report_says_so(hosts: Hosts) -> None:
-    guest = guest_with_flows(hosts)
-    comes(hosts, guest)
+    comes(hosts, guest, None)
     hosts.say("host-b", Phase.RESUMED, guest)
     until_idle(hosts)
     told = outcome(hosts, "host-b", guest)
     assert told[0] == "failed"
-    assert "no host says that the guest leaves it" in told[1]
+    assert "nothing says which host the guest leaves" in told[1]
 
 
-def test_a_host_whose_job_is_over_does_not_answer_for_what_it_was_told_before(
+def test_a_host_whose_job_is_over_gives_nothing_for_what_it_was_told_before(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
-    guest = guest_with_flows(hosts)
+    guest = marked(hosts, hypervisors)
     hosts.agents["host-a"].note(MigrationEvent(guest, Phase.OUTGOING))  # and the job ended without a word
-    hosts.say("host-b", Phase.PREPARE, guest)
+    comes(hosts, guest, hypervisors["host-a"].description(guest))
+    hosts.say("host-b", Phase.RESUMED, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-b") == set()
+    assert len(held(hosts, "host-a")) == 100
+
+
+def test_host_that_was_not_given_the_guest_s_description_gets_nothing_and_stops_nothing(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = is_copying(hosts, hypervisors)
+    other = new_guest()
+    hypervisors["host-a"].mark(other)
+    with Stranger(hosts, "host-x") as stranger:
+        for token in ("", "0" * 64, hypervisors["host-a"].marks[other]):
+            stranger.heard.clear()
+            stranger.ask("host-a", guest, token)
+            assert "nothing shows that" in stranger.is_refused()
+            assert not any(isinstance(message, Offer | Flows) for message in stranger.heard)
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
+
+
+def test_token_of_a_migration_that_did_not_happen_is_worth_nothing_afterwards(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = is_copying(hosts, hypervisors)
+    known = hypervisors["host-a"].marks[guest]
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    with Stranger(hosts, "host-x") as stranger:
+        stranger.ask("host-a", guest, known)
+        assert "nothing shows that" in stranger.is_refused()
+
+
+def test_description_that_names_another_host_than_the_guest_s_own_leads_to_nothing(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = marked(hosts, hypervisors)
+    hypervisors["host-a"].leaving.add(guest)
+    comes(hosts, guest, described(guest, "host-c", hypervisors["host-a"].marks[guest]))
+    hosts.say("host-b", Phase.RESUMED, guest)
     assert hosts.agents["host-b"].wait_until_idle(10)
-    assert outcome(hosts, "host-b", guest)[0] == "failed"
+    assert held(hosts, "host-b") == set()
+    assert len(held(hosts, "host-a")) == 100
 
 
 def test_nova_and_the_hook_say_the_same_and_make_one_session(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
-    guest = guest_with_flows(hosts)
+    guest = marked(hosts, hypervisors)
     hypervisors["host-a"].leaving.add(guest)
     hosts.agents["host-b"].note(MigrationEvent(guest, Phase.PREPARE))
     hosts.agents["host-b"].note(MigrationEvent(guest, Phase.PREPARE, "host-a"))
-    comes(hosts, guest)
+    comes(hosts, guest, hypervisors["host-a"].description(guest))
     wait_for_step(hosts, "host-b", guest, "in sync")
     finish(hosts, guest)
     until_idle(hosts)
@@ -205,9 +253,11 @@ def test_job_that_was_aborted_without_a_word_serves_nobody_later(
     hypervisors["host-a"].leaving.clear()
     hosts.say("host-b", Phase.STOPPED, guest)
     until_idle(hosts)
-    asks(hosts, "host-c", guest)
-    (session,) = hosts.agents["host-a"].sessions()
-    assert session._state() == "waiting"
+    with Stranger(hosts, "host-x") as stranger:
+        stranger.ask("host-a", guest, hypervisors["host-a"].marks[guest])
+        until(lambda: hosts.agents["host-a"].sessions())
+        (session,) = hosts.agents["host-a"].sessions()
+        assert session._state() == "waiting"
 
 
 def test_destination_that_asks_after_the_guest_has_left_is_refused_and_the_purge_goes_on(
@@ -216,8 +266,9 @@ def test_destination_that_asks_after_the_guest_has_left_is_refused_and_the_purge
     guest = is_copying(hosts, hypervisors)
     hosts.say("host-a", Phase.SUSPENDED, guest)
     hosts.say("host-a", Phase.STOPPED, guest)
-    with pytest.raises(NotAuthorised, match="has left"):
-        asks(hosts, "host-b", guest)
+    with Stranger(hosts, "host-x") as stranger:
+        stranger.ask("host-a", guest)
+        assert "has left" in stranger.is_refused()
     assert hosts.agents["host-a"].wait_until_idle(10)
     assert held(hosts, "host-a") == set()
 

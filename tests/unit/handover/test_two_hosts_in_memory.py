@@ -133,7 +133,7 @@ def test_two_guests_in_opposite_directions_do_not_see_each_other(hosts: Hosts, g
     hosts.plug("host-b", other, zone_b, "192.0.2.8")
     hosts.drivers["host-b"].insert(hosts.scope("host-b", other), tcp_flows(50, "192.0.2.8"))
     begin(hosts, guest)
-    hosts.say("host-b", Phase.OUTGOING, other)
+    hosts.say("host-b", Phase.OUTGOING, other, destination="host-a")
     hosts.say("host-a", Phase.PREPARE, other, "host-b")
     hosts.plug("host-a", other, zone_a, "192.0.2.8")
     hosts.say("host-a", Phase.STARTED, other)

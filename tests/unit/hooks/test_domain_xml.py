@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sami_plugin.errors import Malformed
-from sami_plugin.hooks.domain_xml import MOST_OCTETS, guest_uuid_of, ports_of
+from sami_plugin.hooks.domain_xml import MOST_OCTETS, ORIGIN, guest_uuid_of, new_origin, origin_of, ports_of
 from sami_plugin.model.guest_port import GuestPort
 
 UUID = "6ac3c1c0-0000-4000-8000-000000000001"
@@ -197,3 +197,35 @@ def test_any_text_is_read_or_refused(noise: str, cut: int) -> None:
 def test_any_octets_are_read_or_refused(octets: bytes) -> None:
     with contextlib.suppress(Malformed):
         ports_of(octets)
+
+
+def origin_with(attributes: str) -> str:
+    return domain(metadata=f"<o:origin xmlns:o='{ORIGIN}' {attributes}/>")
+
+
+def test_origin_is_what_the_host_has_written() -> None:
+    written = new_origin("compute-1").replace("<origin", f"<s:origin xmlns:s='{ORIGIN}'")
+    found = origin_of(domain(metadata=SAMI + written))
+    assert found is not None
+    assert found.host == "compute-1"
+    assert found.token in written
+    assert new_origin("compute-1") != new_origin("compute-1")
+    assert origin_of(domain(metadata=SAMI)) is None
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "",
+        f"host='a' token='{'0' * 63}'",
+        f"host='a' token='{'A' * 64}'",
+        f"host='' token='{'0' * 64}'",
+        f"host='a b' token='{'0' * 64}'",
+        f"host='{'a' * 256}' token='{'0' * 64}'",
+        f"host='a&#10;' token='{'0' * 64}'",
+        f"token='{'0' * 64}'",
+    ],
+)
+def test_origin_that_cannot_be_is_refused(attributes: str) -> None:
+    with pytest.raises(Malformed, match="sami:origin"):
+        origin_of(origin_with(attributes))

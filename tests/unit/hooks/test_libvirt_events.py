@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 
 from lab.deadline import wait_until
 from sami_plugin.errors import NotAvailable, OperatorError
-from sami_plugin.hooks import libvirt_events
+from sami_plugin.hooks import domain_xml, libvirt_events
 from sami_plugin.hooks.libvirt_events import LibvirtHost
-from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.migration import MigrationEvent, Origin, Phase
 
 GUEST = "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4"
 NAMES = [
@@ -44,7 +45,15 @@ NAMES = [
     "VIR_DOMAIN_JOB_UNBOUNDED",
     "VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT",
     "VIR_DOMAIN_JOB_OPERATION_SAVE",
+    "VIR_DOMAIN_EVENT_STARTED_BOOTED",
+    "VIR_DOMAIN_EVENT_STARTED_RESTORED",
+    "VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT",
+    "VIR_DOMAIN_EVENT_STARTED_WAKEUP",
+    "VIR_DOMAIN_METADATA_ELEMENT",
+    "VIR_DOMAIN_AFFECT_LIVE",
+    "VIR_CONNECT_LIST_DOMAINS_ACTIVE",
     "VIR_ERR_NO_DOMAIN",
+    "VIR_ERR_OPERATION_DENIED",
     "VIR_ERR_NO_CONNECT",
 ]
 NUMBERS = {name: number for number, name in enumerate(NAMES, 1)} | {"VIR_DOMAIN_JOB_NONE": 0}
@@ -75,6 +84,21 @@ class Domain:
     def UUIDString(self) -> str:  # noqa: N802
         return GUEST
 
+    def __init__(self) -> None:
+        self.metadata = ""
+        self.may_write = True
+        self.writes = 0
+
+    def XMLDesc(self, flags: int) -> str:  # noqa: N802
+        return f"<domain><uuid>{GUEST}</uuid><metadata>{self.metadata}</metadata></domain>"
+
+    def setMetadata(self, kind: int, element: str, prefix: str, uri: str, flags: int) -> None:  # noqa: N802
+        assert (kind, flags) == (NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], NUMBERS["VIR_DOMAIN_AFFECT_LIVE"])
+        self.writes += 1
+        if not self.may_write:
+            raise LibvirtError(NUMBERS["VIR_ERR_OPERATION_DENIED"])
+        self.metadata = element.replace("<origin", f"<{prefix}:origin xmlns:{prefix}='{uri}'")
+
 
 class Libvirt(SimpleNamespace):
     """As much of the module as is used. `is_up` says whether the daemon takes connections."""
@@ -95,7 +119,7 @@ class Libvirt(SimpleNamespace):
 
     def registerErrorHandler(self, handler: object, opaque: object) -> None: ...  # noqa: N802
 
-    def openReadOnly(self, uri: str) -> Any:  # noqa: N802
+    def open(self, uri: str) -> Any:
         if not self.is_up:
             raise LibvirtError(self.VIR_ERR_NO_CONNECT)
         self.connections += 1
@@ -115,6 +139,9 @@ class Libvirt(SimpleNamespace):
         if self.domain.now is None:
             raise LibvirtError(self.VIR_ERR_NO_DOMAIN)
         return self.domain
+
+    def listAllDomains(self, flags: int) -> list[Domain]:  # noqa: N802
+        return [] if self.domain.now is None else [self.domain]
 
     def close(self) -> None: ...
 
@@ -159,7 +186,7 @@ def heard() -> Heard:
 
 @pytest.fixture
 def host(libvirt: Libvirt, heard: Heard) -> Iterator[LibvirtHost]:
-    made = LibvirtHost("qemu:///system")
+    made = LibvirtHost("qemu:///system", "host-a")
     polls: list[None] = []
     real = made._poll
     made._poll = lambda: polls.append(real())  # type: ignore[method-assign, func-returns-value]
@@ -261,7 +288,7 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     libvirt.closed(libvirt, 1, None)
     wait_until(lambda: host._connection is None, "the end of the connection")
     assert not host.is_leaving(GUEST)
-    assert host.ports(GUEST) == ()
+    assert host.description(GUEST) is None
     if now is None:
         libvirt.domain.now = None
     else:
@@ -287,4 +314,52 @@ def test_incoming_guest_is_not_asked_for_while_the_connection_lasts(
 def test_libvirt_python_that_is_missing_is_said_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libvirt", None)
     with pytest.raises(NotAvailable, match="extra `libvirt`"):
-        LibvirtHost("qemu:///system")
+        LibvirtHost("qemu:///system", "host-a")
+
+
+def origin(libvirt: Libvirt) -> Origin | None:
+    return domain_xml.origin_of(libvirt.domain.XMLDesc(0))
+
+
+def test_guest_that_runs_is_marked_once_and_anew_when_that_is_asked(libvirt: Libvirt, host: LibvirtHost) -> None:
+    wait_until(lambda: origin(libvirt) is not None, "the mark")
+    first = origin(libvirt)
+    assert first is not None
+    assert first.host == "host-a"
+    for said in (("RESUMED", "UNPAUSED"), ("STARTED", "BOOTED")):
+        libvirt.say(*said)
+    host.mark(GUEST)
+    wait_until(lambda: libvirt.domain.writes == 2, "the new mark")
+    assert origin(libvirt) != first
+    assert first.token not in repr(first)
+
+
+@pytest.mark.usefixtures("host")
+def test_guest_that_came_is_marked_when_it_runs_here_and_not_before(libvirt: Libvirt) -> None:
+    wait_until(lambda: libvirt.domain.writes == 1, "the mark")
+    libvirt.domain.metadata = (
+        f"<o:origin xmlns:o='{domain_xml.ORIGIN}' host='host-b' token='{'0' * 64}'/>"  # what came with it
+    )
+    libvirt.say("STARTED", "MIGRATED")
+    libvirt.say("SUSPENDED", "MIGRATED")
+    time.sleep(0.1)  # nothing is to happen
+    assert libvirt.domain.writes == 1
+    libvirt.say("RESUMED", "MIGRATED")
+    wait_until(lambda: libvirt.domain.writes == 2, "the mark")
+    found = origin(libvirt)
+    assert found is not None
+    assert found.host == "host-a"
+
+
+@pytest.mark.usefixtures("host")
+def test_guest_that_cannot_be_marked_is_named_and_the_next_one_is_marked(
+    libvirt: Libvirt, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait_until(lambda: libvirt.domain.writes == 1, "the mark")
+    libvirt.domain.metadata, libvirt.domain.may_write = "", False
+    libvirt.say("STARTED", "BOOTED")
+    wait_until(lambda: libvirt.domain.writes == 2, "a try")
+    libvirt.domain.may_write = True
+    libvirt.say("STARTED", "BOOTED")
+    wait_until(lambda: libvirt.domain.writes == 3, "the mark")
+    assert "cannot be carried away from here" in caplog.text

@@ -1,0 +1,108 @@
+"""The line between the two ends of a session: its secure channel, and the sender that carries the channel's packets."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from sami_plugin.channel.identity import Credentials
+from sami_plugin.channel.tls import Channel
+from sami_plugin.errors import IllegalMessage, NotAuthorised, PeerUnreachable, StreamBroken
+from sami_plugin.model.packet import Packet
+from sami_plugin.model.settings import Settings
+from sami_plugin.transport.rpc import Sender, Transport
+
+LOG = logging.getLogger(__name__)
+
+
+class Line:
+    """One end of it. The destination calls, the source answers. Thread-safe; nothing blocks."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        credentials: Credentials,
+        settings: Settings,
+        session: str,
+        *,
+        caller: str = "",
+    ) -> None:
+        """`caller` is who has called; without one this end is to call somebody."""
+        self.peer = caller
+        """Who is, or has to be, at the other end."""
+        self.lost: Callable[[str], None] = lambda reason: None
+        """Told, from any thread, that nothing will come of this line, and why."""
+        self._session = session
+        self._credentials = credentials
+        self._is_server = bool(caller)
+        self._lock = threading.Lock()
+        self._channel: Channel | None = self._new_channel() if caller else None
+        self._sender = Sender(
+            transport,
+            lambda: self.peer,
+            session,
+            window=settings.window,
+            call_seconds=settings.call_seconds,
+            lifetime_seconds=settings.message_seconds,
+            refused=lambda reason: self.lost(reason),
+            broken=self._renew,
+        )
+
+    def say(self, message: bytes) -> None:
+        """Sends a message to `peer`, which has to be known by now."""
+        with self._lock:
+            if self._channel is None:
+                self._channel = self._new_channel()
+            self._attempt(lambda channel: channel.say(message))
+
+    def take(self, packet: Packet) -> list[bytes]:
+        """The messages that are in order now thanks to this packet.
+
+        :raises StreamBroken, NotAuthorised, IllegalMessage: as the channel says.
+        """
+        with self._lock:
+            channel = self._channel
+            if channel is None:
+                raise IllegalMessage("nobody here has called")
+            try:
+                return channel.take(packet)
+            except StreamBroken as error:
+                if self._is_server:
+                    raise
+                LOG.warning("%s: %s; another stream was begun", self._session, error)
+                return []
+            except (NotAuthorised, PeerUnreachable) as error:
+                if not self._is_server:
+                    self.lost(str(error))
+                raise
+            finally:
+                self._send(channel)
+
+    def when_there_is_room(self, then: Callable[[], None]) -> None:
+        """See Sender."""
+        self._sender.when_there_is_room(then)
+
+    def finish(self) -> None:
+        """Nothing more will be said. May be repeated."""
+        self._sender.finish()
+
+    def _new_channel(self) -> Channel:
+        is_server = self._is_server
+        return Channel(self.peer, lambda: self._credentials.context(is_server=is_server), is_server=is_server)
+
+    def _renew(self, stream: int) -> None:
+        with self._lock:
+            self._attempt(lambda channel: channel.renew(stream))
+
+    def _attempt(self, act: Callable[[Channel], None]) -> None:
+        assert self._channel is not None
+        try:
+            act(self._channel)
+        except PeerUnreachable as error:
+            self.lost(str(error))
+        self._send(self._channel)
+
+    def _send(self, channel: Channel) -> None:
+        for packet in channel.packets():
+            self._sender.send(packet)
