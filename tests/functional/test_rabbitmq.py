@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import re
+import socket
+import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import TracebackType
 
+import netaddr
 import pytest
 
-from lab import judge, traffic
+from lab import addresses, judge, traffic
 from lab.agents import AgentProcess, file_and_broker
 from lab.broker import Broker
 from lab.deadline import wait_until
@@ -33,9 +41,13 @@ class Cloud:
         self._source = ""
 
     def tell(self, host: Host, phase: str, guest: Guest) -> None:
+        source = destination = None
         if phase == "outgoing":
-            self._source = host.name
-        self.agents[host.name].tell(Phase(phase), guest.uuid, self._source if phase == "prepare" else None)
+            assert guest.moves_to is not None
+            self._source, destination = host.name, guest.moves_to.name
+        elif phase == "prepare":
+            source = self._source
+        self.agents[host.name].tell(Phase(phase), guest.uuid, source, destination)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +57,13 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 
 @contextmanager
-def cloud(broker: Broker) -> Iterator[Cloud]:
+def cloud(broker: Broker, url: str = "") -> Iterator[Cloud]:
+    """`url` is another way to the broker than its own."""
     with Lab() as lab, ExitStack() as stack:
         agents = {
-            name: stack.enter_context(AgentProcess(lab.folder, name, file_and_broker(host.scope_file, broker.url)))
+            name: stack.enter_context(
+                AgentProcess(lab.folder, name, file_and_broker(host.scope_file, url or broker.url))
+            )
             for name, host in lab.hosts.items()
         }
         yield Cloud(lab, broker, agents)
@@ -111,3 +126,62 @@ def test_a_broker_that_is_away_in_the_pause_delays_the_purge_and_nothing_else(br
         )
         assert left == [1], "the source keeps its entry as long as it has not heard of the arrival"
         assert_moved(made, guest)
+
+
+class Tap:
+    """A way to the broker on which every octet is kept. A context manager."""
+
+    def __init__(self, port: int) -> None:
+        self.octets = bytearray()
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Tap:
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._port))
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=ends, daemon=True).start()
+
+    def _copy(self, from_end: socket.socket, to_end: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while octets := from_end.recv(1 << 16):
+                with self._lock:
+                    self.octets += octets
+                to_end.sendall(octets)
+        with contextlib.suppress(OSError):
+            to_end.shutdown(socket.SHUT_WR)
+
+    def readable(self) -> bytes:
+        """All of it, and what the payloads in it are."""
+        payloads = re.findall(rb"[A-Za-z0-9+/]{40,}={0,2}", self.octets)
+        return bytes(self.octets) + b"".join(base64.b64decode(one + b"=" * (-len(one) % 4)) for one in payloads)
+
+
+def test_broker_that_records_everything_has_no_guest_address_or_port_in_it(broker: Broker) -> None:
+    with Tap(broker.port) as tap:
+        url = broker.url.replace(str(broker.port), str(tap.port))
+        with cloud(broker, url) as made:
+            guest = download_lives_through_a_move(made, {})
+            assert_moved(made, guest)
+            session = made.agents["b"].sessions(guest.uuid)[0]["session"]
+    seen = tap.readable()
+    assert session.encode() in seen, "what is recorded is this session"
+    assert seen.count(b"deliver") > 6
+    outside = netaddr.IPAddress(addresses.OUTSIDE_V4)
+    for address in (netaddr.IPAddress(guest.v4), netaddr.IPAddress(guest.v6), outside):
+        assert str(address).encode() not in seen
+        assert address.packed not in seen
+    for written in (guest.uuid.encode(), uuid.UUID(guest.uuid).bytes, guest.tap.encode()):
+        assert written not in seen

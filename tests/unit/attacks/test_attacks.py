@@ -1,0 +1,559 @@
+"""Who wants flow state that is not his, or wants others to have what he made, between real agents in memory.
+
+Each attack is tried twice: as things are, where it has to fail, and with its defence taken out, where it has to
+succeed; else the test would say nothing about the defence. The page doc/source/user/attacks.rst lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sami_plugin import agent as agent_module
+from sami_plugin import handover
+from sami_plugin import line as line_module
+from sami_plugin.agent import Agent
+from sami_plugin.channel import tls
+from sami_plugin.channel.identity import Credentials
+from sami_plugin.channel.ordering import Inbox
+from sami_plugin.codec import compression, ipfix, messages
+from sami_plugin.drivers import memory as memory_driver
+from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.errors import Busy, Malformed, SamiError
+from sami_plugin.migration import source
+from sami_plugin.migration.decision import Purge, TimePassed
+from sami_plugin.model.flows import Batch, ZoneRole
+from sami_plugin.model.migration import (
+    Arrived,
+    Complete,
+    FlowChanges,
+    Flows,
+    GivesUp,
+    InSync,
+    MigrationEvent,
+    Offer,
+    Open,
+    Phase,
+    Purged,
+)
+from sami_plugin.model.packet import Packet
+from sami_plugin.model.scope import Scope
+from sami_plugin.testing.certificates import Certificates
+from sami_plugin.testing.hosts import Hosts, new_guest
+from sami_plugin.transport import rpc
+from tests.unit.channel.pair import Pair
+from tests.unit.handover.memory import (
+    GUEST_ADDRESS,
+    SETTINGS,
+    ZONES,
+    begin,
+    finish,
+    guest_with_flows,
+    held,
+    ports,
+    tcp_flows,
+    until,
+    until_idle,
+    wait_for_step,
+)
+from tests.unit.handover.stranger import Stranger
+
+SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verdict_seconds=0.5, call_seconds=1.0)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    with Hosts(tmp_path, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=SOON) as made:
+        yield made
+
+
+def both(monkeypatch: pytest.MonkeyPatch, attack: Callable[[], bool], take_out: Callable[[], None]) -> None:
+    """The attack fails, and succeeds once its defence is taken out."""
+    assert not attack(), "the attack succeeded"
+    with monkeypatch.context():
+        take_out()
+        assert attack(), "the attack fails without the defence too, so this test does not show that it is one"
+
+
+def is_given_flows(stranger: Stranger) -> bool:
+    """Whether a host that asked for flows has got any; waits for that or for a refusal."""
+    with contextlib.suppress(AssertionError):
+        until(lambda: stranger.lost or any(isinstance(one, Flows | Offer | GivesUp) for one in stranger.heard))
+    return any(isinstance(one, Flows | Offer) for one in stranger.heard)
+
+
+def believe_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes out that a certificate has to name the host that speaks."""
+    real = tls.Channel._enter
+
+    def enter(channel: tls.Channel, stream: Any) -> None:
+        stream.peer = lambda: channel.peer
+        real(channel, stream)
+
+    monkeypatch.setattr(tls.Channel, "_enter", enter)
+
+
+def test_host_without_a_certificate_of_the_authority(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = guest_with_flows(hosts)
+    hosts.agents["host-a"].tell(MigrationEvent(guest, Phase.OUTGOING, None, "host-x"))
+
+    def attack() -> bool:
+        with Stranger(hosts, "host-x", certificates=Certificates(tmp_path / "of-another-authority")) as stranger:
+            stranger.ask("host-a", guest)
+            return is_given_flows(stranger)
+
+    def take_out() -> None:
+        real = Credentials.context
+
+        def careless(self: Credentials, *, is_server: bool) -> ssl.SSLContext:
+            context = real(self, is_server=is_server)
+            context.verify_mode = ssl.CERT_NONE
+            return context
+
+        monkeypatch.setattr(Credentials, "context", careless)
+        believe_any_name(monkeypatch)
+
+    both(monkeypatch, attack, take_out)
+
+
+def test_host_that_speaks_for_another(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = guest_with_flows(hosts)
+    hosts.agents["host-a"].tell(MigrationEvent(guest, Phase.OUTGOING, None, "host-c"))
+    hosts.agents["host-c"].stop()
+
+    def attack() -> bool:
+        with Stranger(hosts, "host-c", speaks_with="host-x") as stranger:
+            stranger.ask("host-a", guest)
+            return is_given_flows(stranger)
+
+    both(monkeypatch, attack, lambda: believe_any_name(monkeypatch))
+
+
+def test_enrolled_host_that_is_not_the_destination_asks(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = guest_with_flows(hosts)
+    hosts.agents["host-a"].tell(MigrationEvent(guest, Phase.OUTGOING, None, "host-b"))
+
+    def attack() -> bool:
+        with Stranger(hosts, "host-x") as stranger:
+            stranger.ask("host-a", guest)
+            return is_given_flows(stranger)
+
+    both(
+        monkeypatch,
+        attack,
+        lambda: monkeypatch.setattr(Agent, "_refuse_who_is_not_the_destination", lambda *_, **__: None),
+    )
+
+
+def test_flows_of_a_guest_that_does_not_leave(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = guest_with_flows(hosts)
+
+    def attack() -> bool:
+        with Stranger(hosts, "host-x") as stranger:
+            stranger.ask("host-a", guest)
+            return is_given_flows(stranger)
+
+    def take_out() -> None:
+        real = Agent._leaving
+
+        def leaving(self: Agent, session: str, guest: str, peer: str, outgoing: Any, line: Any = None) -> Any:
+            return real(self, session, guest, peer, agent_module._Outgoing(peer), line)
+
+        monkeypatch.setattr(Agent, "_leaving", leaving)
+
+    both(monkeypatch, attack, take_out)
+
+
+# --- what is on its way
+
+
+class ClearChannel:
+    """What takes TLS out: messages as they are, in their order."""
+
+    is_established = True
+
+    def __init__(self, peer: str, context: object, *, is_server: bool) -> None:
+        self._inbox = Inbox()
+        self._waiting: list[Packet] = []
+        self._sent = 0
+
+    def say(self, message: bytes) -> None:
+        self._waiting.append(Packet(0, self._sent, message))
+        self._sent += 1
+
+    def take(self, packet: Packet) -> list[bytes]:
+        return self._inbox.accept(packet.number, packet.octets)
+
+    def packets(self) -> list[Packet]:
+        packets, self._waiting = self._waiting, []
+        return packets
+
+    def renew(self, stream: int) -> None: ...
+
+
+def take_tls_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_module, "Channel", ClearChannel)
+    monkeypatch.setattr(tls, "Channel", ClearChannel)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str, Packet]]:
+    """Sender, receiver, session and packet of all that the broker has."""
+    found: list[tuple[str, str, str, Packet]] = []
+    real = rpc.Transport.call
+
+    def call(self: rpc.Transport, peer: str, session: str, packet: Packet, timeout_seconds: float) -> str:
+        found.append((self.host, peer, session, packet))
+        return real(self, peer, session, packet, timeout_seconds)
+
+    monkeypatch.setattr(rpc.Transport, "call", call)
+    return found
+
+
+def test_broker_that_reads(
+    hosts: Hosts, recorded: list[tuple[str, str, str, Packet]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack() -> bool:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        said = b"".join(packet.octets for _, _, _, packet in recorded)
+        assert said
+        return guest.encode() in said or uuid.UUID(guest).bytes in said
+
+    both(monkeypatch, attack, lambda: take_tls_out(monkeypatch))
+
+
+def test_broker_that_says_again_in_another_session_what_it_has_recorded(
+    hosts: Hosts, recorded: list[tuple[str, str, str, Packet]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack() -> bool:
+        recorded.clear()
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        hosts.agents["host-a"].tell(MigrationEvent(guest, Phase.OUTGOING, None, "host-b"))  # the same once more
+        again = str(uuid.uuid4())
+        for _, peer, _, packet in list(recorded):
+            if peer == "host-a":
+                with contextlib.suppress(SamiError):
+                    hosts.agents["host-a"].deliver("host-b", again, packet)
+        has_session = any(session.id == again for session in hosts.agents["host-a"].sessions()) or any(
+            report["session"] == again for report in hosts.reports("host-a", guest)
+        )
+        hosts.say("host-a", Phase.ROLLBACK, guest)
+        until_idle(hosts)
+        return has_session
+
+    both(monkeypatch, attack, lambda: take_tls_out(monkeypatch))
+
+
+@pytest.fixture(scope="module")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Credentials]:
+    certificates = Certificates(tmp_path_factory.mktemp("certificates"))
+    made = {host: Credentials(host, certificates.files(host)) for host in "ds"}
+    return made.__getitem__
+
+
+def conversation(pair: Pair) -> None:
+    """Some of it, both ways, all of it heard."""
+    for number in range(6):
+        pair.say("d", b"to s %d" % number)
+        pair.say("s", b"to d %d" % number)
+        pair.carry_all()
+
+
+WHOLE = {"s": [b"to s %d" % number for number in range(6)], "d": [b"to d %d" % number for number in range(6)]}
+
+
+def test_broker_that_breaks_a_stream_so_that_arrived_is_said_twice(
+    credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack() -> bool:
+        pair = Pair(credentials)
+        conversation(pair)
+        pair.carry("s", Packet(0, sum(to == "s" for to, _ in pair.every), b"what nobody sent"))
+        pair.carry_all()
+        assert pair.broken
+        return pair.heard != WHOLE
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(tls.Channel, "_is_new", lambda *_: True))
+
+
+def test_broker_that_says_again_in_the_session_what_it_has_carried(
+    credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack() -> bool:
+        pair = Pair(credentials)
+        conversation(pair)
+        for to, packet in list(pair.every):
+            pair.carry(to, packet)
+        pair.carry_all()
+        return pair.heard != WHOLE or pair.broken > 0
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(Inbox, "accept", lambda self, number, octets: [octets]))
+
+
+def test_broker_that_changes_the_order(
+    credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack() -> bool:
+        pair = Pair(credentials)
+        for number in range(6):
+            pair.say("d", b"to s %d" % number)
+            pair.say("s", b"to d %d" % number)
+        with contextlib.suppress(SamiError):
+            while pair.under_way:
+                pair.carry(*pair.under_way.pop())
+        return pair.heard != WHOLE or pair.broken > 0
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(Inbox, "accept", lambda self, number, octets: [octets]))
+
+
+def test_broker_that_cuts_the_end_off(
+    credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack() -> bool:
+        pair = Pair(credentials)
+        conversation(pair)
+        pair.say("s", b"remove these, and not those")
+        while pair.under_way:
+            to, packet = pair.under_way.pop()
+            pair.carry(to, replace(packet, octets=packet.octets[:-11]))
+        return b"remove these, an" in pair.heard["d"]
+
+    both(monkeypatch, attack, lambda: take_tls_out(monkeypatch))
+
+
+def test_agreement_on_an_older_tls(credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch) -> None:
+    def attack() -> bool:
+        pair = Pair(credentials)
+        old = credentials("d")._context(ssl.PROTOCOL_TLS_CLIENT)
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
+        pair.ends["d"] = tls.Channel("s", lambda: old, is_server=False)
+        pair.say("d", b"open")
+        with contextlib.suppress(SamiError):
+            pair.carry_all()
+        return pair.heard["s"] == [b"open"]
+
+    def take_out() -> None:
+        real = Credentials.context
+
+        def careless(self: Credentials, *, is_server: bool) -> ssl.SSLContext:
+            context = real(self, is_server=is_server)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            return context
+
+        monkeypatch.setattr(Credentials, "context", careless)
+
+    both(monkeypatch, attack, take_out)
+
+
+def test_another_host_says_in_the_destination_s_name_that_the_guest_has_arrived(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Credentials("host-x", hosts.certificates.files("host-x"))
+
+    def attack() -> bool:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        wait_for_step(hosts, "host-a", guest, "complete")
+        session = next(one.id for one in hosts.agents["host-a"].sessions() if one.guest == guest)
+        answers: list[Packet] = []
+        transport = hosts.agents["host-a"].host.transport
+        real = transport.call
+
+        def call(peer: str, session_id: str, packet: Packet, seconds: float) -> str:
+            if packet.stream == 0:
+                return real(peer, session_id, packet, seconds)
+            answers.append(packet)
+            return rpc.TAKEN
+
+        monkeypatch.setattr(transport, "call", call)
+        channel = tls.Channel("host-a", lambda: own.context(is_server=False), is_server=False)
+        channel._streams, channel._next_out = 1, 2  # behind Open and Complete
+        channel.say(messages.encode(Arrived()))
+        for _ in range(4):
+            with contextlib.suppress(SamiError):
+                for packet in channel.packets():
+                    hosts.agents["host-a"].deliver("host-b", session, packet)
+            with contextlib.suppress(AssertionError):
+                until(lambda: answers, 0.5)
+            with contextlib.suppress(SamiError):  # host-a's own messages, from the first on
+                while answers:
+                    channel.take(answers.pop(0))
+        with contextlib.suppress(AssertionError):
+            until(lambda: not held(hosts, "host-a"), 1.0)
+        is_purged = not held(hosts, "host-a")
+        monkeypatch.setattr(transport, "call", real)
+        hosts.say("host-a", Phase.RESUMED, guest)
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        for host in ("host-a", "host-b"):
+            hosts.unplug(host, guest)
+        return is_purged
+
+    both(monkeypatch, attack, lambda: believe_any_name(monkeypatch))
+
+
+# --- what an enrolled source may have others put in
+
+
+def source_says(hosts: Hosts, flows: Batch) -> None:
+    """host-x, which the guest comes from, says that these are the guest's flows; the migration ends well."""
+    with Stranger(hosts, "host-x") as stranger:
+        guest = new_guest()
+        hosts.say("host-b", Phase.PREPARE, guest, "host-x")
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        until(lambda: Open in stranger.sessions)
+        session = stranger.sessions[Open]
+        octets = compression.compress(ipfix.encode([flows], export_time=0, enterprise=SETTINGS.enterprise), "zlib")
+        for message in (Offer(1, 1), Flows(octets), InSync(len(flows)), FlowChanges(octets, is_last=True)):
+            stranger.say("host-b", session, message)
+        until(lambda: any(isinstance(message, Complete) for message in stranger.heard))
+        hosts.say("host-b", Phase.RESUMED, guest)
+        until(lambda: any(isinstance(message, Arrived) for message in stranger.heard))
+        stranger.say("host-b", session, Purged(0, 0))
+        until_idle(hosts)
+        hosts.unplug("host-b", guest)
+
+
+def test_source_that_sends_flows_of_a_foreign_address(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attack() -> bool:
+        source_says(hosts, tcp_flows(3, "203.0.113.9", first_port=4000))
+        return ports(hosts, "host-b") >= {4000, 4001, 4002}
+
+    def take_out() -> None:
+        for module in (handover, memory_driver):
+            monkeypatch.setattr(module, "has_end_in", lambda batch, addresses: np.full(len(batch), bool(addresses)))
+
+    both(monkeypatch, attack, take_out)
+
+
+def test_source_that_names_a_zone_of_another_role(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attack() -> bool:
+        flows = tcp_flows(3, first_port=5000)
+        flows.rows["zoneRole"] = ZoneRole.SNAT
+        source_says(hosts, flows)
+        return bool(ports(hosts, "host-b") & {5000, 5001, 5002})
+
+    def take_out() -> None:
+        # As if each role named the port's own zone.
+        real = memory_driver.MemoryDriver.insert
+
+        def insert(self: MemoryDriver, scope: Scope, batch: Batch) -> Any:
+            batch = Batch(batch.template, batch.rows.copy())
+            batch.rows["zoneRole"] = ZoneRole.PORT
+            return real(self, scope, batch)
+
+        monkeypatch.setattr(memory_driver.MemoryDriver, "insert", insert)
+
+    both(monkeypatch, attack, take_out)
+
+
+@pytest.mark.parametrize("how", compression.available())
+def test_flows_that_unpack_to_more_than_there_is_memory(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = compression.compress(bytes(compression.MOST_OCTETS + 1), how)
+
+    def attack() -> bool:
+        try:
+            return len(compression.decompress(bomb)) > 1 << 20
+        except Malformed:
+            return False
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(compression, "MOST_OCTETS", 1 << 40))
+
+
+def test_message_longer_than_a_broker_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = messages.encode(Flows(bytes(messages.MOST_OCTETS)))
+
+    def attack() -> bool:
+        try:
+            return isinstance(messages.decode(long), Flows)
+        except Malformed:
+            return False
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(messages, "MOST_OCTETS", 1 << 40))
+
+
+# --- who wants no more than to disturb
+
+
+def test_flood_of_callers_that_never_show_who_they_are(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = hosts.agents["host-a"]
+
+    def attack() -> bool:
+        for number in range(agent_module.MOST_GREETINGS + 20):
+            with contextlib.suppress(SamiError):
+                agent.deliver(f"host-{number}", str(uuid.uuid4()), Packet(0, 1, b"later than what never comes"))
+        return len(agent._greetings) > 64
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(agent_module, "MOST_GREETINGS", 1000))
+
+
+def test_after_a_flood_a_host_is_heard_again(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_module, "GREETING_SECONDS", 0.2)
+    agent = hosts.agents["host-a"]
+    for number in range(agent_module.MOST_GREETINGS):
+        agent.deliver(f"host-{number}", str(uuid.uuid4()), Packet(0, 1, b"later than what never comes"))
+    with pytest.raises(Busy):
+        agent.deliver("host-y", str(uuid.uuid4()), Packet(0, 0, b""))
+    guest = guest_with_flows(hosts)
+    begin(hosts, guest)
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
+
+
+def test_octets_that_a_stranger_has_kept_for_it(
+    credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack() -> bool:
+        pair = Pair(credentials)
+        with contextlib.suppress(SamiError):
+            for number in range(1, 30):
+                pair.ends["s"].take(Packet(0, number, bytes(100_000)))
+        return sum(
+            len(packet) for stream in pair.ends["s"]._begun.values() for packet in stream._inbox._waiting.values()
+        ) > (1 << 20)
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(tls, "MOST_WAITING_OF_STRANGERS", 1 << 30))
+
+
+def test_broker_that_swallows_arrived_and_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest's flows must not be gone where it still is, whatever is answered in the other host's name."""
+    patient = replace(SOON, limits=replace(SOON.limits, session_seconds=1.5))
+
+    def attack() -> bool:
+        with Hosts(
+            tmp_path / str(uuid.uuid4()), tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=patient
+        ) as hosts:
+            guest = guest_with_flows(hosts)
+            begin(hosts, guest)
+            for agent in hosts.agents.values():
+                agent.host.transport.call = lambda *_: rpc.TAKEN  # type: ignore[method-assign]
+            hosts.say("host-a", Phase.SUSPENDED, guest)
+            assert hosts.agents["host-a"].wait_until_idle(20)
+            return not held(hosts, "host-a")
+
+    def take_out() -> None:
+        def purge(session: source.Source, event: object, now: float) -> source.Decision:
+            return replace(session, state=source.State.PURGING), [Purge()]
+
+        monkeypatch.setitem(source.TABLE[source.State.DRAINED], TimePassed, purge)
+
+    both(monkeypatch, attack, take_out)
