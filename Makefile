@@ -33,6 +33,8 @@ fuzz: prepare-test ## the property tests with many more examples, then spoiled i
 	$(PYTHON_HERE) -m pytest tests/unit -m hypothesis -p tools.fuzz_profile --timeout=0
 	$(PYTHON_HERE) -m tests.fuzz.codec --inputs 1000000 --seed $$(date +%s) $(ARGS)
 	$(PYTHON_HERE) -m tests.fuzz.messages --inputs 1000000 --seed $$(date +%s) $(ARGS)
+	$(PYTHON_HERE) -m tests.fuzz.events --inputs 1000000 --seed $$(date +%s) $(ARGS)
+	$(PYTHON_HERE) -m tests.fuzz.packets --inputs 20000 --seed $$(date +%s) $(ARGS)
 
 lint: prepare-test run-lint ## ruff, import-linter, mypy
 

@@ -6,6 +6,7 @@ A broker of the world stands between the agents; each host reaches it on its own
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,9 @@ class HostAgent(AgentProcess):
             "libvirt": {"uri": "qemu:///system"},
             "migration": dict(migration),
         }
-        super().__init__(host.lab_folder, host.name, options, start=host.start)
+        super().__init__(host.lab_folder, host.name, options, start=self._start_in_host)
+        self._host = host
+        self._words: list[str] = []
         self.socket = host.path(SOCKET)
 
     @property
@@ -50,6 +53,22 @@ class HostAgent(AgentProcess):
         before = self._heard()
         super().start()
         wait_until(lambda: self._heard() > before, f"agent {self.name} to hear its libvirt")
+
+    @contextlib.contextmanager
+    def behind(self, *words: str) -> Iterator[None]:
+        """Within it the agent runs as the last argument of this command, which ends in it."""
+        self.stop()
+        self._words = list(words)
+        try:
+            self.start()
+            yield
+        finally:
+            self.stop()
+            self._words = []
+            self.start()
+
+    def _start_in_host(self, argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return self._host.start([*self._words, *argv], **options)
 
     def _heard(self) -> int:
         return self.log.read_text().count(HEARS_LIBVIRT) if self.log.exists() else 0

@@ -238,7 +238,12 @@ def test_interrupt_ends_quietly_with_130(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     # Reading from a pipe that nobody writes to lasts until it is interrupted; it opens for writing once somebody reads.
-    process = subprocess.Popen([*SAMI, "flow", "import", str(fifo), "--zone", "1"], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*SAMI, "flow", "import", str(fifo), "--zone", "1"],
+        stderr=subprocess.PIPE,
+        # A shell has what it runs in the background ignore it, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         wait_until(lambda: _has_reader(fifo), "the command to read", 30)
         process.send_signal(signal.SIGINT)

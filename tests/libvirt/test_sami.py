@@ -7,9 +7,12 @@ Each guest holds a download that it began itself. No rule admits a packet of it,
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +37,7 @@ SLOW_MIB = 4
 SLOW_CABLE_MEGABITS = 32
 NO_ARRIVAL_SECONDS = 3
 NO_ANSWER_SECONDS = 8
+CAP_NET_ADMIN = 12
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +318,16 @@ def test_broker_that_is_away_at_the_cut_over(case: Case) -> None:
 
 
 @contextlib.contextmanager
+def test_agents_need_no_more_than_cap_net_admin(case: Case) -> None:
+    with ExitStack() as stack:
+        for agent in case.sami.agents.values():
+            stack.enter_context(agent.behind("setpriv", "--bounding-set=-all,+net_admin", "--no-new-privs"))
+            status = Path(f"/proc/{agent.pid}/status").read_text()
+            (effective,) = re.findall(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)
+            assert int(effective, 16) == 1 << CAP_NET_ADMIN
+        case.moves(case.start())
+
+
 def without_agent(case: Case, host: LibvirtHost) -> Iterator[None]:
     agent = case.sami.agents[host.name]
     agent.stop()

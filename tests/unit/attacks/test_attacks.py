@@ -245,12 +245,12 @@ def test_broker_that_says_again_in_another_session_what_it_has_recorded(
         hosts.say("host-b", Phase.STOPPED, guest)
         until_idle(hosts)
         hosts.agents["host-a"].tell(MigrationEvent(guest, Phase.OUTGOING, None, "host-b"))  # the same once more
-        again = str(uuid.uuid4())
-        for _, peer, _, packet in list(recorded):
-            if peer == "host-a":
+        again, before = str(uuid.uuid4()), hosts.reports("host-b", guest)[0]["session"]
+        for _, peer, session, packet in list(recorded):
+            if (peer, session) == ("host-a", before):
                 with contextlib.suppress(SamiError):
                     hosts.agents["host-a"].deliver("host-b", again, packet)
-        has_session = any(session.id == again for session in hosts.agents["host-a"].sessions()) or any(
+        has_session = any(one.id == again for one in hosts.agents["host-a"].sessions()) or any(
             report["session"] == again for report in hosts.reports("host-a", guest)
         )
         hosts.say("host-a", Phase.ROLLBACK, guest)
