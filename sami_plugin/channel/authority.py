@@ -169,7 +169,8 @@ class Authority:
 
 def serial_of(certificate: x509.Certificate) -> str:
     """As OpenSSL prints it."""
-    return f"{certificate.serial_number:X}"
+    digits = f"{certificate.serial_number:X}"
+    return digits.zfill(len(digits) + len(digits) % 2)
 
 
 def write_file(path: Path, octets: bytes, mode: int = 0o644) -> None:

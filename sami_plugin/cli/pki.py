@@ -138,7 +138,7 @@ class PkiRevoke(Command):
         wanted = [
             one
             for one in authority.issued()
-            if one.host == parsed_args.host or one.serial == (parsed_args.serial or "").upper()
+            if one.host == parsed_args.host or one.serial.lstrip("0") == (parsed_args.serial or "").upper().lstrip("0")
         ]
         if not wanted:
             name = parsed_args.host or parsed_args.serial

@@ -205,3 +205,10 @@ def test_authority_that_is_spoiled_says_so(tmp_path: Path, spoil: object, words:
     spoil(tmp_path)  # type: ignore[operator]
     with pytest.raises(ConfigurationError, match=words):
         Authority(tmp_path).issued()
+
+
+def test_serial_number_is_written_in_whole_octets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Authority.create(tmp_path, "cloud")
+    monkeypatch.setattr(x509, "random_serial_number", lambda: 0xABC)
+    made.issue("a")
+    assert [one.serial for one in made.issued()] == ["0ABC"]
