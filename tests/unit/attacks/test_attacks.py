@@ -49,6 +49,7 @@ from sami_plugin.model.scope import Scope
 from sami_plugin.testing.certificates import Certificates
 from sami_plugin.testing.hosts import Hosts, new_guest
 from sami_plugin.transport import rpc
+from tests.unit.attacks.trial import both
 from tests.unit.channel.pair import Pair
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -73,14 +74,6 @@ SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verd
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     with Hosts(tmp_path, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=SOON) as made:
         yield made
-
-
-def both(monkeypatch: pytest.MonkeyPatch, attack: Callable[[], bool], take_out: Callable[[], None]) -> None:
-    """The attack fails, and succeeds once its defence is taken out."""
-    assert not attack(), "the attack succeeded"
-    with monkeypatch.context():
-        take_out()
-        assert attack(), "the attack fails without the defence too, so this test does not show that it is one"
 
 
 def is_given_flows(stranger: Stranger) -> bool:
