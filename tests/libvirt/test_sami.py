@@ -317,7 +317,6 @@ def test_broker_that_is_away_at_the_cut_over(case: Case) -> None:
     assert (case.entries(case.source), case.entries(case.destination)) == (0, 1)
 
 
-@contextlib.contextmanager
 def test_agents_need_no_more_than_cap_net_admin(case: Case) -> None:
     with ExitStack() as stack:
         for agent in case.sami.agents.values():
@@ -328,6 +327,7 @@ def test_agents_need_no_more_than_cap_net_admin(case: Case) -> None:
         case.moves(case.start())
 
 
+@contextlib.contextmanager
 def without_agent(case: Case, host: LibvirtHost) -> Iterator[None]:
     agent = case.sami.agents[host.name]
     agent.stop()
