@@ -22,6 +22,7 @@ from lab.deadline import wait_until
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import Phase
+from sami_plugin.model.packet import Packet
 from sami_plugin.model.scope import Scope
 from sami_plugin.transport.rpc import Transport
 
@@ -96,8 +97,8 @@ class Pair:
         """Seconds of calls through the broker that carry nothing."""
         transport = Transport(cfg.ConfigOpts(), "bench", _Deaf(), self.url)
         try:
-            transport.call("a", "none", 1, b"", 10.0)
-            return [floor.timed(lambda: transport.call("a", "none", 1, b"", 10.0)) for _ in range(count)]
+            transport.call("a", "none", Packet(0, 1, b""), 10.0)
+            return [floor.timed(lambda: transport.call("a", "none", Packet(0, 1, b""), 10.0)) for _ in range(count)]
         finally:
             transport.cleanup()
 
@@ -106,10 +107,6 @@ class _Deaf:
     """Takes what other hosts say, and does nothing about it."""
 
     def deliver(self, *said: object) -> None: ...
-
-    def asked(self, *said: object) -> None: ...
-
-    def found(self, *said: object) -> None: ...
 
 
 @contextmanager
