@@ -38,7 +38,7 @@ from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket
 from sami_plugin.journal.journal import Journal
 from sami_plugin.line import Line
-from sami_plugin.model.migration import GivesUp, Message, MigrationEvent, Open, Origin, Outcome, Phase
+from sami_plugin.model.migration import GivesUp, MigrationEvent, Open, Origin, Outcome, Phase
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
@@ -50,8 +50,6 @@ LOG = logging.getLogger(__name__)
 
 ENDED_REMEMBERED = 1024
 """Sessions of which a late or repeated message is still taken, and dropped, after their end."""
-
-
 MOST_GREETINGS = 64
 """Hosts that call at a time and have not yet shown who they are."""
 GREETING_SECONDS = 10.0
@@ -76,7 +74,7 @@ class _Outgoing:
 class _Greeting:
     """A host that calls; it is not known yet who it is, or what it wants."""
 
-    sender: str
+    peer: str
     """Who it says it is."""
     id: str
     line: Line
@@ -206,9 +204,12 @@ class Agent:
         try:
             if ports := domain_xml.ports_of(domain):
                 self.host.scopes.learn(guest, ports)
-            return domain_xml.origin_of(domain)
         except RepresentationError as error:  # the migration is known all the same
             LOG.warning("guest %s: its ports are not known: %s", guest, error)
+        try:
+            return domain_xml.origin_of(domain)
+        except RepresentationError as error:
+            LOG.warning("guest %s: its description does not say where it comes from: %s", guest, error)
             return None
 
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
@@ -259,20 +260,21 @@ class Agent:
 
         :raises PeerError: it is not one that may come now, or more than is taken at a time.
         """
-        with self._lock:
-            session = self._sessions.get(session_id)
-            if session is None and session_id in self._ended:
-                return
-        if session is None:
-            self._greet(sender, session_id, packet)
-            return
-        if session.peer != sender:
+        with self._lock:  # a session is there before its greeting is gone, so one of both is found
+            known: Session | _Greeting | None = self._sessions.get(session_id)
+            if known is None:
+                if session_id in self._ended:
+                    return
+                known = self._greeting(sender, session_id)
+        if known.peer != sender:
             raise NotAuthorised(f"session {session_id} is not with {sender}")
-        session.deliver(packet)
+        if isinstance(known, Session):
+            known.deliver(packet)
+        else:
+            self._greet(known, packet)
 
-    def _greet(self, sender: str, session_id: str, packet: Packet) -> None:
+    def _greet(self, greeting: _Greeting, packet: Packet) -> None:
         """A host that calls is heard until it has shown who it is, and has said what it wants."""
-        greeting = self._greeting(sender, session_id)
         with greeting.lock:
             if greeting.session is not None:  # another thread had the packet before this one
                 greeting.session.deliver(packet)
@@ -281,32 +283,29 @@ class Agent:
             if not heard:
                 return
             try:
-                greeting.session = self._open(greeting, messages.decode(heard[0]))
+                greeting.session = self._open(greeting, heard)
             except SamiError as error:  # the caller is told, and not the broker
-                LOG.warning("%s: %s was refused: %s", session_id, sender, error)
+                LOG.warning("%s: %s was refused: %s", greeting.id, greeting.peer, error)
                 greeting.line.say(messages.encode(GivesUp(str(error))))
-                self._hang_up(session_id)
+                self._hang_up(greeting.id)
                 return
             with self._lock:
-                self._greetings.pop(session_id, None)
-            greeting.session.hear(heard)
+                self._greetings.pop(greeting.id, None)
 
     def _greeting(self, sender: str, session_id: str) -> _Greeting:
+        """That of this session, a new one if need be."""
         if not _is_uuid(session_id):
             raise IllegalMessage("a session is a UUID")
         with self._lock:
             now = time.monotonic()
             for old in [one for one, known in self._greetings.items() if now > known.until]:
                 self._hang_up(old)
-            greeting = self._greetings.get(session_id)
-            if greeting is None:
+            if session_id not in self._greetings:
                 if len(self._greetings) >= MOST_GREETINGS:
                     raise Busy(f"{MOST_GREETINGS} hosts call at a time, and {sender} was not heard")
                 line = self.host.line(session_id, caller=sender)
-                greeting = self._greetings[session_id] = _Greeting(sender, session_id, line, now + GREETING_SECONDS)
-            if greeting.sender != sender:
-                raise NotAuthorised(f"session {session_id} is not with {sender}")
-            return greeting
+                self._greetings[session_id] = _Greeting(sender, session_id, line, now + GREETING_SECONDS)
+            return self._greetings[session_id]
 
     def _hang_up(self, session_id: str) -> None:
         """What was said to the caller still reaches it; what it says is heard no more."""
@@ -353,20 +352,21 @@ class Agent:
             raise OperatorError("source: has to be told with `prepare`: the guest's description does not name it")
         with self._lock:  # the hook and Nova may say it at the same time
             session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
-            is_new = session is None or not session.is_about(source)
-            if session is None or is_new:
+            token = origin.token if origin is not None else ""
+            if session is None or not session.is_about(source):
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
                 session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, source, self._forget)
-            if origin is not None:
-                session.token = origin.token
-            if is_new:
+                session.token = token
                 self._add(session)
-            elif source:
-                session.find(source)
+            else:
+                session.token = token or session.token
+                if source:
+                    session.find(source)
 
-    def _open(self, greeting: _Greeting, said: Message) -> Session:
-        sender = greeting.sender
+    def _open(self, greeting: _Greeting, heard: list[bytes]) -> Session:
+        """The session that the caller asks for in the first message that was heard of it."""
+        said, sender = messages.decode(heard[0]), greeting.peer
         if not isinstance(said, Open):
             raise IllegalMessage("a session begins with Open")
         if not _is_uuid(said.guest):
@@ -382,15 +382,14 @@ class Agent:
                 del self._outgoing[guest]  # its job ended without a word
                 outgoing = None
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)
-            return self._add(self._leaving(greeting.id, guest, sender, outgoing, greeting.line))
+            session = self._leaving(greeting.id, guest, sender, outgoing, greeting.line)
+            session.hear(heard)  # before another thread finds the session and has it hear what was said later
+            self._add(session)
+            return session
 
     def _has_token(self, guest: str, token: str) -> bool:
         """Whether the caller was given the guest's description, as its destination is and no other host."""
-        description = self._hypervisor.description(guest) if self._hypervisor is not None and token else None
-        try:
-            origin = domain_xml.origin_of(description) if description is not None else None
-        except RepresentationError:
-            return False
+        origin = self._look(guest) if token else None
         return origin is not None and hmac.compare_digest(origin.token.encode(), token.encode())
 
     def _refuse_who_is_not_the_destination(
@@ -421,13 +420,12 @@ class Agent:
             line=line,
         )
 
-    def _add(self, session: Session) -> Session:
+    def _add(self, session: Session) -> None:
         with self._lock:
             for older in self._sessions_of(session.guest, type(session)):
                 older.supersede()
             self._sessions[session.id] = session
             session.start()
-            return session
 
     def _lead(self, event: MigrationEvent, *kinds: type[Session]) -> None:
         """Tells the guest's newest session, of the role that the event is about where that is known."""

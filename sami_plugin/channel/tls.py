@@ -65,12 +65,12 @@ class _Stream:
         return packet
 
     def packets(self) -> list[Packet]:
-        """What TLS wants to be sent, and a packet that says so where the stream broke."""
+        """What TLS wants to be sent."""
         octets = self._leaving.read()
         return [self._numbered(octets)] if octets else []
 
     def farewell(self) -> Packet:
-        """Says that the stream is broken."""
+        """Says that the stream is broken; the server's last packet."""
         return self._numbered(b"")
 
     def _numbered(self, octets: bytes) -> Packet:
@@ -98,10 +98,11 @@ class _Stream:
                     raise StreamBroken("the other end says that the stream is broken")
                 self._arrived.write(octets)
                 plain += self._advance()
-        except (StreamBroken, NotAuthorised, IllegalMessage) as error:
+        except IllegalMessage as error:
             self.is_broken = True
-            if isinstance(error, IllegalMessage):
-                raise StreamBroken(str(error)) from error
+            raise StreamBroken(str(error)) from error
+        except (StreamBroken, NotAuthorised):
+            self.is_broken = True
             raise
         return bytes(plain)
 
@@ -160,11 +161,6 @@ class Channel:
         self._owed = 0
         """Messages taken since the last frame that left."""
 
-    @property
-    def is_established(self) -> bool:
-        """Whether a handshake has shown who is at the other end."""
-        return self._current is not None and self._current.is_established
-
     def packets(self) -> list[Packet]:
         """What is to be carried to the other end, and was not given out yet."""
         packets, self._packets = self._packets, []
@@ -205,7 +201,7 @@ class Channel:
             return self._messages() if stream is self._current else []
         except StreamBroken:
             stream.is_broken = True
-            self._packets += stream.packets()
+            self._packets += stream.packets()  # why, in TLS's words, before the last one
             if self._is_server:
                 self._packets.append(stream.farewell())
             else:

@@ -173,8 +173,6 @@ def test_flows_of_a_guest_that_does_not_leave(hosts: Hosts, monkeypatch: pytest.
 class ClearChannel:
     """What takes TLS out: messages as they are, in their order."""
 
-    is_established = True
-
     def __init__(self, peer: str, context: object, *, is_server: bool) -> None:
         self._inbox = Inbox()
         self._waiting: list[Packet] = []
@@ -275,7 +273,7 @@ def test_broker_that_breaks_a_stream_so_that_arrived_is_said_twice(
     credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attack() -> bool:
-        pair = Pair(credentials)
+        pair = Pair.of(credentials)
         conversation(pair)
         pair.carry("s", Packet(0, sum(to == "s" for to, _ in pair.every), b"what nobody sent"))
         pair.carry_all()
@@ -289,7 +287,7 @@ def test_broker_that_says_again_in_the_session_what_it_has_carried(
     credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attack() -> bool:
-        pair = Pair(credentials)
+        pair = Pair.of(credentials)
         conversation(pair)
         for to, packet in list(pair.every):
             pair.carry(to, packet)
@@ -303,7 +301,7 @@ def test_broker_that_changes_the_order(
     credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attack() -> bool:
-        pair = Pair(credentials)
+        pair = Pair.of(credentials)
         for number in range(6):
             pair.say("d", b"to s %d" % number)
             pair.say("s", b"to d %d" % number)
@@ -319,7 +317,7 @@ def test_broker_that_cuts_the_end_off(
     credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attack() -> bool:
-        pair = Pair(credentials)
+        pair = Pair.of(credentials)
         conversation(pair)
         pair.say("s", b"remove these, and not those")
         while pair.under_way:
@@ -332,7 +330,7 @@ def test_broker_that_cuts_the_end_off(
 
 def test_agreement_on_an_older_tls(credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch) -> None:
     def attack() -> bool:
-        pair = Pair(credentials)
+        pair = Pair.of(credentials)
         old = credentials("d")._context(ssl.PROTOCOL_TLS_CLIENT)
         old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
         pair.ends["d"] = tls.Channel("s", lambda: old, is_server=False)
@@ -516,7 +514,7 @@ def test_octets_that_a_stranger_has_kept_for_it(
     credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attack() -> bool:
-        pair = Pair(credentials)
+        pair = Pair.of(credentials)
         with contextlib.suppress(SamiError):
             for number in range(1, 30):
                 pair.ends["s"].take(Packet(0, number, bytes(100_000)))

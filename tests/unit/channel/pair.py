@@ -22,13 +22,18 @@ def server(own: Credentials, peer: str) -> Channel:
 class Pair:
     """A destination that calls, a source that answers; packets wait in between until they are carried."""
 
-    def __init__(self, credentials: Callable[[str], Credentials], caller: str = "d", called: str = "s") -> None:
-        self.ends = {"d": client(credentials(caller), "s"), "s": server(credentials(called), "d")}
+    def __init__(self, caller: Channel, called: Channel) -> None:
+        self.ends = {"d": caller, "s": called}
         self.heard: dict[str, list[bytes]] = {"d": [], "s": []}
         self.under_way: list[tuple[str, Packet]] = []
         self.every: list[tuple[str, Packet]] = []
         self.flights = 0
         self.broken = 0
+
+    @classmethod
+    def of(cls, credentials: Callable[[str], Credentials], caller: str = "d", called: str = "s") -> Pair:
+        """Ends with the certificates of these hosts, which take each other for d and s."""
+        return cls(client(credentials(caller), "s"), server(credentials(called), "d"))
 
     def say(self, end: str, message: bytes) -> None:
         self.ends[end].say(message)

@@ -39,7 +39,7 @@ def credentials(certificates: Certificates) -> Callable[[str], Credentials]:
 
 @pytest.fixture
 def pair(credentials: Callable[[str], Credentials]) -> Pair:
-    return Pair(credentials)
+    return Pair.of(credentials)
 
 
 def test_messages_come_in_order_each_once_both_ways(pair: Pair) -> None:
@@ -82,7 +82,7 @@ def test_nothing_of_what_is_said_can_be_read_on_the_way(pair: Pair) -> None:
 def test_whatever_is_reordered_and_repeated_arrives(
     credentials: Callable[[str], Credentials], seed: int, said: list[str]
 ) -> None:
-    chance, pair = random.Random(seed), Pair(credentials)
+    chance, pair = random.Random(seed), Pair.of(credentials)
     expected: dict[str, list[bytes]] = {"d": [], "s": []}
     for number, end in enumerate(["d", *said]):
         pair.say(end, b"%d" % number)
@@ -100,7 +100,7 @@ def test_whatever_is_reordered_and_repeated_arrives(
 def test_after_forged_packets_another_stream_goes_on_and_nothing_is_lost_or_doubled(
     credentials: Callable[[str], Credentials], seed: int, forged: int, count: int
 ) -> None:
-    chance, pair = random.Random(seed), Pair(credentials)
+    chance, pair = random.Random(seed), Pair.of(credentials)
     expected: dict[str, list[bytes]] = {"d": [], "s": []}
     for number in range(count):
         end = chance.choice("ds") if number else "d"
@@ -139,7 +139,7 @@ def test_server_keeps_the_old_stream_until_the_new_one_has_shown_who_it_is(pair:
 
 
 def test_packets_of_this_session_come_to_nothing_in_another(credentials: Callable[[str], Credentials]) -> None:
-    first, second = Pair(credentials), Pair(credentials)
+    first, second = Pair.of(credentials), Pair.of(credentials)
     first.say("d", b"arrived")
     first.carry_all()
     assert first.heard["s"] == [b"arrived"]
@@ -183,7 +183,7 @@ def test_server_s_word_that_the_stream_is_broken_begins_another(pair: Pair) -> N
 def test_host_that_speaks_as_another_is_refused(
     credentials: Callable[[str], Credentials], caller: str, called: str
 ) -> None:
-    pair = Pair(credentials, caller, called)
+    pair = Pair.of(credentials, caller, called)
     pair.say("d", b"open")
     with pytest.raises(NotAuthorised, match=r"it is x that speaks as [ds]"):
         pair.carry_all()
@@ -192,7 +192,7 @@ def test_host_that_speaks_as_another_is_refused(
 
 def test_host_of_another_authority_is_refused(credentials: Callable[[str], Credentials], tmp_path: Path) -> None:
     foreign = Credentials("d", Certificates(tmp_path).files("d"))
-    pair = Pair(credentials)
+    pair = Pair.of(credentials)
     pair.ends["d"] = client(foreign, "s")
     pair.say("d", b"open")
     with pytest.raises(NotAuthorised):
@@ -269,7 +269,7 @@ def frames() -> Iterator[tuple[bytes, str]]:
 def test_frame_that_cannot_be_breaks_the_stream(
     credentials: Callable[[str], Credentials], octets: bytes, words: str
 ) -> None:
-    pair = Pair(credentials)
+    pair = Pair.of(credentials)
     pair.say("d", b"open")
     pair.carry_all()
     stream = pair.ends["s"]._current

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from sami_plugin.agent import Agent
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import OperatorError
 from sami_plugin.hooks import domain_xml
 from sami_plugin.model.migration import Flows, MigrationEvent, Offer, Phase
+from sami_plugin.session import Session
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -194,6 +196,37 @@ def test_token_of_a_migration_that_did_not_happen_is_worth_nothing_afterwards(
     with Stranger(hosts, "host-x") as stranger:
         stranger.ask("host-a", guest, known)
         assert "nothing shows that" in stranger.is_refused()
+
+
+def test_ports_that_cannot_be_read_do_not_hide_where_the_guest_comes_from(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = marked(hosts, hypervisors)
+    hypervisors["host-a"].leaving.add(guest)
+    description = hypervisors["host-a"].description(guest)
+    assert description is not None
+    spoiled = "<sami:ports xmlns:sami='urn:sami:ports:1'><sami:port mac='none'/></sami:ports></metadata>"
+    comes(hosts, guest, description.replace("</metadata>", spoiled))
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert len(held(hosts, "host-b")) == 100
+
+
+def test_what_a_caller_said_first_is_heard_before_the_session_is_found(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+    real = Agent._add
+
+    def add(self: Agent, session: Session) -> None:
+        if session.role == "source":
+            heard.append(len(session._kept))
+        real(self, session)
+
+    monkeypatch.setattr(Agent, "_add", add)
+    is_copying(hosts, hypervisors)
+    assert heard == [1]
 
 
 def test_description_that_names_another_host_than_the_guest_s_own_leads_to_nothing(
