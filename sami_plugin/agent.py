@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -38,10 +38,12 @@ from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket
 from sami_plugin.journal.journal import Journal
 from sami_plugin.line import Line
+from sami_plugin.model.domain import Domain
 from sami_plugin.model.migration import GivesUp, MigrationEvent, Open, Origin, Outcome, Phase
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
+from sami_plugin.peers import Peers, Way
 from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.session import Host, Session
 from sami_plugin.transport.rpc import Transport
@@ -111,10 +113,22 @@ class Agent:
         credentials: Credentials,
         transport_url: str | None = None,
         hypervisor: Hypervisor | None = None,
+        domains: Sequence[Domain] = (),
     ) -> None:
-        """:raises ConfigurationError: the broker is not one that this version may use."""
-        transport = Transport(conf, name, self, transport_url)
-        self.host = Host(name, settings, driver, scopes, journal, transport, credentials)
+        """`domains` are the others than this host's own.
+
+        :raises ConfigurationError: a broker is not one that this version may use, or a file of a domain does not do.
+        """
+        own = Way(Transport(conf, name, self, transport_url), credentials)
+        others = [
+            Way(
+                Transport(conf, name, None, one.transport_url) if one.transport_url else own.transport,
+                Credentials(name, one.credentials, f"domain:{one.name}"),
+                one,
+            )
+            for one in domains
+        ]
+        self.host = Host(name, settings, driver, scopes, journal, Peers(own, others))
         self._hypervisor = hypervisor
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
@@ -131,12 +145,12 @@ class Agent:
                 self.host.driver.attend(namespace)
             except NotAvailable as error:  # of one that comes later, the first guest to leave is told by exports
                 LOG.warning("%s: %s", self.host.name, error)
-        self.host.transport.start()
+        self.host.peers.start()
         LOG.info("%s: agent is running, driver %s", self.host.name, type(self.host.driver).__name__)
 
     def stop(self) -> None:
         """Ends all threads. Sessions under way are left as they are; the journal has them."""
-        self.host.transport.stop()
+        self.host.peers.stop()
         for session in self.sessions():
             session.stop()
 
@@ -494,6 +508,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
         settings=settings,
         credentials=Credentials(conf.agent.host, options.tls_files(conf)),
         hypervisor=libvirt,
+        domains=options.domains(conf),
     )
     with ExitStack() as stack:
         agent.start()

@@ -16,7 +16,6 @@ SamiError
 ├── PeerError                 the other host's move
 │   ├── NotAuthorised             it asked for what it may not have
 │   ├── IllegalMessage            it said what may not be said in this state; nothing has changed here
-│   ├── StreamBroken              what came is not what it sent; another stream is begun
 │   ├── StreamBroken              what came is not what it sent; the next stream goes on where this one ended
 │   ├── PeerUnreachable           it does not answer, or the broker does not
 │   └── Busy                      it is faster than this host; it sends the same again

@@ -57,6 +57,8 @@ from sami_plugin.migration.decision import (
     StartExport,
     Verify,
 )
+from sami_plugin.model.address_map import peer_sees_another
+from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import Addresses, Batch, FirewallEvent, Omitted, has_end_in, names
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
@@ -238,13 +240,16 @@ class SourceSession(Session):
 
     def _tell(self, port: Leaving, batch: Batch, told: list[Batch]) -> None:
         if len(batch):
-            port.exported.put(batch)
+            is_told = self._domain is None or self._domain.gives(batch.template.name)
+            (port.exported if is_told else port.withheld).put(batch)
             with self.host.deciding(port.scope):
                 self.host.leaving.claim(self.id, port.scope, batch)
-            told.append(batch)
+            if is_told:
+                told.append(batch)
 
     def _tell_gone(self, port: Leaving, batch: Batch, gone: list[Batch]) -> None:
         """A flow that was never told needs no removal; one that took the same tuple since is not meant."""
+        port.withheld.discard(batch)
         known, ids = port.exported.find(batch)
         named = batch.rows["flowId"]
         batch = batch.take(known & ((named == 0) | (ids == named)))
@@ -279,8 +284,9 @@ class SourceSession(Session):
             for port in self._ports:
                 with self.host.lock:
                     stay = self._neighbours(port.scope)
-                    victims = [self._ours_alone(port, batch, stay) for batch in port.exported.batches()]
-                    self._kept_for_others += len(port.exported) - sum(map(len, victims))
+                    batches = [*port.exported.batches(), *port.withheld.batches()]
+                    victims = [self._ours_alone(port, batch, stay) for batch in batches]
+                    self._kept_for_others += sum(map(len, batches)) - sum(map(len, victims))
                     for batch in victims:
                         removed = self.host.driver.remove(port.scope, batch.identities)
                         self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
@@ -356,6 +362,11 @@ class SourceSession(Session):
         return sum(len(port.exported) for port in self._ports)
 
     def _counts(self) -> dict[str, int]:
+        for port in self._ports:
+            for batch in port.withheld.batches():
+                self.report.name(
+                    "not exported: this kind may not go to that domain (kinds_out)", len(batch), names(batch)
+                )
         return {
             "exported": self._exported_count(),
             "purged": self._removed,
@@ -459,16 +470,35 @@ class DestinationSession(Session):
         carried = ipfix.decode(compression.decompress(payload), enterprise=self.host.settings.enterprise)
         for element in carried.skipped:
             self.report.remark(f"skipped what is unknown here: {element}")
-        for batch in carried.batches:
+        domain = self._domain
+        batches = [batch if domain is None else self._admitted(batch, ports, domain) for batch in carried.batches]
+        for batch in batches:
             if batch.template.is_identity:
                 self._take_out(batch, ports)
-        for batch in carried.batches:
+        for batch in batches:
             if not batch.template.is_identity:
                 self._put_in(batch, ports)
                 if is_final:
                     everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
                     foreign = batch.take(~has_end_in(batch, everywhere))
                     self._findings.refuse(foreign, Reason.FOREIGN_ADDRESS)
+
+    def _admitted(self, batch: Batch, ports: list[Arriving], domain: Domain) -> Batch:
+        """What may come in from another domain, as it is called here; the rest is refused by name."""
+        here, is_ambiguous = domain.address_map.applied(batch)
+        if batch.template.is_identity:
+            self._findings.forget(batch.take(is_ambiguous))
+            return here.take(~is_ambiguous)
+        if not domain.takes(batch.template.name):
+            self._findings.refuse(here, Reason.NOT_ADMITTED)
+            return here.take(np.zeros(len(here), bool))
+        addresses = tuple(address for port in ports for address in port.scope.addresses)
+        is_lost = np.zeros(len(batch), bool)
+        if not domain.peers_follow:
+            is_lost = has_end_in(here, addresses) & peer_sees_another(batch, here, addresses) & ~is_ambiguous
+        self._findings.refuse(batch.take(is_ambiguous), Reason.AMBIGUOUS_ADDRESS)
+        self._findings.refuse(here.take(is_lost), Reason.PEER_CANNOT_FOLLOW)
+        return here.take(~is_ambiguous & ~is_lost)
 
     def _take_out(self, gone: Batch, ports: list[Arriving]) -> None:
         """What the source lost goes here too, if it was this session that put it in."""

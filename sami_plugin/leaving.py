@@ -20,6 +20,9 @@ class Leaving:
     watch: Watch | None
     """None where the driver cannot watch: then only another export tells what changed."""
     exported: FlowTable = field(default_factory=FlowTable)
+    """What the other host was told of."""
+    withheld: FlowTable = field(default_factory=FlowTable)
+    """What it was not told of, for its domain is not to have it. It is purged all the same."""
 
     def changes(self) -> Changes:
         """What changed since the last call."""

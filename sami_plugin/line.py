@@ -6,12 +6,12 @@ import logging
 import threading
 from collections.abc import Callable
 
-from sami_plugin.channel.identity import Credentials
 from sami_plugin.channel.tls import Channel
 from sami_plugin.errors import IllegalMessage, NotAuthorised, PeerUnreachable, StreamBroken
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.settings import Settings
-from sami_plugin.transport.rpc import Sender, Transport
+from sami_plugin.peers import Peers
+from sami_plugin.transport.rpc import Sender
 
 LOG = logging.getLogger(__name__)
 
@@ -21,8 +21,7 @@ class Line:
 
     def __init__(
         self,
-        transport: Transport,
-        credentials: Credentials,
+        peers: Peers,
         settings: Settings,
         session: str,
         *,
@@ -34,12 +33,12 @@ class Line:
         self.lost: Callable[[str], None] = lambda reason: None
         """Told, from any thread, that nothing will come of this line, and why."""
         self._session = session
-        self._credentials = credentials
+        self._peers = peers
         self._is_server = bool(caller)
         self._lock = threading.Lock()
         self._channel: Channel | None = self._new_channel() if caller else None
         self._sender = Sender(
-            transport,
+            lambda: peers.way_to(self.peer).transport,
             lambda: self.peer,
             session,
             window=settings.window,
@@ -88,8 +87,8 @@ class Line:
         self._sender.finish()
 
     def _new_channel(self) -> Channel:
-        is_server = self._is_server
-        return Channel(self.peer, lambda: self._credentials.context(is_server=is_server), is_server=is_server)
+        credentials, is_server = self._peers.way_to(self.peer).credentials, self._is_server
+        return Channel(self.peer, lambda: credentials.context(is_server=is_server), is_server=is_server)
 
     def _renew(self, stream: int) -> None:
         with self._lock:

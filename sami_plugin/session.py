@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from sami_plugin.channel.identity import Credentials
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import Busy, IllegalMessage, JournalError, RepresentationError, SamiError
@@ -50,13 +49,14 @@ from sami_plugin.migration.decision import (
     Verify,
     WakeAt,
 )
+from sami_plugin.model.domain import Domain
 from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.report import Report
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
+from sami_plugin.peers import Peers
 from sami_plugin.scopes.base import ScopeFinder
-from sami_plugin.transport.rpc import Transport
 
 LOG = logging.getLogger(__name__)
 
@@ -79,8 +79,7 @@ class Host:
     driver: FlowDriver
     scopes: ScopeFinder
     journal: Journal
-    transport: Transport
-    credentials: Credentials
+    peers: Peers
     leaving: Claims = field(default_factory=Claims)
     arriving: Claims = field(default_factory=Claims)
     arriving_guests: dict[str, str] = field(default_factory=dict)
@@ -92,7 +91,7 @@ class Host:
 
     def line(self, session: str, *, caller: str = "") -> Line:
         """A new one for this session; see Line."""
-        return Line(self.transport, self.credentials, self.settings, session, caller=caller)
+        return Line(self.peers, self.settings, session, caller=caller)
 
     def deciding(self, scope: Scope) -> AbstractContextManager[object]:
         """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""
@@ -357,6 +356,11 @@ class Session(abc.ABC):
             case _:
                 return self._actions()[type(action)](action)
         return None
+
+    @property
+    def _domain(self) -> Domain | None:
+        """The peer's, where it is not this host's own."""
+        return self.host.peers.way_to(self.peer).domain
 
     def _say(self, message: Message) -> None:
         if not self.peer:  # nobody was found yet, or nobody asked

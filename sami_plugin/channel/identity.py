@@ -50,10 +50,14 @@ class Credentials:
     read before goes on to count.
     """
 
-    def __init__(self, host: str, files: Files) -> None:
-        """:raises ConfigurationError: as `check`."""
+    def __init__(self, host: str, files: Files, group: str = "tls") -> None:
+        """`group` is that of the options which name the authorities.
+
+        :raises ConfigurationError: as `check`.
+        """
         self.host = host
         self.files = files
+        self._group = group
         self._lock = threading.Lock()
         self._read_at = self._stamp()
         self._contexts = self._load()
@@ -121,13 +125,13 @@ class Credentials:
         context.verify_mode = ssl.CERT_REQUIRED
         if protocol is ssl.PROTOCOL_TLS_SERVER:
             context.num_tickets = 0  # nobody resumes: one handshake serves a session
-        with _named("key", self.files.key):
+        with _named("[tls] key", self.files.key):
             # An empty password, or OpenSSL asks for it on the terminal.
             context.load_cert_chain(self.files.certificate, self.files.key, password="")
-        with _named("authorities", self.files.authorities):
+        with _named(f"[{self._group}] authorities", self.files.authorities):
             context.load_verify_locations(self.files.authorities)
         if self.files.revoked is not None:
-            with _named("revoked", self.files.revoked):
+            with _named(f"[{self._group}] revoked", self.files.revoked):
                 context.load_verify_locations(self.files.revoked)
             context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
         return context
@@ -182,7 +186,7 @@ def _named(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"[tls] {option}: {path}: {_words(error)}") from error
+        raise ConfigurationError(f"{option}: {path}: {_words(error)}") from error
 
 
 def _words(error: Exception) -> str:

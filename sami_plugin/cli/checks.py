@@ -27,6 +27,7 @@ from sami_plugin.cli.configuration import AgentConfiguration
 
 if TYPE_CHECKING:
     from sami_plugin.drivers.base import Capabilities, FlowDriver
+    from sami_plugin.model.domain import Domain
     from sami_plugin.model.flows import Batch, Template
     from sami_plugin.model.scope import Scope
 
@@ -365,6 +366,7 @@ def _configured(files: list[str] | None) -> Iterator[Check]:
     yield _journal(known.journal)
     yield _broker(known.transport_url)
     yield _certificate(known)
+    yield from (_domain(known, domain) for domain in known.domains)
     yield from _libvirt(known)
     yield _agent_socket(known.socket)
     yield _scopes(known, files)
@@ -516,6 +518,23 @@ def _certificate(known: AgentConfiguration) -> Check:
     if left < SOON_DAYS:
         return Check(name, Result.LIMITED, reason, f"renew it: `sami pki renew {known.host}`")
     return Check(name, Result.OK, reason)
+
+
+def _domain(known: AgentConfiguration, domain: Domain) -> Check:
+    from sami_plugin.channel.identity import Credentials
+
+    name = f"domain {domain.name}"
+    try:
+        Credentials(known.host, domain.credentials, f"domain:{domain.name}")
+    except errors.SamiError as error:
+        return Check(name, Result.MISSING, str(error), "ask the domain's operator for the file")
+    broker = _broker(domain.transport_url or known.transport_url)
+    if broker.result is not Result.OK:
+        return Check(name, broker.result, broker.reason, f"[domain:{domain.name}] transport_url; {broker.mend}")
+    if domain.credentials.revoked is None:
+        mend = f"set [domain:{domain.name}] revoked"
+        return Check(name, Result.LIMITED, "no list of the hosts that were revoked there is used", mend)
+    return Check(name, Result.OK, f"{', '.join(domain.hosts)} by {domain.credentials.authorities}; {broker.reason}")
 
 
 def _amqp_silence(host: str, port: int) -> str:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from oslo_config import cfg
 
+from sami_plugin.errors import ConfigurationError
 from sami_plugin.model.settings import Files, Limits, Settings
+
+if TYPE_CHECKING:
+    from sami_plugin.model.domain import Domain
 
 _DEFAULTS = Settings()
 _LIMITS = Limits()
@@ -47,6 +52,12 @@ AGENT_OPTIONS = [
         "libvirt XML gives its ports even where ports share a conntrack zone and this host's own firewall does not say "
         "whose they are. The XML comes with the guest, so the host that it comes from can then have flows admitted "
         "for any address of that zone. In a zone of the port's own it is believed without this.",
+    ),
+    cfg.ListOpt(
+        "domains",
+        default=[],
+        help="Names of the other administrative domains with which guests are exchanged: other regions, other owners. "
+        "Each has a group of options, [domain:NAME]. Hosts of no such domain are of this host's own.",
     ),
     cfg.StrOpt(
         "journal",
@@ -227,6 +238,99 @@ TLS_OPTIONS: list[cfg.Opt] = [
 ]
 
 
+DOMAIN_OPTIONS: list[cfg.Opt] = [
+    cfg.ListOpt(
+        "hosts",
+        default=[],
+        help="Patterns of the names of the domain's hosts, such as *.west.example. Only they speak for it, and they "
+        "speak for no other. A host that several domains have is of the first in [agent] domains.",
+    ),
+    cfg.StrOpt(
+        "transport_url",
+        default="",
+        secret=True,
+        help="The broker at which the domain's hosts listen, as [DEFAULT] transport_url. It needs an account for this "
+        "host there, and theirs one here. Empty: they listen at this host's own broker.",
+    ),
+    cfg.StrOpt(
+        "authorities",
+        help="Path of the certificates of the domain's authorities, PEM. They vouch for the domain's hosts and for "
+        "nobody else. Has to be set.",
+    ),
+    cfg.StrOpt(
+        "revoked",
+        default="",
+        help="Path of these authorities' lists of revoked certificates (CRL), PEM. Empty: there is none.",
+    ),
+    cfg.ListOpt(
+        "address_map",
+        default=[],
+        help="Where guests, and hosts they talk to, have other addresses here than there: pairs THEIRS=OURS of "
+        "prefixes of one length, such as 10.1.0.0/24=10.9.0.0/24. An incoming flow is rewritten wherever such an "
+        "address stands in it. An address there that is of a prefix of OURS is refused by name.",
+    ),
+    cfg.BoolOpt(
+        "peers_follow",
+        default=False,
+        help="Something between these domains and the guests' peers, such as a stateless translation of prefixes, has "
+        "peers go on to see a renumbered guest by the address that they know. Without it a flow whose peer would see "
+        "another address is refused by name: its peer would answer nothing. What a flow's own NAT hides from the peer "
+        "needs no such thing.",
+    ),
+    cfg.ListOpt(
+        "kinds_in",
+        default=["*"],
+        help="Patterns of the kinds of flows that are taken from the domain. `sami driver list` shows the kinds.",
+    ),
+    cfg.ListOpt(
+        "kinds_out",
+        default=["*"],
+        help="Patterns of the kinds of flows that are given to the domain. What is not given is purged here with the "
+        "rest when the guest has left, and the report names it.",
+    ),
+]
+
+
+def domains(conf: cfg.ConfigOpts) -> tuple[Domain, ...]:
+    """The other domains, in the order of [agent] domains.
+
+    :raises ConfigurationError: an option of one is missing or does not do; says which.
+    """
+    return tuple(_domain(conf, name) for name in conf.agent.domains)
+
+
+def _domain(conf: cfg.ConfigOpts, name: str) -> Domain:
+    # Only who has domains needs numpy here: this module is imported by commands that are to start quickly.
+    from sami_plugin.model.address_map import AddressMap
+    from sami_plugin.model.domain import Domain
+
+    group = f"domain:{name}"
+    conf.register_opts(DOMAIN_OPTIONS, group=group)
+    values, own = conf[group], tls_files(conf)
+    for option in ("hosts", "authorities"):
+        if not values[option]:
+            raise ConfigurationError(f"[{group}] {option}: has to be set")
+    try:
+        address_map = AddressMap.parse(values.address_map)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"[{group}] address_map: {error}") from error
+    made = Domain(
+        name=name,
+        hosts=tuple(values.hosts),
+        credentials=Files(
+            own.certificate, own.key, Path(values.authorities), Path(values.revoked) if values.revoked else None
+        ),
+        transport_url=values.transport_url,
+        address_map=address_map,
+        peers_follow=values.peers_follow,
+        kinds_in=tuple(values.kinds_in),
+        kinds_out=tuple(values.kinds_out),
+    )
+    if made.has(conf.agent.host):
+        raise ConfigurationError(f"[{group}] hosts: {', '.join(made.hosts)} has this host, {conf.agent.host}, itself")
+    return made
+
+
 def tls_files(conf: cfg.ConfigOpts) -> Files:
     """The options of [tls]."""
     values = conf.tls
@@ -236,12 +340,23 @@ def tls_files(conf: cfg.ConfigOpts) -> Files:
 
 def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     """For oslo-config-generator."""
-    return [(AGENT, AGENT_OPTIONS), (MIGRATION, MIGRATION_OPTIONS), (TLS, TLS_OPTIONS), (LIBVIRT, LIBVIRT_OPTIONS)]
+    return [
+        *_GROUPS,
+        (cfg.OptGroup("domain:name", title="A domain of [agent] domains; one such group each"), DOMAIN_OPTIONS),
+    ]
+
+
+_GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
+    (AGENT, AGENT_OPTIONS),
+    (MIGRATION, MIGRATION_OPTIONS),
+    (TLS, TLS_OPTIONS),
+    (LIBVIRT, LIBVIRT_OPTIONS),
+]
 
 
 def register(conf: cfg.ConfigOpts) -> None:
-    """Makes the options known to `conf`."""
-    for group, options in list_opts():
+    """Makes the options known to `conf`; those of a domain become known with it."""
+    for group, options in _GROUPS:
         conf.register_group(group)
         conf.register_opts(options, group)
 

@@ -211,6 +211,11 @@ class Batch:
         return Batch(self.template.identity, rows)
 
     @property
+    def address_fields(self) -> tuple[str, ...]:
+        """Wherever an address stands."""
+        return tuple(field[0] for field in self.template.key + self.template.state if field[0].endswith("Address"))
+
+    @property
     def source_field(self) -> str:
         return "sourceIPv6Address" if self.template.is_ipv6 else "sourceIPv4Address"
 
@@ -251,11 +256,8 @@ def holds_any(column: npt.NDArray[np.generic], is_ipv6: bool, addresses: Address
 def has_end_in(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
     """Which flows have one of `addresses` at either end, before or behind a translation."""
     found = np.zeros(len(batch), bool)
-    family = "IPv6" if batch.template.is_ipv6 else "IPv4"
-    for place in ("source", "destination", "postNATSource", "postNATDestination"):
-        field = f"{place}{family}Address"
-        if field in batch.rows.dtype.fields:  # type: ignore[operator]
-            found |= holds_any(batch.rows[field], batch.template.is_ipv6, addresses)
+    for field in batch.address_fields:
+        found |= holds_any(batch.rows[field], batch.template.is_ipv6, addresses)
     return found
 
 

@@ -44,6 +44,9 @@ class Reason(enum.IntEnum):
     NOT_DECLARED = 13
     VANISHED = 14
     EXPIRED = 15
+    NOT_ADMITTED = 16
+    AMBIGUOUS_ADDRESS = 17
+    PEER_CANNOT_FOLLOW = 18
 
 
 WORDS: dict[Reason, str] = {
@@ -63,6 +66,11 @@ WORDS: dict[Reason, str] = {
     Reason.NOT_DECLARED: "the driver of this host does not carry this kind of flow",
     Reason.VANISHED: "the device took it, but it was not there when it was read back",
     Reason.EXPIRED: "its own timeout ran out before it could be imported",
+    Reason.NOT_ADMITTED: "this kind of flow may not come in from the source's domain (kinds_in)",
+    Reason.AMBIGUOUS_ADDRESS: "an address in it, as the source's domain calls it, is of a prefix that is ours "
+    "(address_map)",
+    Reason.PEER_CANNOT_FOLLOW: "its peer would see another address than before, and nothing in between translates it; "
+    "if something does, set peers_follow",
 }
 
 RESULT = np.dtype([("outcome", "u1"), ("reason", "u1"), ("lost", "u4")])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from sami_plugin.agent import Agent, Hypervisor
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.journal.journal import Journal
+from sami_plugin.model.domain import Domain
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
@@ -39,8 +40,11 @@ class Hosts:
         scope_files: dict[str, Path] | None = None,
         transport_url: str = "fake://",
         hypervisors: Mapping[str, Hypervisor] | None = None,
+        domains: Mapping[str, Sequence[Domain]] | None = None,
+        certificates: Mapping[str, Certificates] | None = None,
     ) -> None:
-        """Without `hypervisors`, by host, the agents have nobody to ask and are told everything."""
+        """Without `hypervisors`, by host, the agents have nobody to ask and are told everything. `domains` are those
+        that a host knows besides its own; `certificates` the authorities of hosts that are of others."""
         self._ports: dict[str, list[dict[str, object]]] = {name: [] for name in names}
         self._scope_files = scope_files or {name: folder / f"{name}-ports.json" for name in names}
         self.drivers = {name: make_driver(name) for name in names}
@@ -56,9 +60,10 @@ class Hosts:
                 scopes=StaticScopes(self._scope_files[name]),
                 journal=Journal(folder / f"{name}-journal.sqlite"),
                 settings=settings or Settings(),
-                credentials=Credentials(name, self.certificates.files(name)),
+                credentials=Credentials(name, (certificates or {}).get(name, self.certificates).files(name)),
                 transport_url=transport_url,
                 hypervisor=(hypervisors or {}).get(name),
+                domains=(domains or {}).get(name, ()),
             )
 
     def __enter__(self) -> Hosts:

@@ -101,10 +101,12 @@ def _register_what_it_forgets(conf: cfg.ConfigOpts) -> None:
 
 
 class Transport:
-    """One agent's end of the broker."""
+    """One agent's end of a broker."""
 
-    def __init__(self, conf: cfg.ConfigOpts, host: str, receiver: Receiver, url: str | None = None) -> None:
+    def __init__(self, conf: cfg.ConfigOpts, host: str, receiver: Receiver | None, url: str | None = None) -> None:
         """Does not connect yet. Without `url`, the option `transport_url` says where the broker is.
+
+        Without `receiver` nothing is heard there: it is a broker of hosts that answer elsewhere.
 
         :raises ConfigurationError: the URL is not one that this version may use.
         """
@@ -118,13 +120,15 @@ class Transport:
             self._is_embedded = urlsplit(chosen).scheme == "fake"
         except (oslo_messaging.InvalidTransportURL, oslo_messaging.DriverLoadFailure) as error:
             raise ConfigurationError(f"transport_url: {error}") from error
-        self._server = oslo_messaging.get_rpc_server(
-            self._transport,
-            oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=host),
-            [Endpoint(receiver, self.has_stopped)],
-            executor="threading",
-            access_policy=dispatcher.ExplicitRPCAccessPolicy,
-        )
+        self._server = None
+        if receiver is not None:
+            self._server = oslo_messaging.get_rpc_server(
+                self._transport,
+                oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=host),
+                [Endpoint(receiver, self.has_stopped)],
+                executor="threading",
+                access_policy=dispatcher.ExplicitRPCAccessPolicy,
+            )
         # Zed's oslo.messaging has no get_rpc_client.
         make_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
         self._client = make_client(
@@ -132,7 +136,8 @@ class Transport:
         )
 
     def start(self) -> None:
-        self._server.start()
+        if self._server is not None:
+            self._server.start()
 
     def stop(self) -> None:
         """Nothing comes in any more, and nothing that goes out is repeated."""
@@ -145,8 +150,9 @@ class Transport:
         closing.join(None if self._is_embedded else CLOSE_SECONDS)
 
     def _close(self) -> None:
-        self._server.stop()
-        self._server.wait()
+        if self._server is not None:
+            self._server.stop()
+            self._server.wait()
         self.cleanup()
 
     def cleanup(self) -> None:
@@ -187,7 +193,7 @@ class Sender:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Callable[[], Transport],
         peer: Callable[[], str],
         session: str,
         *,
@@ -197,7 +203,7 @@ class Sender:
         refused: Callable[[str], None],
         broken: Callable[[int], None],
     ) -> None:
-        """`peer` tells whom to send to: it may be known only later, but before the first packet.
+        """`peer` tells whom to send to, and `transport` how: they may be known only later, but before the first packet.
 
         `refused` is told, from another thread, that the peer does not take a packet, and why; `broken`, which stream it
         says is broken.
@@ -263,8 +269,8 @@ class Sender:
     def _try_until_taken(self, packet: Packet) -> str | None:
         while True:
             try:
-                peer = self._peer()
-                answer = self._transport.call(peer, self._session, packet, self._call_seconds)
+                peer, transport = self._peer(), self._transport()
+                answer = transport.call(peer, self._session, packet, self._call_seconds)
                 if answer == BROKEN:
                     self._broken(packet.stream)
                 return None if answer in (TAKEN, BROKEN) else f"{peer} refused what was sent: {answer}"
@@ -273,5 +279,5 @@ class Sender:
                     LOG.warning("%s: packet %s was never taken: %s", self._session, packet.number, error)
                     return None
                 LOG.info("%s: packet %s is repeated: %s", self._session, packet.number, error)
-            if self._transport.has_stopped.wait(self.RETRY_PAUSE_SECONDS):
+            if transport.has_stopped.wait(self.RETRY_PAUSE_SECONDS):
                 return None

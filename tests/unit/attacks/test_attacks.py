@@ -364,7 +364,7 @@ def test_another_host_says_in_the_destination_s_name_that_the_guest_has_arrived(
         wait_for_step(hosts, "host-a", guest, "complete")
         session = next(one.id for one in hosts.agents["host-a"].sessions() if one.guest == guest)
         answers: list[Packet] = []
-        transport = hosts.agents["host-a"].host.transport
+        transport = hosts.agents["host-a"].host.peers.way_to("host-b").transport
         real = transport.call
 
         def call(peer: str, session_id: str, packet: Packet, seconds: float) -> str:
@@ -536,7 +536,7 @@ def test_broker_that_swallows_arrived_and_everything_else(tmp_path: Path, monkey
             guest = guest_with_flows(hosts)
             begin(hosts, guest)
             for agent in hosts.agents.values():
-                agent.host.transport.call = lambda *_: rpc.TAKEN  # type: ignore[method-assign]
+                agent.host.peers.way_to("host-b").transport.call = lambda *_: rpc.TAKEN  # type: ignore[method-assign]
             hosts.say("host-a", Phase.SUSPENDED, guest)
             assert hosts.agents["host-a"].wait_until_idle(20)
             return not held(hosts, "host-a")

@@ -13,6 +13,7 @@ from sami_plugin.codec import messages
 from sami_plugin.line import Line
 from sami_plugin.model.migration import GivesUp, Message, Open
 from sami_plugin.model.packet import Packet
+from sami_plugin.peers import Peers, Way
 from sami_plugin.testing.certificates import Certificates
 from sami_plugin.testing.hosts import Hosts
 from sami_plugin.transport.rpc import Transport
@@ -33,8 +34,8 @@ class Stranger:
         """In which session each kind of message was heard first."""
         files = (certificates or hosts.certificates).files(speaks_with or name)
         trusted = replace(files, authorities=hosts.certificates.folder / "ca.pem", revoked=None)
-        self._credentials = Credentials(speaks_with or name, trusted)
         self.transport = Transport(cfg.ConfigOpts(), name, self, "fake://")
+        self._peers = Peers(Way(self.transport, Credentials(speaks_with or name, trusted)))
         self._lines: dict[str, Line] = {}
 
     def __enter__(self) -> Stranger:
@@ -50,7 +51,7 @@ class Stranger:
         """In a session of its own making, or in one that it knows of."""
         line = self._lines.get(session)
         if line is None:
-            line = self._lines[session] = Line(self.transport, self._credentials, SETTINGS, session)
+            line = self._lines[session] = Line(self._peers, SETTINGS, session)
             line.peer, line.lost = peer, self.lost.append
         line.say(messages.encode(message))
 
@@ -69,7 +70,7 @@ class Stranger:
 
     def deliver(self, sender: str, session: str, packet: Packet) -> None:
         if session not in self._lines:
-            self._lines[session] = Line(self.transport, self._credentials, SETTINGS, session, caller=sender)
+            self._lines[session] = Line(self._peers, SETTINGS, session, caller=sender)
         for octets in self._lines[session].take(packet):
             self.heard.append(messages.decode(octets))
             self.sessions.setdefault(type(self.heard[-1]), session)

@@ -330,7 +330,7 @@ def test_a_guest_that_comes_back_before_anybody_said_that_it_arrived_has_its_flo
     with hosts_in(tmp_path, limited(arrival_seconds=60.0)) as hosts:
         guest = guest_with_flows(hosts)
         begin(hosts, guest)
-        away = hosts.agents["host-b"].host.transport
+        away = hosts.agents["host-b"].host.peers.way_to("host-b").transport
         real, away.call = away.call, unreachable  # type: ignore[method-assign]
         finish(hosts, guest)
         until(lambda: hosts.has_step("host-b", guest, "arrived"))
@@ -518,7 +518,7 @@ def test_stays_is_heard_when_the_broker_comes_back_after_longer_than_a_message_l
     with hosts_in(tmp_path, replace(SETTINGS, message_seconds=0.2)) as hosts:
         guest = guest_with_flows(hosts)
         begin(hosts, guest)
-        transport = hosts.agents["host-a"].host.transport
+        transport = hosts.agents["host-a"].host.peers.way_to("host-b").transport
         tries: list[Packet] = []
 
         def away(peer: str, session: str, packet: Packet, *_: object) -> str:

@@ -106,7 +106,7 @@ def test_source_purges_without_arrival_only_after_its_own_hypervisor_says_that_t
     hosts: Hosts, guest: str
 ) -> None:
     begin(hosts, guest)
-    hosts.agents["host-b"].host.transport.stop()  # ARRIVED will never be heard
+    hosts.agents["host-b"].host.peers.way_to("host-b").transport.stop()  # ARRIVED will never be heard
     hosts.say("host-a", Phase.SUSPENDED, guest)
     wait_for_step(hosts, "host-a", guest, "last changes sent")
     assert len(held(hosts, "host-a")) == 100

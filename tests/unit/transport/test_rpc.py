@@ -110,7 +110,7 @@ def refusals() -> list[str]:
 
 def sender(broker: Broker, refusals: list[str], **options: Any) -> Sender:
     chosen = {"window": 1, "call_seconds": 1.0, "lifetime_seconds": 10.0, "broken": refusals.append, **options}
-    made = Sender(broker, lambda: "host-b", "s", refused=refusals.append, **chosen)  # type: ignore[arg-type]
+    made = Sender(lambda: broker, lambda: "host-b", "s", refused=refusals.append, **chosen)  # type: ignore[arg-type]
     made.RETRY_PAUSE_SECONDS = 0.001
     return made
 
