@@ -7,7 +7,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from lab import addresses
+from lab import addresses, renumbering
 from lab.deadline import wait_until
 from lab.firewall import UPLINK
 from lab.namespace import Namespace
@@ -119,8 +119,15 @@ class RoutedFabric:
         """Nothing to tell: the outside knows its gateway only."""
 
     def announce(self, port: Port, host: Host) -> None:
-        """Route the guest's addresses to `host`."""
-        self.namespace.ip(*routes_via_far_end(f"to-{host.name}", port.addresses))
+        """Route the guest's addresses to `host`; to where they are others, translate them on the way."""
+        there, way = host.as_here(port).addresses, f"to-{host.name}"
+        table = f"of_{port.number}"
+        if there == port.addresses:
+            renumbering.stop(self.namespace, table)
+        else:
+            pairs = zip(there, port.addresses, strict=True)
+            renumbering.translate(self.namespace, table, pairs, own_side=way, other_side="to-outside")
+        self.namespace.ip(*routes_via_far_end(way, there))
 
     def close(self) -> None:
         """Delete it. May be repeated."""

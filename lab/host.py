@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab import addresses
+from lab import addresses, renumbering
 from lab.fabric import forward, near_end_is_gateway
 from lab.firewall import UPLINK, Firewall
 from lab.iptables_firewall import IptablesFirewall
 from lab.namespace import Namespace
 from lab.nftables_firewall import NftablesFirewall
-from lab.port import is_ipv6
+from lab.port import Port, is_ipv6
 
 if TYPE_CHECKING:
     from lab.guest import Guest
@@ -36,6 +37,7 @@ class Host:
         self.scope_file = folder / f"scope-{name}.json"
         self._guests: dict[str, Guest] = {}
         self._expected: dict[str, Guest] = {}
+        self._renumbered: dict[str, tuple[str, ...]] = {}
         self._lock = threading.Lock()
         firewall = NftablesFirewall if self.is_routed else IptablesFirewall
         self.firewall: Firewall = firewall(self.namespace, number, is_zone_shared=kind == "shared")
@@ -63,6 +65,18 @@ class Host:
     def close(self) -> None:
         """Delete it, its processes included. May be repeated."""
         self.namespace.close()
+
+    def renumber(self, port: Port, addresses: tuple[str, ...]) -> None:
+        """The port's guest has these addresses here, as many of each family as it has, and does not know it."""
+        self._renumbered[port.id] = addresses
+        self.firewall.program(self.as_here(port))
+        renumbering.translate(
+            self.namespace, f"of_{port.number}", zip(port.addresses, addresses, strict=True), own_side=port.tap
+        )
+
+    def as_here(self, port: Port) -> Port:
+        """The port, with its addresses here."""
+        return dataclasses.replace(port, addresses=self._renumbered.get(port.id, port.addresses))
 
     def zone(self, guest: Guest) -> int:
         """The conntrack zone of the guest's port here, whether the guest is here or not."""
@@ -104,12 +118,14 @@ class Host:
             self._expected.pop(guest.uuid, None)
             self._guests[guest.uuid] = guest
             self._write_scope()
-        tap, port = guest.tap, guest.port
+        tap, port = guest.tap, self.as_here(guest.port)
         if self.is_routed:
             routes = [
                 f"route replace {address}/{128 if is_ipv6(address) else 32} dev {tap}" for address in port.addresses
             ]
-            known = [f"neigh replace {address} lladdr {port.mac} dev {tap} nud permanent" for address in port.addresses]
+            # IPv6 asks for the neighbour behind the translation, IPv4 before it.
+            both = dict.fromkeys((*port.addresses, *guest.addresses))
+            known = [f"neigh replace {address} lladdr {port.mac} dev {tap} nud permanent" for address in both]
             self.namespace.ip(f"link set {tap} up", *routes, *known)
         else:
             self.namespace.ip(f"link set {tap} master {BRIDGE} up")
@@ -136,7 +152,7 @@ class Host:
                 "namespace": self.netns_path,
                 "zone": self.zone(guest),
                 "shared": self.firewall.is_zone_shared,
-                "addresses": list(guest.addresses),
+                "addresses": list(self.as_here(guest.port).addresses),
             }
             for guest in {**self._expected, **self._guests}.values()
         ]

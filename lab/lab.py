@@ -100,7 +100,8 @@ class Lab:
 
         def program(changed: Port) -> None:
             for each in programmed:
-                self.hosts[each].firewall.program(changed)
+                there = self.hosts[each]
+                there.firewall.program(there.as_here(changed))
 
         program(port)
         guest = Guest(name, str(uuid.uuid4()), port, self._prefix, self.kind == "routed", program)
@@ -117,6 +118,15 @@ class Lab:
         self.fabric.announce(port, here)
         self.guests[name] = guest
         return guest
+
+    def renumber(self, guest: Guest, host: str | Host, *addresses_there: str) -> None:
+        """Give the guest other addresses on a host where it is not, without it or its peers noticing: both translate.
+
+        Of routed hosts only. One for each of its addresses, in their order.
+        """
+        if not isinstance(self.fabric, RoutedFabric):
+            raise LabError(f"guests of hosts of the kind {self.kind} keep their addresses")
+        self._host(host).renumber(guest.port, addresses_there)
 
     def migrate(
         self,
