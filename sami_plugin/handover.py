@@ -59,7 +59,7 @@ from sami_plugin.migration.decision import (
 )
 from sami_plugin.model.address_map import peer_sees_another
 from sami_plugin.model.domain import Domain
-from sami_plugin.model.flows import Addresses, Batch, FirewallEvent, Omitted, has_end_in, names
+from sami_plugin.model.flows import Addresses, Batch, FirewallEvent, Omitted, has_end_in, is_translated_elsewhere, names
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
     PROTOCOL_VERSION,
@@ -525,6 +525,10 @@ class DestinationSession(Session):
             here = has_end_in(batch, port.scope.addresses) & homeless
             homeless &= ~here
             mine = batch.take(here) if not here.all() else batch
+            if batch.template.is_translated:
+                elsewhere = is_translated_elsewhere(mine, port.scope.addresses)
+                self._findings.refuse(mine.take(elsewhere), Reason.FOREIGN_TRANSLATION)
+                mine = mine.take(~elsewhere)
             with self.host.deciding(port.scope):
                 scope = self._with_neighbours(port.scope)
                 try:

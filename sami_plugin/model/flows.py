@@ -102,6 +102,11 @@ class Template:
         return any(field[0] == "sourceIPv6Address" for field in self.key)
 
     @property
+    def is_translated(self) -> bool:
+        """Whether it has room for a NAT."""
+        return any(field[0].startswith("postNAT") for field in self.state)
+
+    @property
     def is_identity(self) -> bool:
         return self.state == _IDENTITY
 
@@ -259,6 +264,18 @@ def has_end_in(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
     for field in batch.address_fields:
         found |= holds_any(batch.rows[field], batch.template.is_ipv6, addresses)
     return found
+
+
+def is_translated_elsewhere(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
+    """Which flows have an end translated from or to an address that is none of `addresses`."""
+    elsewhere = np.zeros(len(batch), bool)
+    behind = [field for field in batch.address_fields if field.startswith("postNAT")]
+    for before, after in zip((batch.source_field, batch.destination_field), behind, strict=False):
+        differs = batch.rows[before] != batch.rows[after]
+        is_translated = differs if differs.ndim == 1 else differs.any(axis=1)
+        are_own = [holds_any(batch.rows[field], batch.template.is_ipv6, addresses) for field in (before, after)]
+        elsewhere |= is_translated & ~(are_own[0] & are_own[1])
+    return elsewhere
 
 
 def names(batch: Batch, limit: int = 20) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ class Reason(enum.IntEnum):
     NOT_ADMITTED = 16
     AMBIGUOUS_ADDRESS = 17
     PEER_CANNOT_FOLLOW = 18
+    FOREIGN_TRANSLATION = 19
 
 
 WORDS: dict[Reason, str] = {
@@ -71,6 +72,7 @@ WORDS: dict[Reason, str] = {
     "(address_map)",
     Reason.PEER_CANNOT_FOLLOW: "its peer would see another address than before, and nothing in between translates it; "
     "if something does, set peers_follow",
+    Reason.FOREIGN_TRANSLATION: "it is translated from or to an address that is not the port's",
 }
 
 RESULT = np.dtype([("outcome", "u1"), ("reason", "u1"), ("lost", "u4")])

@@ -30,13 +30,12 @@ from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import Busy, Malformed, SamiError
 from sami_plugin.migration import source
 from sami_plugin.migration.decision import Purge, TimePassed
-from sami_plugin.model.flows import Batch, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
 from sami_plugin.model.migration import (
     Arrived,
     Complete,
     FlowChanges,
     Flows,
-    GivesUp,
     InSync,
     MigrationEvent,
     Offer,
@@ -65,7 +64,7 @@ from tests.unit.handover.memory import (
     until_idle,
     wait_for_step,
 )
-from tests.unit.handover.stranger import Stranger
+from tests.unit.handover.stranger import Stranger, is_given_flows
 
 SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verdict_seconds=0.5, call_seconds=1.0)
 
@@ -74,13 +73,6 @@ SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verd
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     with Hosts(tmp_path, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=SOON) as made:
         yield made
-
-
-def is_given_flows(stranger: Stranger) -> bool:
-    """Whether a host that asked for flows has got any; waits for that or for a refusal."""
-    with contextlib.suppress(AssertionError):
-        until(lambda: stranger.lost or any(isinstance(one, Flows | Offer | GivesUp) for one in stranger.heard))
-    return any(isinstance(one, Flows | Offer) for one in stranger.heard)
 
 
 def believe_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,6 +444,26 @@ def test_source_that_names_a_zone_of_another_role(hosts: Hosts, monkeypatch: pyt
             return real(self, scope, batch)
 
         monkeypatch.setattr(memory_driver.MemoryDriver, "insert", insert)
+
+    both(monkeypatch, attack, take_out)
+
+
+def test_source_that_has_a_guest_s_flow_translated_to_a_foreign_address(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack() -> bool:
+        template = TEMPLATES["tcp-nat-ipv4"]
+        rows, plain = template.empty(1), tcp_flows(1, first_port=6000).rows
+        for field in plain.dtype.names or ():
+            rows[field] = plain[field]
+        rows["postNATSourceIPv4Address"] = rows["sourceIPv4Address"]
+        rows["postNATDestinationIPv4Address"] = 0x0A000001  # what the guest sends goes there
+        rows["postNAPTSourceTransportPort"], rows["postNAPTDestinationTransportPort"] = 6000, 443
+        source_says(hosts, Batch(template, rows))
+        return 6000 in ports(hosts, "host-b")
+
+    def take_out() -> None:
+        monkeypatch.setattr(handover, "is_translated_elsewhere", lambda batch, addresses: np.zeros(len(batch), bool))
 
     both(monkeypatch, attack, take_out)
 

@@ -58,10 +58,10 @@ def regions(
         yield made, authority
 
 
-def goes_east(hosts: Hosts, guest: str, address: str = EAST_ADDRESS) -> None:
-    """Until all that the west has is in the east."""
+def goes_east(hosts: Hosts, guest: str, *addresses: str) -> None:
+    """Until all that the west has is in the east, where the guest has these addresses, or just its own."""
     hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
     hosts.say("host-b", Phase.PREPARE, guest, "host-a")
-    hosts.plug("host-b", guest, ZONES["host-b"], address)
+    hosts.plug("host-b", guest, ZONES["host-b"], *(addresses or [EAST_ADDRESS]))
     hosts.say("host-b", Phase.STARTED, guest)
     wait_for_step(hosts, "host-b", guest, "in sync")

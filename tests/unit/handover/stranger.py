@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from dataclasses import replace
 from types import TracebackType
@@ -11,7 +12,7 @@ from oslo_config import cfg
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.codec import messages
 from sami_plugin.line import Line
-from sami_plugin.model.migration import GivesUp, Message, Open
+from sami_plugin.model.migration import Flows, GivesUp, Message, Offer, Open
 from sami_plugin.model.packet import Packet
 from sami_plugin.peers import Peers, Way
 from sami_plugin.testing.certificates import Certificates
@@ -74,3 +75,10 @@ class Stranger:
         for octets in self._lines[session].take(packet):
             self.heard.append(messages.decode(octets))
             self.sessions.setdefault(type(self.heard[-1]), session)
+
+
+def is_given_flows(stranger: Stranger) -> bool:
+    """Whether a host that asked for flows has got any; waits for that or for a refusal."""
+    with contextlib.suppress(AssertionError):
+        until(lambda: stranger.lost or any(isinstance(one, Flows | Offer | GivesUp) for one in stranger.heard))
+    return any(isinstance(one, Flows | Offer) for one in stranger.heard)

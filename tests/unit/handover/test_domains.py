@@ -39,9 +39,9 @@ def ends(hosts: Hosts, host: str) -> set[tuple[str, ...]]:
     return found
 
 
-def moves_east(hosts: Hosts, guest: str, address: str = EAST_ADDRESS) -> dict[str, Any]:
+def moves_east(hosts: Hosts, guest: str, *addresses: str) -> dict[str, Any]:
     """The report of the east."""
-    goes_east(hosts, guest, address)
+    goes_east(hosts, guest, *addresses)
     finish(hosts, guest)
     until_idle(hosts)
     return hosts.reports("host-b", guest)[0]
@@ -135,7 +135,7 @@ def test_without_peers_that_follow_only_what_a_nat_hides_from_them_is_carried(
     with regions(tmp_path, west={"peers_follow": False}) as (hosts, _):
         guest = guest_with_flows(hosts)
         hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), translated(*there))
-        report = moves_east(hosts, guest)
+        report = moves_east(hosts, guest, EAST_ADDRESS, PUBLIC)
         assert ends(hosts, "host-b") == ({here} if here else set())
         assert named(report, f"refused: {WORDS[Reason.PEER_CANNOT_FOLLOW]}") == (100 if here else 101)
 
