@@ -5,7 +5,7 @@ PYTHON_HERE := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench fuzz lint docs clean run-tests run-lint lint-style lint-layers lint-types
+.PHONY: help demo test bench fuzz fuzz-properties lint docs clean run-tests run-lint lint-style lint-layers lint-types
 .PHONY: demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
 
 help: ## say what there is
@@ -29,12 +29,13 @@ test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's 
 bench: prepare-test ## measure
 	$(PYTHON_HERE) -m benchmarks $(ARGS)
 
-fuzz: prepare-test ## the property tests with many more examples, then spoiled inputs for the decoders
-	$(PYTHON_HERE) -m pytest tests/unit -m hypothesis -p tools.fuzz_profile --timeout=0
-	$(PYTHON_HERE) -m tests.fuzz.codec --inputs 1000000 --seed $$(date +%s) $(ARGS)
-	$(PYTHON_HERE) -m tests.fuzz.messages --inputs 1000000 --seed $$(date +%s) $(ARGS)
-	$(PYTHON_HERE) -m tests.fuzz.events --inputs 1000000 --seed $$(date +%s) $(ARGS)
-	$(PYTHON_HERE) -m tests.fuzz.packets --inputs 20000 --seed $$(date +%s) $(ARGS)
+SECONDS ?= 60
+
+fuzz: prepare-test ## spoiled inputs for all that reads what others wrote, SECONDS=60 for each of it
+	$(PYTHON_HERE) -m tests.fuzz.guided --seconds $(SECONDS) $(ARGS)
+
+fuzz-properties: prepare-test ## the property tests with many more examples
+	$(PYTHON_HERE) -m pytest tests/unit -m hypothesis -p tools.fuzz_profile --timeout=0 $(ARGS)
 
 lint: prepare-test run-lint ## ruff, import-linter, mypy
 

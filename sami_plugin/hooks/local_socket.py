@@ -160,18 +160,26 @@ def _group_id(group: str) -> int:
 def _handler(tell: Tell) -> type[socketserver.BaseRequestHandler]:
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            received = bytearray()
             try:
-                while line := _next_line(self.request, received):
-                    answer = _answer(line, tell)
-                    self.request.settimeout(PATIENCE_SECONDS)
-                    self.request.sendall(json.dumps(answer).encode() + b"\n")
-                    if not line.endswith(b"\n"):
-                        return
+                answer_all(self.request, tell)
             except OSError as error:
                 LOG.info("connection of a hook ended: %s", error)
 
     return Handler
+
+
+def answer_all(connection: socket.socket, tell: Tell) -> None:
+    """Hands on each event that comes, and answers it, until the connection ends or has brought too long a line.
+
+    :raises OSError: the other end is slow, or gone.
+    """
+    received = bytearray()
+    while line := _next_line(connection, received):
+        answer = _answer(line, tell)
+        connection.settimeout(PATIENCE_SECONDS)
+        connection.sendall(json.dumps(answer).encode() + b"\n")
+        if not line.endswith(b"\n"):
+            return
 
 
 def _next_line(connection: socket.socket, received: bytearray) -> bytes:
