@@ -42,7 +42,7 @@ class Broker:
     def start(self) -> None:
         """Blocks until it takes connections."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        environment = {
+        self._environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self._folder),
             "LANG": "C.UTF-8",
@@ -66,7 +66,7 @@ class Broker:
         with (self._folder / "out").open("wb") as out:
             self._process = subprocess.Popen(
                 [self._server],
-                env=environment,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -74,6 +74,16 @@ class Broker:
                 cwd=self._folder,
             )
         wait_until(self._has_come_up, "RabbitMQ to take connections", START_SECONDS)
+
+    def account(self, name: str, *, configure: str, write: str, read: str) -> str:
+        """Adds a user who may do so much, in regular expressions; returns the URL by which he comes."""
+        password = uuid.uuid4().hex
+        for words in (["add_user", name, password], ["set_permissions", name, configure, write, read]):
+            command = [str(self._server.with_name("rabbitmqctl")), *words]
+            done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CommandFailed(command[:2], done.returncode, done.stderr)
+        return f"rabbit://{name}:{password}@127.0.0.1:{self.port}/"
 
     def stop(self) -> None:
         """Ends the server and what it started. May be repeated, and followed by `start`."""

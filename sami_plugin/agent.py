@@ -41,6 +41,7 @@ from sami_plugin.line import Line
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.migration import GivesUp, MigrationEvent, Open, Origin, Outcome, Phase
 from sami_plugin.model.packet import Packet
+from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.peers import Peers, Way
@@ -52,11 +53,6 @@ LOG = logging.getLogger(__name__)
 
 ENDED_REMEMBERED = 1024
 """Sessions of which a late or repeated message is still taken, and dropped, after their end."""
-MOST_GREETINGS = 64
-"""Hosts that call at a time and have not yet shown who they are."""
-GREETING_SECONDS = 10.0
-"""The time that each of them has for it."""
-
 
 SessionT = TypeVar("SessionT", bound=Session)
 
@@ -133,6 +129,7 @@ class Agent:
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._greetings: dict[str, _Greeting] = {}
+        self._calls = TokenBucket(settings.bounds.handshakes, settings.bounds.handshakes_per_second)
         self._outgoing: dict[str, _Outgoing] = {}
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
@@ -240,8 +237,9 @@ class Agent:
         """Sessions of hosts that asked before it was known where the guest moves to."""
         for session in self._sessions_of(event.guest, SourceSession):
             if event.destination is not None and session.peer and session.peer != event.destination:
-                LOG.warning("%s: %s moves to %s, not to %s", session.id, event.guest, event.destination, session.peer)
-                session.refuse(f"the guest moves to {event.destination}")
+                reason = f"{event.guest} moves to {event.destination}, not to {session.peer}"
+                self.host.refuse(session.peer, NotAuthorised(reason))
+                session.refuse(reason)
 
     def _pauses(self, event: MigrationEvent) -> None:
         """Where no session knows of the guest, its ports are noted now: when it is gone, so are they."""
@@ -274,6 +272,15 @@ class Agent:
 
         :raises PeerError: it is not one that may come now, or more than is taken at a time.
         """
+        try:
+            self._deliver(sender, session_id, packet)
+        except Busy:  # it comes again by itself
+            raise
+        except SamiError as error:
+            self.host.refuse(sender, error)
+            raise
+
+    def _deliver(self, sender: str, session_id: str, packet: Packet) -> None:
         with self._lock:  # a session is there before its greeting is gone, so one of both is found
             known: Session | _Greeting | None = self._sessions.get(session_id)
             if known is None:
@@ -299,7 +306,7 @@ class Agent:
             try:
                 greeting.session = self._open(greeting, heard)
             except SamiError as error:  # the caller is told, and not the broker
-                LOG.warning("%s: %s was refused: %s", greeting.id, greeting.peer, error)
+                self.host.refuse(greeting.peer, error)
                 greeting.line.say(messages.encode(GivesUp(str(error))))
                 self._hang_up(greeting.id)
                 return
@@ -315,11 +322,24 @@ class Agent:
             for old in [one for one, known in self._greetings.items() if now > known.until]:
                 self._hang_up(old)
             if session_id not in self._greetings:
-                if len(self._greetings) >= MOST_GREETINGS:
-                    raise Busy(f"{MOST_GREETINGS} hosts call at a time, and {sender} was not heard")
+                bounds = self.host.settings.bounds
+                self._refuse_crowd(sender, now)
                 line = self.host.line(session_id, caller=sender)
-                self._greetings[session_id] = _Greeting(sender, session_id, line, now + GREETING_SECONDS)
+                self._greetings[session_id] = _Greeting(sender, session_id, line, now + bounds.handshake_seconds)
             return self._greetings[session_id]
+
+    def _refuse_crowd(self, sender: str, now: float) -> None:
+        """:raises Busy: more hosts call than may."""
+        bounds = self.host.settings.bounds
+        reason = ""
+        if len(self._greetings) >= bounds.handshakes:
+            reason = f"{bounds.handshakes} hosts call at a time (handshakes)"
+        elif not self._calls.take(now):
+            reason = f"more hosts call than {bounds.handshakes_per_second:g} a second (handshakes_per_second)"
+        if reason:
+            error = Busy(reason)
+            self.host.refuse(sender, error)
+            raise error
 
     def _hang_up(self, session_id: str) -> None:
         """What was said to the caller still reaches it; what it says is heard no more."""
@@ -368,6 +388,7 @@ class Agent:
             session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
             token = origin.token if origin is not None else ""
             if session is None or not session.is_about(source):
+                self._make_room(event.guest)
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
                 session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, source, self._forget)
@@ -396,6 +417,7 @@ class Agent:
                 del self._outgoing[guest]  # its job ended without a word
                 outgoing = None
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)
+            self._make_room(guest)
             session = self._leaving(greeting.id, guest, sender, outgoing, greeting.line)
             session.hear(heard)  # before another thread finds the session and has it hear what was said later
             self._add(session)
@@ -433,6 +455,12 @@ class Agent:
             scopes=outgoing.scopes if outgoing is not None and not peer else None,
             line=line,
         )
+
+    def _make_room(self, guest: str) -> None:
+        """:raises OperatorError: there are as many sessions as may be. Where the guest has one already, one more is."""
+        most = self.host.settings.bounds.sessions
+        if len(self._sessions) >= most and all(one.guest != guest for one in self._sessions.values()):
+            raise OperatorError(f"there are {most} sessions (sessions): the flows of {guest} are not carried")
 
     def _add(self, session: Session) -> None:
         with self._lock:
@@ -514,7 +542,13 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
         agent.start()
         stack.callback(agent.stop)
         socket = LocalSocket(
-            conf.agent.socket, agent.tell, mode=int(conf.agent.socket_mode, 8), group=conf.agent.socket_group
+            conf.agent.socket,
+            agent.tell,
+            mode=int(conf.agent.socket_mode, 8),
+            group=conf.agent.socket_group,
+            users=conf.agent.socket_users,
+            bounds=settings.bounds,
+            refused=agent.host.refuse,
         )
         socket.start()
         stack.callback(socket.stop)

@@ -467,7 +467,9 @@ class DestinationSession(Session):
 
     def _apply(self, payload: bytes, ports: list[Arriving], *, is_final: bool) -> None:
         """Takes out and puts in what the payload says of these ports. When final, refuses what is no port's at all."""
-        carried = ipfix.decode(compression.decompress(payload), enterprise=self.host.settings.enterprise)
+        settings = self.host.settings
+        octets = compression.decompress(payload, settings.bounds.unpacked_octets)
+        carried = ipfix.decode(octets, enterprise=settings.enterprise)
         for element in carried.skipped:
             self.report.remark(f"skipped what is unknown here: {element}")
         domain = self._domain

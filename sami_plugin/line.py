@@ -34,6 +34,7 @@ class Line:
         """Told, from any thread, that nothing will come of this line, and why."""
         self._session = session
         self._peers = peers
+        self._bounds = settings.bounds
         self._is_server = bool(caller)
         self._lock = threading.Lock()
         self._channel: Channel | None = self._new_channel() if caller else None
@@ -88,7 +89,9 @@ class Line:
 
     def _new_channel(self) -> Channel:
         credentials, is_server = self._peers.way_to(self.peer).credentials, self._is_server
-        return Channel(self.peer, lambda: credentials.context(is_server=is_server), is_server=is_server)
+        return Channel(
+            self.peer, lambda: credentials.context(is_server=is_server), is_server=is_server, bounds=self._bounds
+        )
 
     def _renew(self, stream: int) -> None:
         with self._lock:

@@ -60,11 +60,11 @@ from sami_plugin.scopes.base import ScopeFinder
 
 LOG = logging.getLogger(__name__)
 
-MOST_KEPT_OCTETS = 64 * 1024 * 1024
-"""What a session keeps of its peer's messages until it has handled them; the peer sends the rest again later."""
-
 BULK = (ExportNext, ExportChanges, Resync)
 """Actions that send much: the next of them waits until the sender has room."""
+
+MOST_REFUSALS = 1000
+"""Of different ones, that are told apart."""
 
 ROUTINE = (*BULK, WakeAt, FindScope, Import, Verify, Renew)
 """Actions that may be decided upon many times a second."""
@@ -88,10 +88,26 @@ class Host:
     _turns: threading.Lock = field(default_factory=threading.Lock)
     _purging: set[str] = field(default_factory=set)
     _received: set[str] = field(default_factory=set)
+    _refused: set[tuple[str, str]] = field(default_factory=set)
 
     def line(self, session: str, *, caller: str = "") -> Line:
         """A new one for this session; see Line."""
         return Line(self.peers, self.settings, session, caller=caller)
+
+    def refuse(self, who: str, error: SamiError) -> None:
+        """Counts something that somebody wanted and did not get; says so in the log, once for each reason."""
+        reason = f"{type(error).__name__}: {error}"
+        with self._turns:
+            is_new = (who, reason) not in self._refused
+            if len(self._refused) >= MOST_REFUSALS:
+                self._refused.clear()
+            self._refused.add((who, reason))
+        if is_new:
+            LOG.warning("%s: %s was refused: %s", self.name, who, reason)
+        try:
+            self.journal.count_refusal(who, reason)
+        except JournalError as failure:
+            LOG.error("%s: %s", self.name, failure)
 
     def deciding(self, scope: Scope) -> AbstractContextManager[object]:
         """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""
@@ -185,7 +201,7 @@ class Session(abc.ABC):
         :raises PeerError: as `Line.take`.
         """
         with self._hearing:
-            if sum(self._kept) > MOST_KEPT_OCTETS:
+            if sum(self._kept) > self.host.settings.bounds.session_octets:
                 raise Busy(f"session {self.id} has more to do than it can keep")
             for message in self._line.take(packet):
                 self._hear(message)

@@ -26,17 +26,11 @@ from sami_plugin.channel.identity import host_of
 from sami_plugin.channel.ordering import Inbox
 from sami_plugin.errors import Busy, IllegalMessage, NotAuthorised, PeerUnreachable, StreamBroken
 from sami_plugin.model.packet import Packet
+from sami_plugin.model.settings import Bounds
 
-MOST_STREAMS = 8
-"""Of one session: who breaks more than so many can as well keep messages from arriving at all."""
 MOST_BEGUN = 4
 """Handshakes of one session that are under way at a server; the oldest gives way."""
 MOST_MESSAGE_OCTETS = 16 * 1024 * 1024
-MOST_WAITING = 64 * 1024 * 1024
-"""Octets of packets that wait for those before them."""
-MOST_WAITING_OF_STRANGERS = 256 * 1024
-"""Likewise, before it is known who is at the other end."""
-MOST_UNACKNOWLEDGED = 64 * 1024 * 1024
 ACKNOWLEDGE_EVERY = 8
 """Messages after which an end that has nothing to say acknowledges what it got."""
 
@@ -49,8 +43,9 @@ _REFUSALS = ("CERTIFICATE", "UNKNOWN_CA")
 class _Stream:
     """One TLS connection."""
 
-    def __init__(self, number: int, context: ssl.SSLContext, *, is_server: bool) -> None:
+    def __init__(self, number: int, context: ssl.SSLContext, bounds: Bounds, *, is_server: bool) -> None:
         self.number = number
+        self._bounds = bounds
         self.is_broken = False
         self.is_established = False
         self._inbox = Inbox()
@@ -87,7 +82,7 @@ class _Stream:
         """
         if self.is_broken:
             raise StreamBroken(f"stream {self.number} broke before")
-        most = MOST_WAITING if self.is_established else MOST_WAITING_OF_STRANGERS
+        most = self._bounds.session_octets if self.is_established else self._bounds.handshake_octets
         waiting = 0 if packet.number == self._inbox.next_number else self._inbox.waiting_octets
         if waiting + len(packet.octets) > most:
             raise Busy(f"packet {packet.number} of stream {self.number} is more than can be kept")
@@ -146,8 +141,16 @@ class Channel:
     `peer` is the host that has to be at the other end. `context` is asked for with each stream.
     """
 
-    def __init__(self, peer: str, context: Callable[[], ssl.SSLContext], *, is_server: bool) -> None:
+    def __init__(
+        self,
+        peer: str,
+        context: Callable[[], ssl.SSLContext],
+        *,
+        is_server: bool,
+        bounds: Bounds = Bounds(),  # noqa: B008, a frozen value
+    ) -> None:
         self.peer = peer
+        self._bounds = bounds
         self._context = context
         self._is_server = is_server
         self._current: _Stream | None = None
@@ -171,7 +174,7 @@ class Channel:
 
         :raises PeerUnreachable: the other end has acknowledged nothing for too long.
         """
-        if self._kept_octets + len(message) > MOST_UNACKNOWLEDGED:
+        if self._kept_octets + len(message) > self._bounds.session_octets:
             raise PeerUnreachable(f"{self.peer} has acknowledged nothing of the last {self._kept_octets} octets")
         self._unacknowledged.append((self._next_out, message))
         self._kept_octets += len(message)
@@ -224,18 +227,19 @@ class Channel:
             return self._current
         if not self._is_server or (self._current is not None and packet.stream < self._current.number):
             return None
-        if not 0 <= packet.stream < MOST_STREAMS:
-            raise IllegalMessage(f"stream {packet.stream} is not one of the {MOST_STREAMS} that a session may have")
+        if not 0 <= packet.stream < self._bounds.streams:
+            most = self._bounds.streams
+            raise IllegalMessage(f"stream {packet.stream} is not one of the {most} that a session may have")
         if packet.stream not in self._begun:
             if len(self._begun) == MOST_BEGUN:
                 self._begun.popitem(last=False)
-            self._begun[packet.stream] = _Stream(packet.stream, self._context(), is_server=True)
+            self._begun[packet.stream] = _Stream(packet.stream, self._context(), self._bounds, is_server=True)
         return self._begun[packet.stream]
 
     def _begin(self) -> None:
-        if self._streams == MOST_STREAMS:
-            raise PeerUnreachable(f"{MOST_STREAMS} streams with {self.peer} broke: somebody tampers with them")
-        self._current = _Stream(self._streams, self._context(), is_server=False)
+        if self._streams == self._bounds.streams:
+            raise PeerUnreachable(f"{self._streams} streams with {self.peer} broke: somebody tampers with them")
+        self._current = _Stream(self._streams, self._context(), self._bounds, is_server=False)
         self._streams += 1
         self._packets.append(self._current.begin())
 

@@ -14,9 +14,6 @@ except ImportError:  # the extra "zstd" is not installed
 
 ZSTD_LEVEL = 1
 ZLIB_LEVEL = 1
-MOST_OCTETS = 16 * 1024 * 1024
-"""What a payload may unpack to, so that a small message cannot fill the memory; `ipfix` reads no more at once."""
-
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -39,26 +36,26 @@ def compress(octets: bytes, how: str) -> bytes:
     return zlib.compress(octets, ZLIB_LEVEL)
 
 
-def decompress(octets: bytes) -> bytes:
+def decompress(octets: bytes, most: int) -> bytes:
     """What was compressed, in either way.
 
-    :raises Malformed: it is neither, is cut short, or would unpack to more than `MOST_OCTETS`.
+    :raises Malformed: it is neither, is cut short, or would unpack to more than `most` octets.
     """
     if octets[:4] == _ZSTD_MAGIC:
         if zstandard is None:
             raise Malformed("compressed with zstd, which this host did not offer", "octet 0")
         try:
-            if not 0 <= zstandard.frame_content_size(octets) <= MOST_OCTETS:
-                raise Malformed(f"unpacks to more than {MOST_OCTETS} octets or does not say to how many", "octet 4")
-            plain: bytes = zstandard.ZstdDecompressor().decompress(octets, max_output_size=MOST_OCTETS)
+            if not 0 <= zstandard.frame_content_size(octets) <= most:
+                raise Malformed(f"unpacks to more than {most} octets or does not say to how many", "octet 4")
+            plain: bytes = zstandard.ZstdDecompressor().decompress(octets, max_output_size=most)
         except zstandard.ZstdError as error:
             raise Malformed(f"zstd: {error}", "octet 0") from error
         return plain
     unpacker = zlib.decompressobj()
     try:
-        plain = unpacker.decompress(octets, MOST_OCTETS)
+        plain = unpacker.decompress(octets, most)
     except zlib.error as error:
         raise Malformed(f"zlib: {error}", "octet 0") from error
     if not unpacker.eof:
-        raise Malformed(f"compressed data that is cut short or unpacks to more than {MOST_OCTETS} octets", "its end")
+        raise Malformed(f"compressed data that is cut short or unpacks to more than {most} octets", "its end")
     return plain

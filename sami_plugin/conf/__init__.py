@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from oslo_config import cfg
 
 from sami_plugin.errors import ConfigurationError
-from sami_plugin.model.settings import Files, Limits, Settings
+from sami_plugin.model.settings import MEBIBYTE, Bounds, Files, Limits, Settings
 
 if TYPE_CHECKING:
     from sami_plugin.model.domain import Domain
 
 _DEFAULTS = Settings()
 _LIMITS = Limits()
+_BOUNDS = Bounds()
 
 AGENT = cfg.OptGroup("agent", title="The agent of this host")
 MIGRATION = cfg.OptGroup("migration", title="How a guest's flows are carried")
@@ -80,6 +81,13 @@ AGENT_OPTIONS = [
     cfg.StrOpt(
         "socket_group",
         help="Group that owns that socket, by name or number. The agent's own group by default.",
+    ),
+    cfg.ListOpt(
+        "socket_users",
+        default=[],
+        help="Users, by name or number, who may tell of migrations on that socket besides root and the agent's own; "
+        "the kernel says who it is. Empty: whoever may open it. Where socket_group admits more than those who are "
+        "meant, name nova's or libvirt's user here.",
     ),
     cfg.IntOpt(
         "enterprise_number",
@@ -195,6 +203,81 @@ MIGRATION_OPTIONS = [
 ]
 
 
+BOUNDS = cfg.OptGroup("bounds", title="How much of others is taken")
+BOUNDS_OPTIONS: list[cfg.Opt] = [
+    cfg.IntOpt(
+        "sessions",
+        default=_BOUNDS.sessions,
+        min=1,
+        help="Migrations, of guests that come and of guests that leave, that are under way at a time. The flows of a "
+        "guest that is one too many are not carried; the guest moves all the same.",
+    ),
+    cfg.IntOpt(
+        "handshakes",
+        default=_BOUNDS.handshakes,
+        min=1,
+        help="Hosts that call at a time and have not yet shown who they are. The others are asked to call again, which "
+        "they do by themselves.",
+    ),
+    cfg.FloatOpt(
+        "handshakes_per_second",
+        default=_BOUNDS.handshakes_per_second,
+        min=0.1,
+        help="Likewise, calls in a second, in the long run; as many as `handshakes` may come at once. One costs about "
+        "two milliseconds of a processor.",
+    ),
+    cfg.FloatOpt(
+        "handshake_seconds",
+        default=_BOUNDS.handshake_seconds,
+        min=0.1,
+        help="Seconds that a host which calls has to show who it is and what it wants. Raise it where the broker is "
+        "slow.",
+    ),
+    cfg.IntOpt(
+        "handshake_octets",
+        default=_BOUNDS.handshake_octets,
+        min=1 << 14,
+        help="Octets that are kept of such a host while something that comes before them is missing.",
+    ),
+    cfg.IntOpt(
+        "streams",
+        default=_BOUNDS.streams,
+        min=1,
+        max=64,
+        help="TLS streams of one session, each of which follows one that broke. Who can break more than that can as "
+        "well keep all messages from arriving.",
+    ),
+    cfg.IntOpt(
+        "session_octets",
+        default=_BOUNDS.session_octets,
+        min=MEBIBYTE,
+        help="Octets that are kept of one session in each of three places: what came too early, what came and is not "
+        "handled yet, and what was sent and is not acknowledged. A peer that is faster is asked to send again.",
+    ),
+    cfg.IntOpt(
+        "unpacked_octets",
+        default=_BOUNDS.unpacked_octets,
+        min=MEBIBYTE,
+        help="Octets that one message's flows may unpack to. More than batch_flows of the other hosts takes, which is "
+        "about 60 octets a flow for IPv6.",
+    ),
+    cfg.IntOpt(
+        "hooks",
+        default=_BOUNDS.hooks,
+        min=1,
+        help="Connections to the agent's socket at a time. One more is told so, and its migration goes on without a "
+        "word to the agent.",
+    ),
+    cfg.FloatOpt(
+        "hook_seconds",
+        default=_BOUNDS.hook_seconds,
+        min=0.1,
+        help="Seconds that a hook has to say a whole line, or to take its answer. What the agent does in between does "
+        "not count.",
+    ),
+]
+
+
 LIBVIRT = cfg.OptGroup("libvirt", title="This host's libvirt")
 LIBVIRT_OPTIONS: list[cfg.Opt] = [
     cfg.StrOpt(
@@ -242,7 +325,7 @@ DOMAIN_OPTIONS: list[cfg.Opt] = [
     cfg.ListOpt(
         "hosts",
         default=[],
-        help="Patterns of the names of the domain's hosts, such as *.west.example. Only they speak for it, and they "
+        help="Patterns of the names of the domain's hosts, such as ``*.west.example``. Only they speak for it, and they "
         "speak for no other. A host that several domains have is of the first in [agent] domains.",
     ),
     cfg.StrOpt(
@@ -351,6 +434,7 @@ _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (MIGRATION, MIGRATION_OPTIONS),
     (TLS, TLS_OPTIONS),
     (LIBVIRT, LIBVIRT_OPTIONS),
+    (BOUNDS, BOUNDS_OPTIONS),
 ]
 
 
@@ -376,6 +460,7 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
     )
     return Settings(
         limits=limits,
+        bounds=Bounds(**{option.dest: conf.bounds[option.dest] for option in BOUNDS_OPTIONS}),
         batch_flows=values.batch_flows,
         window=values.window,
         call_seconds=values.call_seconds,

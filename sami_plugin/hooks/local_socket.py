@@ -18,30 +18,30 @@ import grp
 import json
 import logging
 import os
+import pwd
 import socket
 import socketserver
+import struct
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sami_plugin.errors import ConfigurationError, OperatorError, SamiError, Veto
+from sami_plugin.errors import Busy, ConfigurationError, NotAuthorised, OperatorError, SamiError, Veto
 from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.settings import Bounds
 
 LOG = logging.getLogger(__name__)
 
 MOST_OCTETS = 4096
 """A longer line is no event, unless it carries a domain."""
 MOST_OCTETS_WITH_DOMAIN = 1 << 20
-MOST_CONNECTIONS = 64
-"""At a time. Who comes then is told so and may come again."""
-PATIENCE_SECONDS = 10.0
-"""For a whole line to come, and for a whole answer to go. Handling an event does not count."""
 ROLES = ("source", "destination")
 
 Tell = Callable[[MigrationEvent], None]
+Refused = Callable[[str, SamiError], None]
 
 
 def parse(line: bytes) -> MigrationEvent:
@@ -97,19 +97,33 @@ def _domain(value: object) -> str | None:
 class LocalSocket:
     """Listens until it is stopped; hands each event on from a thread of its connection."""
 
-    def __init__(self, path: str | Path, tell: Tell, *, mode: int = 0o600, group: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        tell: Tell,
+        *,
+        mode: int = 0o600,
+        group: str | None = None,
+        users: Sequence[str] = (),
+        bounds: Bounds = Bounds(),  # noqa: B008, a frozen value
+        refused: Refused = lambda who, error: None,
+    ) -> None:
         """`group` owns the socket, a name or a number; None is this process's.
+
+        `users`, names or numbers, may tell of migrations besides root and this process's own; without any, whoever may
+        open the socket. `refused` is told who was refused what.
 
         :raises ConfigurationError: the socket cannot be made so, or another agent listens there.
         """
         self._path = Path(path)
         owner = None if group is None else _group_id(group)
+        admitted = frozenset({0, os.geteuid(), *map(_user_id, users)}) if users else None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
             mask = os.umask(0o177)
             try:
-                self._server = _Server(str(self._path), _handler(tell))
+                self._server = _Server(str(self._path), _handler(tell, admitted, bounds, refused), bounds, refused)
             finally:
                 os.umask(mask)
         except OSError as error:
@@ -157,45 +171,73 @@ def _group_id(group: str) -> int:
         raise ConfigurationError(f"socket_group: there is no group {group!r} on this host") from error
 
 
-def _handler(tell: Tell) -> type[socketserver.BaseRequestHandler]:
+def _user_id(user: str) -> int:
+    if user.isascii() and user.isdigit():
+        return int(user)
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError as error:
+        raise ConfigurationError(f"socket_users: there is no user {user!r} on this host") from error
+
+
+def _handler(
+    tell: Tell, admitted: frozenset[int] | None, bounds: Bounds, refused: Refused
+) -> type[socketserver.BaseRequestHandler]:
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
+            user = _user_of(self.request)
+            who = f"user {user} of this host"
+
+            def told(event: MigrationEvent) -> None:
+                if admitted is not None and user not in admitted:
+                    raise NotAuthorised("only socket_users may tell of migrations")
+                tell(event)
+
             try:
-                answer_all(self.request, tell)
+                answer_all(self.request, told, bounds.hook_seconds, lambda error: refused(who, error))
             except OSError as error:
                 LOG.info("connection of a hook ended: %s", error)
 
     return Handler
 
 
-def answer_all(connection: socket.socket, tell: Tell) -> None:
+def _user_of(connection: socket.socket) -> int:
+    """Whoever made the connection, by the kernel's word."""
+    credentials = struct.Struct("iII")  # struct ucred: process, user, group
+    octets = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    return int(credentials.unpack(octets)[1])
+
+
+def answer_all(
+    connection: socket.socket, tell: Tell, patience_seconds: float, refused: Callable[[SamiError], None]
+) -> None:
     """Hands on each event that comes, and answers it, until the connection ends or has brought too long a line.
 
     :raises OSError: the other end is slow, or gone.
     """
     received = bytearray()
-    while line := _next_line(connection, received):
-        answer = _answer(line, tell)
-        connection.settimeout(PATIENCE_SECONDS)
+    while line := _next_line(connection, received, patience_seconds):
+        answer = _answer(line, tell, refused)
+        connection.settimeout(patience_seconds)
         connection.sendall(json.dumps(answer).encode() + b"\n")
         if not line.endswith(b"\n"):
             return
 
 
-def _next_line(connection: socket.socket, received: bytearray) -> bytes:
+def _next_line(connection: socket.socket, received: bytearray, patience_seconds: float) -> bytes:
     """The next line; without its end where it is too long or the connection ended. Empty: there is none.
 
     What comes after it stays in `received`.
 
     :raises TimeoutError: it did not come in time, however busily its parts did.
     """
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + patience_seconds
     looked_at = 0
     while (end := received.find(b"\n", looked_at)) < 0 and len(received) <= MOST_OCTETS_WITH_DOMAIN:
         looked_at = len(received)
         left = deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"no whole line came within {PATIENCE_SECONDS:g} s")
+            raise TimeoutError(f"no whole line came within {patience_seconds:g} s")
         connection.settimeout(left)
         octets = connection.recv(1 << 16)
         if not octets:
@@ -206,30 +248,34 @@ def _next_line(connection: socket.socket, received: bytearray) -> bytes:
     return line
 
 
-def _answer(line: bytes, tell: Tell) -> dict[str, str]:
+def _answer(line: bytes, tell: Tell, refused: Callable[[SamiError], None]) -> dict[str, str]:
     try:
         tell(parse(line))
     except Veto as veto:
         LOG.warning("migration refused: %s", veto)
         return {"answer": "veto", "reason": str(veto)}
     except SamiError as error:
-        LOG.warning("event refused: %s", error)
+        refused(error)
         return {"answer": "error", "reason": str(error)}
     return {"answer": "ok"}
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
-    # Where the queue is full, a hook that does not block is turned away by the kernel.
-    request_queue_size = 2 * MOST_CONNECTIONS
 
-    def __init__(self, path: str, handler: type[socketserver.BaseRequestHandler]) -> None:
-        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
+    def __init__(
+        self, path: str, handler: type[socketserver.BaseRequestHandler], bounds: Bounds, refused: Refused
+    ) -> None:
+        # Where the queue is full, a hook that does not block is turned away by the kernel.
+        self.request_queue_size = 2 * bounds.hooks
+        self._bounds = bounds
+        self._refused = refused
+        self._free = threading.BoundedSemaphore(bounds.hooks)
         super().__init__(path, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
-            LOG.warning("a hook was turned away: there are %d connections", MOST_CONNECTIONS)
+            self._refused("a hook", Busy(f"there are {self._bounds.hooks} connections (hooks)"))
             request.setblocking(False)
             with contextlib.suppress(OSError):
                 request.send(json.dumps({"answer": "error", "reason": "too many hooks at a time"}).encode() + b"\n")

@@ -48,7 +48,21 @@ CREATE TABLE IF NOT EXISTS payloads (
     payload     BLOB NOT NULL,
     PRIMARY KEY (session, number)
 );
+CREATE TABLE IF NOT EXISTS refusals (
+    who         TEXT NOT NULL,
+    reason      TEXT NOT NULL,
+    count       INTEGER NOT NULL,
+    first_at    REAL NOT NULL,
+    last_at     REAL NOT NULL,
+    PRIMARY KEY (who, reason)
+);
+CREATE TRIGGER IF NOT EXISTS oldest_refusals AFTER INSERT ON refusals BEGIN
+    DELETE FROM refusals WHERE rowid IN (SELECT rowid FROM refusals ORDER BY last_at DESC LIMIT -1 OFFSET 1000);
+END;
 """
+
+MOST_CHARACTERS = 512
+"""Of who was refused and why: a stranger may have chosen both."""
 
 
 class Journal:
@@ -62,7 +76,9 @@ class Journal:
                 self._db = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, check_same_thread=False)
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+                file = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+                os.fchmod(file, 0o600)  # it may have been there, and others must not write what is believed later
+                os.close(file)
                 self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
                 self._db.execute("PRAGMA journal_mode=WAL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -108,6 +124,19 @@ class Journal:
                     (state, outcome, told, time.time(), session),
                 )
                 self._db.execute("DELETE FROM payloads WHERE session = ?", (session,))
+
+    def count_refusal(self, who: str, reason: str) -> None:
+        """Notes that somebody did not get what he wanted. Of a thousand, those not seen for longest give way."""
+        now = time.time()
+        self._write(
+            "INSERT INTO refusals VALUES (?, ?, 1, ?, ?) "
+            "ON CONFLICT (who, reason) DO UPDATE SET count = count + 1, last_at = excluded.last_at",
+            (who[:MOST_CHARACTERS], reason[:MOST_CHARACTERS], now, now),
+        )
+
+    def refusals(self) -> list[dict[str, Any]]:
+        """Who was refused what, and how often; the last one first."""
+        return self._read("SELECT * FROM refusals ORDER BY last_at DESC", ())
 
     def sessions(self) -> list[dict[str, Any]]:
         """All sessions, newest first."""

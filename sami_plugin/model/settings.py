@@ -20,11 +20,31 @@ class Limits:
     session_seconds: float = 3600.0
 
 
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much of others is taken, so that nobody can take all of this host. Not for the right ones to notice."""
+
+    sessions: int = 1000
+    handshakes: int = 64
+    handshakes_per_second: float = 100.0
+    handshake_seconds: float = 10.0
+    handshake_octets: int = MEBIBYTE // 4
+    streams: int = 8
+    session_octets: int = 64 * MEBIBYTE
+    unpacked_octets: int = 16 * MEBIBYTE
+    hooks: int = 64
+    hook_seconds: float = 10.0
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The operator's choices, read once."""
 
     limits: Limits = field(default_factory=Limits)
+    bounds: Bounds = field(default_factory=Bounds)
     batch_flows: int = 16384
     window: int = 4
     call_seconds: float = 10.0

@@ -72,10 +72,10 @@ class Endpoint:
         except Busy:
             return LATER
         except StreamBroken as error:
-            LOG.warning("%s: packet %s of %s: %s", session, number, sender, error)
+            LOG.debug("%s: packet %s of %s: %s", session, number, sender, error)
             return BROKEN
         except SamiError as error:
-            LOG.warning("%s: packet %s of %s refused: %s", session, number, sender, error)
+            LOG.debug("%s: packet %s of %s refused: %s", session, number, sender, error)
             return type(error).__name__
         return TAKEN
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from sami_plugin.testing.certificates import Certificates
 pytestmark = pytest.mark.usefixtures("world")
 
 WATCHED_SECONDS = 4.0
+PAGE = Path(__file__).parents[2] / "doc/source/user/domains.rst"
 REGIONS = {"a": "west", "b": "east"}
 EAST_ADDRESSES = ("10.99.0.11", "fd99::b")
 # The guests', and not the outside's, which does not move.
@@ -84,6 +87,21 @@ class Regions:
         return set(judge.table(self.lab.hosts[host], self.guest, self.lab.folder / f"table-{host}").entries)
 
 
+PERMISSIONS = re.compile(r"set_permissions -p sami east '(\S+)' '(\S+)' '(\S+)'")
+
+
+@pytest.fixture(scope="module")
+def accounts(brokers: dict[str, Broker]) -> dict[str, str]:
+    """At each broker, the URL of the other region's hosts, with the permissions that the page names."""
+    found = PERMISSIONS.search(PAGE.read_text())
+    assert found is not None
+    configure, write, read = found.groups()
+    return {
+        host: broker.account("stranger", configure=configure, write=write, read=read)
+        for host, broker in brokers.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broker]]:
     with ExitStack() as stack:
@@ -91,14 +109,14 @@ def brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Brok
 
 
 @contextmanager
-def regions(brokers: Mapping[str, Broker], *, peers_follow: bool) -> Iterator[Regions]:
+def regions(brokers: Mapping[str, Broker], accounts: Mapping[str, str], *, peers_follow: bool) -> Iterator[Regions]:
     with Lab(kind="routed") as lab, ExitStack() as stack:
         made = Regions(lab)
         for host, other in (("a", "b"), ("b", "a")):
             authority = Certificates(lab.folder / REGIONS[other] / "certificates")
             domain = {
                 "hosts": other,
-                "transport_url": brokers[other].url,
+                "transport_url": accounts[other],
                 "authorities": authority.folder / "ca.pem",
                 "revoked": authority.folder / "crl.pem",
                 "address_map": MAPS[host],
@@ -118,8 +136,10 @@ def test_without_sami_no_stream_comes_from_region_to_region() -> None:
         assert Regions(lab).move("a", "b", tell_nobody) == dict.fromkeys(STREAMS, False)
 
 
-def test_streams_live_in_the_other_region_under_its_addresses_and_back_again(brokers: dict[str, Broker]) -> None:
-    with regions(brokers, peers_follow=True) as made:
+def test_streams_live_in_the_other_region_under_its_addresses_and_back_again(
+    brokers: dict[str, Broker], accounts: dict[str, str]
+) -> None:
+    with regions(brokers, accounts, peers_follow=True) as made:
         before = made.entries("a")
         assert len(before) == len(STREAMS)
         assert made.move("a", "b", made.tell) == dict.fromkeys(STREAMS, True), words(made)
@@ -131,8 +151,10 @@ def test_streams_live_in_the_other_region_under_its_addresses_and_back_again(bro
         assert made.entries("a") == before
 
 
-def test_without_a_translation_in_between_each_flow_is_named_as_not_carriable(brokers: dict[str, Broker]) -> None:
-    with regions(brokers, peers_follow=False) as made:
+def test_without_a_translation_in_between_each_flow_is_named_as_not_carriable(
+    brokers: dict[str, Broker], accounts: dict[str, str]
+) -> None:
+    with regions(brokers, accounts, peers_follow=False) as made:
         assert made.move("a", "b", made.tell) == dict.fromkeys(STREAMS, False)
         named = made.reports()["b"]["named"][f"refused: {WORDS[Reason.PEER_CANNOT_FOLLOW]}"]
         assert (named["count"], len(named["flows"])) == (len(STREAMS), len(STREAMS)), named

@@ -42,7 +42,7 @@ def decode(octets: bytes) -> None:
     """Each line is answered, with a line; nothing else is said, and an event has come for each that was taken."""
     told: list[MigrationEvent] = []
     connection: Any = Connection(octets)
-    local_socket.answer_all(connection, told.append)
+    local_socket.answer_all(connection, told.append, 1.0, lambda error: None)
     answers = [json.loads(line)["answer"] for line in connection.said.splitlines()]
     lines = octets.split(b"\n")
     assert len(answers) == len(lines) - (not lines[-1])

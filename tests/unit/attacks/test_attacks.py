@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,10 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sami_plugin import agent as agent_module
 from sami_plugin import handover
 from sami_plugin import line as line_module
-from sami_plugin.agent import Agent
+from sami_plugin.agent import Agent, _Outgoing
 from sami_plugin.channel import tls
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.channel.ordering import Inbox
@@ -44,7 +44,9 @@ from sami_plugin.model.migration import (
     Purged,
 )
 from sami_plugin.model.packet import Packet
+from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.scope import Scope
+from sami_plugin.model.settings import Bounds
 from sami_plugin.testing.certificates import Certificates
 from sami_plugin.testing.hosts import Hosts, new_guest
 from sami_plugin.transport import rpc
@@ -152,7 +154,7 @@ def test_flows_of_a_guest_that_does_not_leave(hosts: Hosts, monkeypatch: pytest.
         real = Agent._leaving
 
         def leaving(self: Agent, session: str, guest: str, peer: str, outgoing: Any, line: Any = None) -> Any:
-            return real(self, session, guest, peer, agent_module._Outgoing(peer), line)
+            return real(self, session, guest, peer, _Outgoing(peer), line)
 
         monkeypatch.setattr(Agent, "_leaving", leaving)
 
@@ -165,7 +167,7 @@ def test_flows_of_a_guest_that_does_not_leave(hosts: Hosts, monkeypatch: pytest.
 class ClearChannel:
     """What takes TLS out: messages as they are, in their order."""
 
-    def __init__(self, peer: str, context: object, *, is_server: bool) -> None:
+    def __init__(self, peer: str, context: object, **_: object) -> None:
         self._inbox = Inbox()
         self._waiting: list[Packet] = []
         self._sent = 0
@@ -470,15 +472,20 @@ def test_source_that_has_a_guest_s_flow_translated_to_a_foreign_address(
 
 @pytest.mark.parametrize("how", compression.available())
 def test_flows_that_unpack_to_more_than_there_is_memory(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bomb = compression.compress(bytes(compression.MOST_OCTETS + 1), how)
+    bomb = compression.compress(bytes(Bounds().unpacked_octets + 1), how)
+    most = Bounds().unpacked_octets
 
     def attack() -> bool:
         try:
-            return len(compression.decompress(bomb)) > 1 << 20
+            return len(compression.decompress(bomb, most)) > 1 << 20
         except Malformed:
             return False
 
-    both(monkeypatch, attack, lambda: monkeypatch.setattr(compression, "MOST_OCTETS", 1 << 40))
+    def take_out() -> None:
+        nonlocal most
+        most = 1 << 40
+
+    both(monkeypatch, attack, take_out)
 
 
 def test_message_longer_than_a_broker_carries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,18 +507,58 @@ def test_flood_of_callers_that_never_show_who_they_are(hosts: Hosts, monkeypatch
     agent = hosts.agents["host-a"]
 
     def attack() -> bool:
-        for number in range(agent_module.MOST_GREETINGS + 20):
+        for number in range(Bounds().handshakes + 20):
             with contextlib.suppress(SamiError):
                 agent.deliver(f"host-{number}", str(uuid.uuid4()), Packet(0, 1, b"later than what never comes"))
         return len(agent._greetings) > 64
 
-    both(monkeypatch, attack, lambda: monkeypatch.setattr(agent_module, "MOST_GREETINGS", 1000))
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(Agent, "_refuse_crowd", lambda *_: None))
+
+
+def test_calls_that_follow_each_other_faster_than_they_can_be_answered(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = hosts.agents["host-a"]
+
+    def attack() -> bool:
+        """Each call is over before the next, so there are never many at a time."""
+        began, heard = time.monotonic(), 0
+        for _ in range(500):
+            session = str(uuid.uuid4())
+            with contextlib.suppress(SamiError):
+                agent.deliver("host-b", session, Packet(0, 1, b"later than what never comes"))
+                heard += 1
+                agent._hang_up(session)
+        bounds = Bounds()
+        return heard > bounds.handshakes + (time.monotonic() - began) * bounds.handshakes_per_second + 1
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(TokenBucket, "take", lambda *_: True))
+
+
+def test_guests_that_come_more_at_a_time_than_this_host_can_keep_in_mind(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = hosts.agents["host-b"]
+    agent.host.settings = replace(agent.host.settings, bounds=Bounds(sessions=3))
+
+    def attack() -> bool:
+        guests = [new_guest() for _ in range(5)]
+        for guest in guests:
+            with contextlib.suppress(SamiError):
+                hosts.say("host-b", Phase.PREPARE, guest, "host-c")
+        most = len(agent.sessions())
+        for guest in guests:
+            hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        return most > 3
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(Agent, "_make_room", lambda *_: None))
 
 
 def test_after_a_flood_a_host_is_heard_again(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_module, "GREETING_SECONDS", 0.2)
     agent = hosts.agents["host-a"]
-    for number in range(agent_module.MOST_GREETINGS):
+    agent.host.settings = replace(agent.host.settings, bounds=Bounds(handshake_seconds=0.2))
+    for number in range(Bounds().handshakes):
         agent.deliver(f"host-{number}", str(uuid.uuid4()), Packet(0, 1, b"later than what never comes"))
     with pytest.raises(Busy):
         agent.deliver("host-y", str(uuid.uuid4()), Packet(0, 0, b""))
@@ -526,7 +573,7 @@ def test_octets_that_a_stranger_has_kept_for_it(
     credentials: Callable[[str], Credentials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attack() -> bool:
-        pair = Pair.of(credentials)
+        pair = Pair.of(credentials, bounds=bounds)
         with contextlib.suppress(SamiError):
             for number in range(1, 30):
                 pair.ends["s"].take(Packet(0, number, bytes(100_000)))
@@ -534,7 +581,12 @@ def test_octets_that_a_stranger_has_kept_for_it(
             len(packet) for stream in pair.ends["s"]._begun.values() for packet in stream._inbox._waiting.values()
         ) > (1 << 20)
 
-    both(monkeypatch, attack, lambda: monkeypatch.setattr(tls, "MOST_WAITING_OF_STRANGERS", 1 << 30))
+    def take_out() -> None:
+        nonlocal bounds
+        bounds = Bounds(handshake_octets=1 << 30)
+
+    bounds = Bounds()
+    both(monkeypatch, attack, take_out)
 
 
 def test_broker_that_swallows_arrived_and_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

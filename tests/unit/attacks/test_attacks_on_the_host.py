@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ import pytest
 from sami_plugin.errors import Malformed
 from sami_plugin.hooks import domain_xml, local_socket
 from sami_plugin.hooks.local_socket import LocalSocket
+from sami_plugin.journal.journal import Journal
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.migration import MigrationEvent
 from sami_plugin.scopes.learned import LearnedScopes
@@ -75,34 +77,86 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
+def as_nobody(act: Callable[[], object]) -> bool:
+    """Whether this works for a user of the host who is nobody in particular."""
+    child = os.fork()
+    if not child:
+        code = 1
+        with contextlib.suppress(Exception):
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            act()
+            code = 0
+        os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def says_that_a_guest_stopped(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(str(path))
+        line.sendall(b'{"guest": "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4", "phase": "stopped"}\n')
+        line.recv(100)
+
+
 @pytest.mark.usefixtures("machine_root")
 def test_user_of_the_host_who_tells_of_migrations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[MigrationEvent] = []
+    mode = 0o600
 
     def attack() -> bool:
         told.clear()
-        path = folder / "agent.sock"
-        agent = LocalSocket(path, told.append)
+        agent = LocalSocket(folder / "agent.sock", told.append, mode=mode)
         agent.start()
-        child = os.fork()
-        if not child:
-            with contextlib.suppress(OSError):
-                os.setgroups([])
-                os.setresgid(NOBODY, NOBODY, NOBODY)
-                os.setresuid(NOBODY, NOBODY, NOBODY)
-                with socket.socket(socket.AF_UNIX) as line:
-                    line.connect(str(path))
-                    line.sendall(b'{"guest": "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4", "phase": "stopped"}\n')
-                    line.recv(100)
-            os._exit(0)
-        os.waitpid(child, 0)
+        as_nobody(lambda: says_that_a_guest_stopped(folder / "agent.sock"))
         agent.stop()
         return bool(told)
 
     def take_out() -> None:
-        real = local_socket.LocalSocket.__init__
-        monkeypatch.setattr(
-            local_socket.LocalSocket, "__init__", lambda self, path, tell: real(self, path, tell, mode=0o666)
-        )
+        nonlocal mode
+        mode = 0o666
+
+    both(monkeypatch, attack, take_out)
+
+
+@pytest.mark.usefixtures("machine_root")
+def test_user_of_the_socket_s_group_who_is_not_meant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[MigrationEvent] = []
+
+    def attack() -> bool:
+        told.clear()
+        agent = LocalSocket(folder / "agent.sock", told.append, mode=0o660, group=str(NOBODY), users=["daemon"])
+        agent.start()
+        as_nobody(lambda: says_that_a_guest_stopped(folder / "agent.sock"))
+        agent.stop()
+        return bool(told)
+
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(local_socket, "_user_of", lambda connection: 0))
+
+
+@pytest.mark.usefixtures("machine_root")
+def test_user_of_the_host_who_writes_into_the_journal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "journal.sqlite"
+
+    def write() -> None:
+        with contextlib.closing(sqlite3.connect(path)) as journal, journal:
+            journal.execute("UPDATE sessions SET outcome = 'moved'")
+
+    def attack() -> bool:
+        path.unlink(missing_ok=True)
+        path.touch(0o666)  # as somebody else may have left it
+        path.chmod(0o666)
+        folder.chmod(0o777)
+        journal = Journal(path)
+        journal.begin("s", "g", "source", "host-b", "copying")
+        done = as_nobody(write)
+        journal.close()
+        return done
+
+    def take_out() -> None:
+        def leave_it_open(file: int, mode: int) -> None:
+            """As if nobody had looked."""
+
+        monkeypatch.setattr(os, "fchmod", leave_it_open)
 
     both(monkeypatch, attack, take_out)

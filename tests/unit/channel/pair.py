@@ -9,14 +9,17 @@ from sami_plugin.channel.identity import Credentials
 from sami_plugin.channel.tls import Channel
 from sami_plugin.errors import StreamBroken
 from sami_plugin.model.packet import Packet
+from sami_plugin.model.settings import Bounds
+
+BOUNDS = Bounds()
 
 
-def client(own: Credentials, peer: str) -> Channel:
-    return tls.Channel(peer, lambda: own.context(is_server=False), is_server=False)
+def client(own: Credentials, peer: str, bounds: Bounds = BOUNDS) -> Channel:
+    return tls.Channel(peer, lambda: own.context(is_server=False), is_server=False, bounds=bounds)
 
 
-def server(own: Credentials, peer: str) -> Channel:
-    return tls.Channel(peer, lambda: own.context(is_server=True), is_server=True)
+def server(own: Credentials, peer: str, bounds: Bounds = BOUNDS) -> Channel:
+    return tls.Channel(peer, lambda: own.context(is_server=True), is_server=True, bounds=bounds)
 
 
 class Pair:
@@ -31,9 +34,11 @@ class Pair:
         self.broken = 0
 
     @classmethod
-    def of(cls, credentials: Callable[[str], Credentials], caller: str = "d", called: str = "s") -> Pair:
+    def of(
+        cls, credentials: Callable[[str], Credentials], caller: str = "d", called: str = "s", bounds: Bounds = BOUNDS
+    ) -> Pair:
         """Ends with the certificates of these hosts, which take each other for d and s."""
-        return cls(client(credentials(caller), "s"), server(credentials(called), "d"))
+        return cls(client(credentials(caller), "s", bounds), server(credentials(called), "d", bounds))
 
     def say(self, end: str, message: bytes) -> None:
         self.ends[end].say(message)

@@ -16,6 +16,7 @@ from sami_plugin.channel.identity import Credentials
 from sami_plugin.channel.tls import Channel
 from sami_plugin.errors import Busy, IllegalMessage, NotAuthorised, PeerUnreachable, StreamBroken
 from sami_plugin.model.packet import Packet
+from sami_plugin.model.settings import Bounds
 from sami_plugin.testing.certificates import Certificates
 from tests.unit.channel.pair import Pair, client, server
 
@@ -161,11 +162,11 @@ def test_repetition_in_the_same_session_comes_to_nothing(pair: Pair) -> None:
 
 def test_client_gives_up_when_every_stream_is_broken(pair: Pair) -> None:
     pair.say("d", b"one")
-    for number in range(tls.MOST_STREAMS - 1):
+    for number in range(Bounds().streams - 1):
         with pytest.raises(StreamBroken):
             pair.ends["d"].take(Packet(number, 0, b"what nobody sent"))
     with pytest.raises(PeerUnreachable, match="tampers"):
-        pair.ends["d"].take(Packet(tls.MOST_STREAMS - 1, 0, b"what nobody sent"))
+        pair.ends["d"].take(Packet(Bounds().streams - 1, 0, b"what nobody sent"))
 
 
 def test_server_s_word_that_the_stream_is_broken_begins_another(pair: Pair) -> None:
@@ -233,19 +234,19 @@ def test_older_tls_is_refused(credentials: Callable[[str], Credentials], certifi
 
 def test_strangers_octets_are_few(pair: Pair) -> None:
     with pytest.raises(Busy):
-        pair.ends["s"].take(Packet(0, 0, bytes(tls.MOST_WAITING_OF_STRANGERS + 1)))
-    part = bytes(tls.MOST_WAITING_OF_STRANGERS // 2)
+        pair.ends["s"].take(Packet(0, 0, bytes(Bounds().handshake_octets + 1)))
+    part = bytes(Bounds().handshake_octets // 2)
     pair.ends["s"].take(Packet(0, 2, part))
     pair.ends["s"].take(Packet(0, 3, part))
     with pytest.raises(Busy):
         pair.ends["s"].take(Packet(0, 4, part))
-    for number in (-1, tls.MOST_STREAMS, 1 << 40):
+    for number in (-1, Bounds().streams, 1 << 40):
         with pytest.raises(IllegalMessage, match="not one of the"):
             pair.ends["s"].take(Packet(number, 0, b"hello"))
 
 
-def test_what_is_not_acknowledged_is_kept_and_what_is_is_not(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls, "MOST_UNACKNOWLEDGED", 100_000)
+def test_what_is_not_acknowledged_is_kept_and_what_is_is_not(credentials: Callable[[str], Credentials]) -> None:
+    pair = Pair.of(credentials, bounds=Bounds(session_octets=100_000))
     pair.say("d", b"open")
     pair.carry_all()
     for _ in range(100):  # a bulk copy, in which the other end says nothing by itself

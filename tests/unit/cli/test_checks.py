@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sami_plugin.cli import checks
+from sami_plugin.cli import checks, configuration
 from sami_plugin.cli.checks import Result
 from sami_plugin.drivers.base import Capabilities
 from sami_plugin.journal.journal import Journal
+from sami_plugin.testing.certificates import Certificates
 from tests.unit.cli.command_line import CommandLine
 
 
@@ -180,3 +181,35 @@ def test_driver_that_cannot_be_used_is_a_row_with_the_reason(
     assert '"linux_conntrack",False,' in sami.out
     assert "not for you" in sami.out
     assert '"memory",True,' in sami.out
+
+
+def test_domain_s_files_and_broker_are_looked_at(tmp_path: Path, broker: Broker) -> None:
+    own, west = Certificates(tmp_path / "own"), Certificates(tmp_path / "west")
+    files = own.files("host-a")
+    path = tmp_path / "agent.conf"
+
+    def look(**options: object) -> checks.Check:
+        values = {
+            "hosts": "*.west.example",
+            "authorities": west.folder / "ca.pem",
+            "revoked": west.folder / "crl.pem",
+            "transport_url": f"rabbit://u:p@127.0.0.1:{broker.port}/",
+            **options,
+        }
+        path.write_text(
+            f"[agent]\nhost = host-a\ndomains = west\n[tls]\ncertificate = {files.certificate}\nkey = {files.key}\n"
+            "[domain:west]\n" + "".join(f"{option} = {value}\n" for option, value in values.items())
+        )
+        known = configuration.load([str(path)])
+        (domain,) = known.domains
+        return checks._domain(known, domain)
+
+    assert look().result is Result.OK
+    assert look(revoked="").result is Result.LIMITED
+    missing = look(authorities=tmp_path / "nothing.pem")
+    assert missing.result is Result.MISSING
+    assert "[domain:west] authorities" in missing.reason
+    silent = look(transport_url="rabbit://u:secret@127.0.0.1:9/")
+    assert silent.result is Result.MISSING
+    assert "[domain:west] transport_url" in silent.mend
+    assert "secret" not in silent.reason

@@ -90,7 +90,9 @@ def test_wrong_configuration_is_one_line(sami: CommandLine, tmp_path: Path, cont
     assert sami.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [("session", "list"), ("session", "show", "1"), ("report", "1")])
+@pytest.mark.parametrize(
+    "command", [("session", "list"), ("session", "show", "1"), ("report", "1"), ("refusal", "list")]
+)
 @pytest.mark.parametrize("kind", ["missing", "directory", "text", "database"])
 def test_what_is_no_journal_is_one_line(sami: CommandLine, tmp_path: Path, command: tuple[str, ...], kind: str) -> None:
     path = tmp_path / "journal"
@@ -193,3 +195,16 @@ def test_peer_journal_without_the_session_is_one_line(sami: CommandLine, path: P
     arguments = ("--journal", path, "--picture", tmp_path / "p.png", "--peer-journal", tmp_path / "empty.sqlite")
     assert sami("report", FIRST, *arguments) == 1
     assert sami.err.startswith("sami: no session")
+
+
+def test_refusals_are_listed_with_who_why_and_how_often(sami: CommandLine, path: Path) -> None:
+    journal = Journal(path)
+    for _ in range(2):
+        journal.count_refusal("host-x", "NotAuthorised: nothing shows that the guest moves there")
+    journal.close()
+    assert sami("refusal", "list", "--journal", path, "-f", "json") == 0
+    (row,) = json.loads(sami.out)
+    assert (row["Who"], row["Count"]) == ("host-x", 2)
+    assert row["Reason"].startswith("NotAuthorised: nothing shows")
+    assert row["First"].endswith("+00:00")
+    assert row["First"] <= row["Last"]

@@ -11,13 +11,13 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sami_plugin.errors import ConfigurationError, OperatorError, Veto
 from sami_plugin.hooks import local_socket
 from sami_plugin.hooks.local_socket import (
-    MOST_CONNECTIONS,
     MOST_OCTETS,
     MOST_OCTETS_WITH_DOMAIN,
     LocalSocket,
@@ -25,6 +25,7 @@ from sami_plugin.hooks.local_socket import (
     send,
 )
 from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.settings import Bounds
 
 GUEST = "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4"
 
@@ -226,16 +227,29 @@ def test_error_that_nobody_foresaw_ends_its_connection_only(path: Path, caplog: 
     send(path, MigrationEvent(GUEST, Phase.STARTED))
 
 
+@contextlib.contextmanager
+def listening(path: Path, tell: local_socket.Tell, **options: Any) -> Iterator[None]:
+    made = LocalSocket(path, tell, **options)
+    made.start()
+    try:
+        yield
+    finally:
+        made.stop()
+
+
 def is_ended(line: socket.socket) -> bool:
     line.settimeout(5)
     return line.recv(100) == b""
 
 
-def test_client_that_says_nothing_or_little_is_let_go(
-    path: Path, told: list[MigrationEvent], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local_socket, "PATIENCE_SECONDS", 0.3)
-    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as slow:
+def test_client_that_says_nothing_or_little_is_let_go(tmp_path: Path) -> None:
+    told: list[MigrationEvent] = []
+    path = tmp_path / "agent.sock"
+    with (
+        listening(path, told.append, bounds=Bounds(hook_seconds=0.3)),
+        socket.socket(socket.AF_UNIX) as silent,
+        socket.socket(socket.AF_UNIX) as slow,
+    ):
         silent.connect(str(path))
         slow.connect(str(path))
         begin = time.monotonic()
@@ -248,17 +262,15 @@ def test_client_that_says_nothing_or_little_is_let_go(
     assert told == []
 
 
-def test_event_may_take_longer_to_handle_than_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_socket, "PATIENCE_SECONDS", 0.2)
-    listening = LocalSocket(tmp_path / "agent.sock", lambda event: time.sleep(0.5))
-    listening.start()
-    assert answers(tmp_path / "agent.sock", said() + b"\n") == [{"answer": "ok"}]
-    listening.stop()
+def test_event_may_take_longer_to_handle_than_to_say(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    with listening(path, lambda event: time.sleep(0.5), bounds=Bounds(hook_seconds=0.2)):
+        assert answers(path, said() + b"\n") == [{"answer": "ok"}]
 
 
 def test_connections_are_bounded_and_the_one_too_many_is_told(path: Path, told: list[MigrationEvent]) -> None:
     with contextlib.ExitStack() as stack:
-        lines = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(MOST_CONNECTIONS)]
+        lines = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(Bounds().hooks)]
         for line in lines:
             line.settimeout(10)
             line.connect(str(path))
@@ -292,4 +304,29 @@ def test_socket_s_mode_and_group_are_as_asked_for(tmp_path: Path) -> None:
 def test_group_that_is_none_is_refused_by_name_and_leaves_no_socket(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="socket_group: there is no group 'nobody-here'"):
         LocalSocket(tmp_path / "agent.sock", lambda event: None, group="nobody-here")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_user_who_is_not_among_those_who_may_is_refused_counted_and_nothing_is_told(tmp_path: Path) -> None:
+    told: list[MigrationEvent] = []
+    refused: list[tuple[str, str]] = []
+    path = tmp_path / "agent.sock"
+    other = str(os.geteuid() + 4711)
+    with listening(path, told.append, users=[other], refused=lambda who, error: refused.append((who, str(error)))):
+        send(path, MigrationEvent(GUEST, Phase.STARTED))  # the agent's own user always may
+    assert len(told) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_socket, "_user_of", lambda connection: 12345)
+        with (
+            listening(path, told.append, users=[other], refused=lambda who, error: refused.append((who, str(error)))),
+            pytest.raises(OperatorError, match="only socket_users may tell"),
+        ):
+            send(path, MigrationEvent(GUEST, Phase.STARTED))
+    assert len(told) == 1
+    assert refused == [("user 12345 of this host", "only socket_users may tell of migrations")]
+
+
+def test_user_that_is_none_is_refused_by_name_and_leaves_no_socket(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="socket_users: there is no user 'nobody-here'"):
+        LocalSocket(tmp_path / "agent.sock", lambda event: None, users=["nobody-here"])
     assert list(tmp_path.iterdir()) == []

@@ -206,3 +206,28 @@ def test_report_that_is_no_json_leaves_the_journal_usable(journal: Journal) -> N
         journal.end(ONE, "ended", "moved", {"count": object()})
     journal.end(ONE, "ended", "moved", {})
     assert journal.sessions()[0]["outcome"] == "moved"
+
+
+def test_refusals_are_counted_by_who_and_why_and_the_oldest_give_way(tmp_path: Path) -> None:
+    made = Journal(tmp_path / "journal.sqlite")
+    for _ in range(3):
+        made.count_refusal("host-x", "NotAuthorised: nothing shows that the guest moves there")
+    made.count_refusal("user 7 of this host", "OperatorError: guest: has to be the guest's UUID")
+    first, second = made.refusals()
+    assert (first["who"], first["count"]) == ("user 7 of this host", 1)
+    assert (second["who"], second["count"]) == ("host-x", 3)
+    assert second["first_at"] < second["last_at"]
+    for number in range(1000):
+        made.count_refusal(f"host-{number}", "x" * 10_000)
+    kept = made.refusals()
+    assert len(kept) == 1000
+    assert {row["who"] for row in kept} == {f"host-{number}" for number in range(1000)}
+    assert {len(row["reason"]) for row in kept} == {512}
+
+
+def test_journal_that_others_may_write_is_closed_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    path.touch()
+    path.chmod(0o666)
+    Journal(path)
+    assert path.stat().st_mode & 0o777 == 0o600
