@@ -22,6 +22,8 @@ from sami_plugin.testing.certificates import Certificates
 
 START_SECONDS = 30.0
 
+AGENT = (sys.executable, "-W", "ignore", "-m", "sami_plugin.cmd.agent")
+
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
@@ -53,11 +55,11 @@ class AgentProcess:
         self.socket = self._folder / "agent.sock"
         self.journal = self._folder / "journal.sqlite"
         self.log = self._folder / "log"
-        self._config = self._folder / "sami-agent.conf"
+        self.configuration = self._folder / "sami-agent.conf"
         places = {"host": name, "journal": self.journal, "socket": self.socket}
         certificates = dataclasses.asdict(Certificates(folder / "certificates").files(name))
         groups = {**options, "agent": {**places, **options.get("agent", {})}, "tls": certificates}
-        self._config.write_text(
+        self.configuration.write_text(
             "".join(
                 f"[{group}]\n" + "".join(f"{option} = {value}\n" for option, value in values.items())
                 for group, values in groups.items()
@@ -80,7 +82,7 @@ class AgentProcess:
         """Blocks until the agent listens."""
         with self.log.open("ab") as log:
             self._process = self._start(
-                [sys.executable, "-W", "ignore", "-m", "sami_plugin.cmd.agent", "--config-file", str(self._config)],
+                [*AGENT, "--config-file", str(self.configuration)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -369,7 +369,7 @@ def _configured(files: list[str] | None) -> Iterator[Check]:
     yield from (_domain(known, domain) for domain in known.domains)
     yield from _libvirt(known)
     yield _agent_socket(known.socket)
-    yield _scopes(known, files)
+    yield from _scopes(known, files)
 
 
 def _libvirt(known: AgentConfiguration) -> Iterator[Check]:
@@ -397,7 +397,7 @@ def _driver(known: AgentConfiguration) -> Check:
     return Check("driver", Result.OK, f"{known.driver} carries {', '.join(sorted(can.templates))}")
 
 
-def _scopes(known: AgentConfiguration, files: list[str] | None) -> Check:
+def _scopes(known: AgentConfiguration, files: list[str] | None) -> Iterator[Check]:
     from sami_plugin.agent import load_scopes
 
     name = "scopes"
@@ -408,13 +408,27 @@ def _scopes(known: AgentConfiguration, files: list[str] | None) -> Check:
     try:
         finder = load_scopes(known.scopes, configuration.options(files))
         finder.find("")
-        namespaces = ", ".join(one or "the agent's own" for one in finder.namespaces()) or "none"
+        namespaces = finder.namespaces()
+        reason = f"{known.scopes} answers"
         if is_static:
             with open(known.scope_file, encoding="utf-8") as file:
-                return Check(name, Result.OK, f"{known.scope_file} lists {len(json.load(file)['ports'])} ports")
+                reason = f"{known.scope_file} lists {len(json.load(file)['ports'])} ports"
     except (errors.SamiError, OSError, ValueError) as error:
-        return Check(name, Result.MISSING, " ".join(str(error).split()), mend)
-    return Check(name, Result.OK, f"{known.scopes} answers; the firewalls are in the network namespaces: {namespaces}")
+        yield Check(name, Result.MISSING, " ".join(str(error).split()), mend)
+        return
+    yield Check(name, Result.OK, reason)
+    yield _capabilities([one for one in namespaces if one is not None])
+
+
+def _capabilities(others: list[str]) -> Check:
+    """What the agent needs for the network namespaces of these ports; where it runs by itself, it has to be given it."""
+    name = "agent's capabilities"
+    if not others:
+        return Check(name, Result.OK, "CAP_NET_ADMIN alone: no port's state is in another network namespace")
+    reason = f"CAP_NET_ADMIN, and CAP_SYS_ADMIN to enter {len(others)} network namespaces, {others[0]} among them"
+    if _has_capability(_CAP_SYS_ADMIN):
+        return Check(name, Result.OK, reason)
+    return Check(name, Result.MISSING, f"{reason}; this process has not", f"give both to the agent; {_RUN_PRIVILEGED}")
 
 
 def _journal(path: str) -> Check:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,10 +18,11 @@ from typing import Any
 
 import pytest
 
+from lab.agents import AGENT
 from lab.broker import Broker
 from lab.deadline import wait_until
 from lab.errors import CommandFailed, LabError
-from lab.libvirt import traffic
+from lab.libvirt import traffic, unit
 from lab.libvirt.agents import HOOK, Sami
 from lab.libvirt.guest import Guest
 from lab.libvirt.host import LibvirtHost
@@ -325,6 +327,38 @@ def test_agents_need_no_more_than_cap_net_admin(case: Case) -> None:
             (effective,) = re.findall(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)
             assert int(effective, 16) == 1 << CAP_NET_ADMIN
         case.moves(case.start())
+
+
+UNIT = Path(__file__).parents[2] / "etc/systemd/sami-agent.service"
+
+
+def test_agents_work_under_the_unit_that_ships_with_all_that_it_forbids(case: Case) -> None:
+    with ExitStack() as stack:
+        for agent in case.sami.agents.values():
+            words = [sys.executable, "-I", "-S", unit.__file__, str(UNIT), str(case.lab.folder)]
+            stack.enter_context(agent.behind(*words))
+        found = [read_status(path) for path in agents_of(case.sami)]
+        assert len(found) == len(case.sami.agents)
+        for status in found:
+            assert int(status["CapEff"], 16) == 1 << CAP_NET_ADMIN
+            assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        case.moves(case.start())
+
+
+def agents_of(sami: Sami) -> list[Path]:
+    """The folders in /proc of all agents, whoever started them."""
+    configurations = {str(agent.configuration) for agent in sami.agents.values()}
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            if tuple(words[: len(AGENT)]) == AGENT and configurations & set(words):
+                found.append(folder)
+    return found
+
+
+def read_status(folder: Path) -> dict[str, str]:
+    return dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
 
 
 @contextlib.contextmanager

@@ -213,3 +213,14 @@ def test_domain_s_files_and_broker_are_looked_at(tmp_path: Path, broker: Broker)
     assert silent.result is Result.MISSING
     assert "[domain:west] transport_url" in silent.mend
     assert "secret" not in silent.reason
+
+
+def test_capabilities_are_those_that_the_ports_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = checks._capabilities([])
+    assert alone.result is Result.OK
+    assert "CAP_SYS_ADMIN" not in alone.reason
+    for has, result in ((True, Result.OK), (False, Result.MISSING)):
+        monkeypatch.setattr(checks, "_has_capability", lambda number, has=has: has)
+        both = checks._capabilities(["/run/netns/qrouter-1"])
+        assert both.result is result
+        assert "CAP_SYS_ADMIN to enter 1 network namespaces, /run/netns/qrouter-1" in both.reason

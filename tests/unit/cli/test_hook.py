@@ -414,13 +414,21 @@ def test_doctor_tells_all_in_the_order_of_mending(
     )
     found = list(checks._configured([str(conf)]))
     configured = ["configuration", "driver", "journal", "broker", "certificate", "libvirt-python", "libvirt"]
-    assert names(found) == [*configured, "hook", "hook's socket", "socket", "scopes"]
+    assert names(found) == [*configured, "hook", "hook's socket", "socket", "scopes", "agent's capabilities"]
     by_name = {one.name: one for one in found}
     assert by_name["hook"].mend == "sami hook install"
     assert by_name["hook's socket"].result is Result.MISSING
     hook_file.install(folder / "50-sami")
     found = list(checks._configured([str(conf)]))
-    assert names(found) == [*configured, "hook", "hook is called", "hook's socket", "socket", "scopes"]
+    assert names(found) == [
+        *configured,
+        "hook",
+        "hook is called",
+        "hook's socket",
+        "socket",
+        "scopes",
+        "agent's capabilities",
+    ]
     assert {one.name: one.result for one in found}["hook"] is Result.OK
     (folder / "50-sami").unlink()
     (folder / "50-sami").mkdir()
@@ -442,12 +450,13 @@ def test_scope_finder_of_any_kind_is_asked(tmp_path: Path, monkeypatch: pytest.M
     conf.write_text("[agent]\nscopes = other\n")
     monkeypatch.setattr(agent, "load_scopes", lambda name, conf: Finder())
     known = checks.configuration.load([str(conf)])
-    found = checks._scopes(known, [str(conf)])
+    found, capabilities = checks._scopes(known, [str(conf)])
     assert (found.result, "other answers" in found.reason) == (Result.OK, True)
-    assert "the agent's own, /run/netns/fw" in found.reason
+    assert "CAP_SYS_ADMIN to enter 1 network namespaces, /run/netns/fw among them" in capabilities.reason
 
     def fail(name: str, conf: object) -> None:
         raise ConfigurationError("no such finder")
 
     monkeypatch.setattr(agent, "load_scopes", fail)
-    assert checks._scopes(known, [str(conf)]).result is Result.MISSING
+    (found,) = checks._scopes(known, [str(conf)])
+    assert found.result is Result.MISSING
