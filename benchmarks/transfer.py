@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from oslo_config import cfg
 
 from benchmarks import floor
 from benchmarks.result import Progress, row
-from lab.agents import AgentProcess, file_and_broker
+from lab.agents import AGENT, IN_CLEAR, AgentProcess, file_and_broker
 from lab.broker import Broker
 from lab.deadline import wait_until
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
@@ -33,7 +33,9 @@ ZONES = (floor.SOURCE_ZONE, floor.DESTINATION_ZONE)
 class Pair:
     """Two agents of two namespaces; `guest` is on one of them."""
 
-    def __init__(self, folder: Path, namespaces: list[str], url: str, addresses: list[str]) -> None:
+    def __init__(
+        self, folder: Path, namespaces: list[str], url: str, addresses: list[str], program: Sequence[str]
+    ) -> None:
         self.guest = str(uuid.uuid4())
         self.url = url
         self.scopes = [floor.scope(path, zone) for path, zone in zip(namespaces, ZONES, strict=True)]
@@ -42,7 +44,8 @@ class Pair:
         for side in (0, 1):
             self.plug(side, False)
         self.agents = [
-            AgentProcess(folder, name, file_and_broker(file, url)) for name, file in zip("ab", self._files, strict=True)
+            AgentProcess(folder, name, file_and_broker(file, url), program=program)
+            for name, file in zip("ab", self._files, strict=True)
         ]
 
     def plug(self, side: int, is_here: bool) -> None:
@@ -110,14 +113,14 @@ class _Deaf:
 
 
 @contextmanager
-def pair() -> Iterator[Pair]:
+def pair(program: Sequence[str] = AGENT) -> Iterator[Pair]:
     """Two namespaces, two agents and a broker, for as long as the block."""
     with (
         tempfile.TemporaryDirectory() as folder,
         floor.namespaces() as paths,
         Broker(Path(folder)) as broker,
     ):
-        made = Pair(Path(folder), paths, broker.url, [GUEST_ADDRESS])
+        made = Pair(Path(folder), paths, broker.url, [GUEST_ADDRESS], program)
         with made.agents[0], made.agents[1]:
             yield made
 
@@ -130,6 +133,20 @@ def move(made: Pair, source: int) -> tuple[float, dict[str, Any], dict[str, Any]
     return at["proved"] - at["export began"], here, there
 
 
+def move_all(made: Pair, source: int, flows: int) -> float:
+    """As `move`, its seconds alone.
+
+    :raises RuntimeError: not all flows moved.
+    """
+    took, here, there = move(made, source)
+    expected = {"exported": flows, "purged": flows, "left_behind": 0}
+    if any(here["flows"][name] != count for name, count in expected.items()):
+        raise RuntimeError(f"not all flows left: {here['flows']}")
+    if there["flows"]["imported"] != flows or there["flows"]["verified"] < flows:
+        raise RuntimeError(f"not all flows arrived: {there['flows']}")
+    return took
+
+
 def transfers(flows: int, repeat: int, progress: Progress) -> dict[str, Any]:
     """Floor, tool and move in turn, so that all meet the same machine; medians."""
     batch = floor.flows(flows)
@@ -140,13 +157,7 @@ def transfers(flows: int, repeat: int, progress: Progress) -> dict[str, Any]:
         move(made, 0)  # the first one opens connections and declares queues
         for run in range(repeat):
             progress(f"{run + 1} of {repeat}: {flows} flows over RabbitMQ, the floor, conntrack(8)")
-            took, source, destination = move(made, 1 - run % 2)
-            expected = {"exported": flows, "purged": flows, "left_behind": 0}
-            if any(source["flows"][name] != count for name, count in expected.items()):
-                raise RuntimeError(f"not all flows left: {source['flows']}")
-            if destination["flows"]["imported"] != flows or destination["flows"]["verified"] < flows:
-                raise RuntimeError(f"not all flows arrived: {destination['flows']}")
-            seconds["move"].append(took)
+            seconds["move"].append(move_all(made, 1 - run % 2, flows))
             seconds["floor"].append(sum(floor.floor(here, there, batch).values()))
             seconds["tool"].append(sum(floor.tool_pipeline(here, there, batch).values()))
     return row("export to purge over RabbitMQ", flows, seconds["move"], seconds["floor"], seconds["tool"])
@@ -164,16 +175,47 @@ def last_changes(flows: int, new_per_second: int, repeat: int, progress: Progres
         floors = made.round_trips(20)
         for run in range(repeat):
             progress(f"{run + 1} of {repeat}: last changes of {flows} flows, {new_per_second} new ones a second")
-            source = 1 - run % 2
-            with newcomers(driver, made.scopes[source], new_per_second, run) as stop:
-                made.begin(source)
-                made.wait_until_in_sync(1 - source)
-                time.sleep(1.0)  # of steady state, which is what is measured
-                stop.set()
-                here, there = made.finish(source)
-            at = {step["step"]: step["monotonic"] for step in (*here["steps"], *there["steps"])}
-            took.append(at["last changes applied"] - at["suspended"])
+            took.append(_last_change(made, new_per_second, run))
     return row(f"pause to last changes applied, {new_per_second} new a second", flows, took, floors)
+
+
+def _last_change(made: Pair, new_per_second: int, run: int) -> float:
+    """Seconds from the pause to the last changes being applied; runs alternate in direction, from b to a first."""
+    source = 1 - run % 2
+    with newcomers(LinuxConntrackDriver(), made.scopes[source], new_per_second, run) as stop:
+        made.begin(source)
+        made.wait_until_in_sync(1 - source)
+        time.sleep(1.0)  # of steady state, which is what is measured
+        stop.set()
+        here, there = made.finish(source)
+    at = {step["step"]: step["monotonic"] for step in (*here["steps"], *there["steps"])}
+    return at["last changes applied"] - at["suspended"]
+
+
+def with_and_without_tls(flows: int, new_per_second: int, repeat: int, progress: Progress) -> list[dict[str, Any]]:
+    """Both in turn, so that both meet the same machine: the floor here is the same without TLS."""
+    moves: tuple[list[float], list[float]] = ([], [])
+    changes: tuple[list[float], list[float]] = ([], [])
+    with pair() as secured, pair(IN_CLEAR) as in_clear:
+        for made in (secured, in_clear):
+            LinuxConntrackDriver().insert(made.scopes[0], floor.flows(flows))
+            made.plug(0, True)
+            move(made, 0)
+        for run in range(repeat):
+            progress(f"{run + 1} of {repeat}: {flows} flows with and without TLS")
+            for made, seconds in zip((secured, in_clear), moves, strict=True):
+                seconds.append(move_all(made, 1 - run % 2, flows))
+        for made in (secured, in_clear):
+            if repeat % 2:  # back to where `_last_change` begins
+                move(made, 0)
+        for run in range(repeat):
+            progress(f"{run + 1} of {repeat}: last changes with and without TLS")
+            for made, seconds in zip((secured, in_clear), changes, strict=True):
+                seconds.append(_last_change(made, new_per_second, run))
+    return [
+        row("with TLS beside without: export to purge", flows, *moves),
+        row("with TLS beside without: pause to last changes applied", flows, *changes),
+    ]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ from sami_plugin.testing.certificates import Certificates
 START_SECONDS = 30.0
 
 AGENT = (sys.executable, "-W", "ignore", "-m", "sami_plugin.cmd.agent")
+IN_CLEAR = (*AGENT[:-1], "lab.in_clear")
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -42,6 +43,7 @@ class AgentProcess:
         options: Mapping[str, Mapping[str, object]],
         *,
         start: Start = subprocess.Popen,
+        program: Sequence[str] = AGENT,
     ) -> None:
         """`options` are those of its configuration by group, besides the places of its files, which are below `folder`.
 
@@ -66,6 +68,7 @@ class AgentProcess:
             )
         )
         self._start = start
+        self._program = program
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -82,7 +85,7 @@ class AgentProcess:
         """Blocks until the agent listens."""
         with self.log.open("ab") as log:
             self._process = self._start(
-                [*AGENT, "--config-file", str(self.configuration)],
+                [*self._program, "--config-file", str(self.configuration)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

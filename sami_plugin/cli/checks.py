@@ -421,7 +421,7 @@ def _scopes(known: AgentConfiguration, files: list[str] | None) -> Iterator[Chec
 
 
 def _capabilities(others: list[str]) -> Check:
-    """What the agent needs for the network namespaces of these ports; where it runs by itself, it has to be given it."""
+    """What the agent needs for the network namespaces of these ports: its unit has to give it that."""
     name = "agent's capabilities"
     if not others:
         return Check(name, Result.OK, "CAP_NET_ADMIN alone: no port's state is in another network namespace")

@@ -325,8 +325,8 @@ DOMAIN_OPTIONS: list[cfg.Opt] = [
     cfg.ListOpt(
         "hosts",
         default=[],
-        help="Patterns of the names of the domain's hosts, such as ``*.west.example``. Only they speak for it, and they "
-        "speak for no other. A host that several domains have is of the first in [agent] domains.",
+        help="Patterns of the names of the domain's hosts, such as ``*.west.example``. Only they speak for it, and for "
+        "no other. A host that several domains have is of the first in [agent] domains.",
     ),
     cfg.StrOpt(
         "transport_url",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lab.in_clear import ClearChannel
 from sami_plugin import handover
 from sami_plugin import line as line_module
 from sami_plugin.agent import Agent, _Outgoing
@@ -162,28 +163,6 @@ def test_flows_of_a_guest_that_does_not_leave(hosts: Hosts, monkeypatch: pytest.
 
 
 # --- what is on its way
-
-
-class ClearChannel:
-    """What takes TLS out: messages as they are, in their order."""
-
-    def __init__(self, peer: str, context: object, **_: object) -> None:
-        self._inbox = Inbox()
-        self._waiting: list[Packet] = []
-        self._sent = 0
-
-    def say(self, message: bytes) -> None:
-        self._waiting.append(Packet(0, self._sent, message))
-        self._sent += 1
-
-    def take(self, packet: Packet) -> list[bytes]:
-        return self._inbox.accept(packet.number, packet.octets)
-
-    def packets(self) -> list[Packet]:
-        packets, self._waiting = self._waiting, []
-        return packets
-
-    def renew(self, stream: int) -> None: ...
 
 
 def take_tls_out(monkeypatch: pytest.MonkeyPatch) -> None:
