@@ -51,7 +51,7 @@ from sami_plugin.model.settings import Bounds
 from sami_plugin.testing.certificates import Certificates
 from sami_plugin.testing.hosts import Hosts, new_guest
 from sami_plugin.transport import rpc
-from tests.unit.attacks.trial import both
+from tests.unit.attacks.trial import believe_any_name, both
 from tests.unit.channel.pair import Pair
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -76,17 +76,6 @@ SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verd
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     with Hosts(tmp_path, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=SOON) as made:
         yield made
-
-
-def believe_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes out that a certificate has to name the host that speaks."""
-    real = tls.Channel._enter
-
-    def enter(channel: tls.Channel, stream: Any) -> None:
-        stream.peer = lambda: channel.peer
-        real(channel, stream)
-
-    monkeypatch.setattr(tls.Channel, "_enter", enter)
 
 
 def test_host_without_a_certificate_of_the_authority(
