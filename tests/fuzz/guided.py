@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -65,7 +66,11 @@ def run(name: str, arguments: Sequence[str]) -> None:
     seeds.mkdir(parents=True, exist_ok=True)
     for octets in target.corpus:
         (seeds / sha1(octets, usedforsecurity=False).hexdigest()).write_bytes(octets)
-    atheris.Setup([name, *arguments], attempt, custom_mutator=spoil)
+    # A merge runs the program, which libFuzzer takes for one file, again and again.
+    program = WORK / name / "program"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tests.fuzz.guided --alone {name} "$@"\n')
+    program.chmod(0o755)
+    atheris.Setup([str(program), *arguments], attempt, custom_mutator=spoil)
     atheris.Fuzz()
 
 
