@@ -65,6 +65,20 @@ AGENT_OPTIONS = [
         default="/var/lib/sami/journal.sqlite",
         help="Path of the journal. It has to be on a disk that survives a restart of the host.",
     ),
+    cfg.FloatOpt(
+        "journal_days",
+        default=30.0,
+        min=0.01,
+        help="Days for which the journal keeps migrations that have ended, with their reports.",
+    ),
+    cfg.IntOpt(
+        "journal_mebibytes",
+        default=256,
+        min=1,
+        help="Room that the journal may take. Where there is not enough, the migrations that ended first are forgotten "
+        "before their time; those under way never are. A migration under way keeps its flows there, about 35 octets "
+        "each for IPv4 before compression.",
+    ),
     cfg.StrOpt(
         "socket",
         default="/run/sami/agent.sock",

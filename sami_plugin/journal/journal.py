@@ -14,6 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,26 @@ MOST_CHARACTERS = 512
 """Of who was refused and why: a stranger may have chosen both."""
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """For how long, and in how much room, what ended is kept. What is under way is kept in any case."""
+
+    seconds: float = 30 * 86400.0
+    octets: int = 256 << 20
+
+
 class Journal:
     """Thread-safe. A file that cannot be used raises `JournalError`, which tells the path and the reason."""
 
-    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        read_only: bool = False,
+        keep: Retention = Retention(),
+    ) -> None:
         self.path = Path(path)
+        self._keep = keep
         self._lock = threading.Lock()
         try:
             if read_only:
@@ -114,7 +130,10 @@ class Journal:
         self._write("INSERT OR REPLACE INTO payloads VALUES (?, ?, ?)", (session, number, payload))
 
     def end(self, session: str, state: str, outcome: str, report: dict[str, Any]) -> None:
-        """Closes a session and drops its payloads: the flows are where they belong now."""
+        """Closes a session and drops its payloads: the flows are where they belong now.
+
+        Forgets sessions that ended longer ago than they are kept, and the oldest of those that take too much room.
+        """
         told = json.dumps(report)
         with self._lock, self._failing():
             self._db.execute("BEGIN IMMEDIATE")
@@ -124,6 +143,27 @@ class Journal:
                     (state, outcome, told, time.time(), session),
                 )
                 self._db.execute("DELETE FROM payloads WHERE session = ?", (session,))
+                self._forget(time.time() - self._keep.seconds)
+                while self._octets() > self._keep.octets and (older := self._older_half_ended()) is not None:
+                    self._forget(older)
+
+    def _forget(self, ended_at: float) -> None:
+        """The sessions that ended then or before, and all about them."""
+        gone = "(SELECT session FROM sessions WHERE ended_at <= ?)"
+        for table in ("decisions", "sessions"):
+            self._db.execute(f"DELETE FROM {table} WHERE session IN {gone}", (ended_at,))
+
+    def _octets(self) -> int:
+        """What is in use of the file; it does not shrink, and what is free in it is used again."""
+        pages, free, size = (
+            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def _older_half_ended(self) -> float | None:
+        """When the last one of the older half ended; None where there is but one, which is kept."""
+        rows = self._db.execute("SELECT ended_at FROM sessions WHERE ended_at IS NOT NULL ORDER BY ended_at").fetchall()
+        return float(rows[len(rows) // 2 - 1][0]) if len(rows) > 1 else None
 
     def count_refusal(self, who: str, reason: str) -> None:
         """Notes that somebody did not get what he wanted. Of a thousand, those not seen for longest give way."""

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from sami_plugin.errors import JournalError
-from sami_plugin.journal.journal import FORMAT_VERSION, Journal
+from sami_plugin.journal import journal as journal_module
+from sami_plugin.journal.journal import FORMAT_VERSION, Journal, Retention
 
 ONE, TWO = "1" * 8, "12" * 4
 
@@ -231,3 +232,53 @@ def test_journal_that_others_may_write_is_closed_to_them(tmp_path: Path) -> None
     path.chmod(0o666)
     Journal(path)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def ended(made: Journal, number: int, octets: int = 100) -> str:
+    """A session that has begun, decided something, and ended."""
+    session = f"session-{number}"
+    made.begin(session, "guest", "source", "host-b", "copying")
+    made.record(session, 1, "peer said Open", "copying", ["x" * octets], is_durable=False)
+    made.end(session, "ended", "moved", {"session": session})
+    return session
+
+
+def test_what_ended_long_ago_is_forgotten_and_what_is_under_way_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Journal(tmp_path / "journal.sqlite", keep=Retention(seconds=60.0))
+    clock = [1_000_000.0]
+    monkeypatch.setattr(journal_module.time, "time", lambda: clock[0])
+    made.begin("under way", "guest", "source", "host-b", "copying")
+    old = ended(made, 1)
+    clock[0] += 59
+    recent = ended(made, 2)
+    assert [row["session"] for row in made.sessions()] == [recent, old, "under way"]
+    clock[0] += 1
+    last = ended(made, 3)
+    assert [row["session"] for row in made.sessions()] == [last, recent, "under way"]
+    assert made.decisions(old) == []
+    assert len(made.decisions(recent)) == 1
+
+
+def test_journal_takes_no_more_room_than_it_may(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    made = Journal(path, keep=Retention(octets=1 << 20))
+    made.begin("under way", "guest", "source", "host-b", "copying")
+    made.keep_payload("under way", 1, bytes(100_000))
+    for number in range(100):
+        last = ended(made, number, octets=50_000)
+    kept = [row["session"] for row in made.sessions()]
+    assert kept[0] == last
+    assert kept[-1] == "under way"
+    assert 5 < len(kept) < 25
+    assert [len(one) for one in made.payloads("under way")] == [100_000]
+    made.close()
+    assert path.stat().st_size < 1.2 * (1 << 20)
+
+
+def test_the_last_report_is_kept_whatever_room_it_takes(tmp_path: Path) -> None:
+    made = Journal(tmp_path / "journal.sqlite", keep=Retention(octets=1))
+    ended(made, 1)
+    last = ended(made, 2)
+    assert [row["session"] for row in made.sessions()] == [last]
