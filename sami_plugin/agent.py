@@ -23,8 +23,8 @@ from sami_plugin.codec import messages
 from sami_plugin.drivers import loader
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import (
-    Busy,
     ConfigurationError,
+    Crowded,
     IllegalMessage,
     NotAuthorised,
     NotAvailable,
@@ -45,6 +45,7 @@ from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.peers import Peers, Way
+from sami_plugin.refusals import STRANGER, Refusals
 from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.session import Host, Session
 from sami_plugin.transport.rpc import Transport
@@ -115,16 +116,13 @@ class Agent:
 
         :raises ConfigurationError: a broker is not one that this version may use, or a file of a domain does not do.
         """
+        trusted = [Credentials(name, one.credentials, f"domain:{one.name}") for one in domains]
         own = Way(Transport(conf, name, self, transport_url), credentials)
         others = [
-            Way(
-                Transport(conf, name, None, one.transport_url) if one.transport_url else own.transport,
-                Credentials(name, one.credentials, f"domain:{one.name}"),
-                one,
-            )
-            for one in domains
+            Way(_transport_to(conf, name, one) or own.transport, each, one)
+            for one, each in zip(domains, trusted, strict=True)
         ]
-        self.host = Host(name, settings, driver, scopes, journal, Peers(own, others))
+        self.host = Host(name, settings, driver, scopes, journal, Peers(own, others), Refusals(name, journal))
         self._hypervisor = hypervisor
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
@@ -150,6 +148,7 @@ class Agent:
         self.host.peers.stop()
         for session in self.sessions():
             session.stop()
+        self.host.refusals.write()
 
     def tell(self, event: MigrationEvent) -> None:
         """As `note`, and waits where the teller can hold the migration up for a while.
@@ -238,7 +237,7 @@ class Agent:
         for session in self._sessions_of(event.guest, SourceSession):
             if event.destination is not None and session.peer and session.peer != event.destination:
                 reason = f"{event.guest} moves to {event.destination}, not to {session.peer}"
-                self.host.refuse(session.peer, NotAuthorised(reason))
+                self.host.refusals.note(session.peer, NotAuthorised(reason))
                 session.refuse(reason)
 
     def _pauses(self, event: MigrationEvent) -> None:
@@ -274,10 +273,11 @@ class Agent:
         """
         try:
             self._deliver(sender, session_id, packet)
-        except Busy:  # it comes again by itself
+        except RepresentationError as error:  # it came through TLS
+            self.host.refusals.note(sender, error)
             raise
-        except SamiError as error:
-            self.host.refuse(sender, error)
+        except (NotAuthorised, IllegalMessage, Crowded) as error:
+            self.host.refusals.note(STRANGER, error)
             raise
 
     def _deliver(self, sender: str, session_id: str, packet: Packet) -> None:
@@ -288,7 +288,7 @@ class Agent:
                     return
                 known = self._greeting(sender, session_id)
         if known.peer != sender:
-            raise NotAuthorised(f"session {session_id} is not with {sender}")
+            raise NotAuthorised("a session is with one host, and no other may speak in it")
         if isinstance(known, Session):
             known.deliver(packet)
         else:
@@ -306,7 +306,7 @@ class Agent:
             try:
                 greeting.session = self._open(greeting, heard)
             except SamiError as error:  # the caller is told, and not the broker
-                self.host.refuse(greeting.peer, error)
+                self.host.refusals.note(greeting.peer, error)
                 greeting.line.say(messages.encode(GivesUp(str(error))))
                 self._hang_up(greeting.id)
                 return
@@ -323,23 +323,18 @@ class Agent:
                 self._hang_up(old)
             if session_id not in self._greetings:
                 bounds = self.host.settings.bounds
-                self._refuse_crowd(sender, now)
+                self._refuse_crowd(now)
                 line = self.host.line(session_id, caller=sender)
                 self._greetings[session_id] = _Greeting(sender, session_id, line, now + bounds.handshake_seconds)
             return self._greetings[session_id]
 
-    def _refuse_crowd(self, sender: str, now: float) -> None:
-        """:raises Busy: more hosts call than may."""
+    def _refuse_crowd(self, now: float) -> None:
+        """:raises Crowded: more hosts call than may."""
         bounds = self.host.settings.bounds
-        reason = ""
         if len(self._greetings) >= bounds.handshakes:
-            reason = f"{bounds.handshakes} hosts call at a time (handshakes)"
-        elif not self._calls.take(now):
-            reason = f"more hosts call than {bounds.handshakes_per_second:g} a second (handshakes_per_second)"
-        if reason:
-            error = Busy(reason)
-            self.host.refuse(sender, error)
-            raise error
+            raise Crowded(f"{bounds.handshakes} hosts call at a time (handshakes)")
+        if not self._calls.take(now):
+            raise Crowded(f"more hosts call than {bounds.handshakes_per_second:g} a second (handshakes_per_second)")
 
     def _hang_up(self, session_id: str) -> None:
         """What was said to the caller still reaches it; what it says is heard no more."""
@@ -508,6 +503,16 @@ def _is_uuid(text: str) -> bool:
     return True
 
 
+def _transport_to(conf: cfg.ConfigOpts, name: str, domain: Domain) -> Transport | None:
+    """The domain's broker, where it has one of its own."""
+    if not domain.transport_url:
+        return None
+    try:
+        return Transport(conf, name, None, domain.transport_url)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"[domain:{domain.name}] {error}") from error
+
+
 def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
     """:raises ConfigurationError: there is no such scope finder, or its options are wrong."""
     try:
@@ -550,7 +555,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
             group=conf.agent.socket_group,
             users=conf.agent.socket_users,
             bounds=settings.bounds,
-            refused=agent.host.refuse,
+            refused=agent.host.refusals.note,
         )
         socket.start()
         stack.callback(socket.stop)

@@ -40,10 +40,20 @@ class Unverified:
     """Rows and presence of each flow of `batch`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Flows, or names of flows, as this host calls them and, in the same order, as they came."""
+
+    batch: Batch
+    came: Batch
+
+
 class Findings:
     """Each flow filed under what became of it last, once however often it was sent."""
 
     def __init__(self) -> None:
+        self._ambiguous = FlowTable()
+        """By the source's names: by ours they could be taken for others."""
         self._refused: dict[Reason, FlowTable] = {}
         self._degraded: dict[str, FlowTable] = {}
         self._present = FlowTable()
@@ -77,6 +87,14 @@ class Findings:
         """Files flows that are not in the device."""
         self._refused.setdefault(reason, FlowTable()).put(batch)
 
+    def refuse_ambiguous(self, came: Batch) -> None:
+        """Files flows that have no name here, by the source's."""
+        self._ambiguous.put(came)
+
+    def forget_ambiguous(self, came: Batch) -> None:
+        """By the source's names: these ended, or are about to be filed anew."""
+        self._ambiguous.discard(came)
+
     def forget(self, gone: Batch) -> None:
         """These flows ended, or are about to be filed anew."""
         for table in (self._present, *self._refused.values(), *self._degraded.values()):
@@ -85,7 +103,7 @@ class Findings:
     @property
     def refused(self) -> int:
         """How many flows are not in the device."""
-        return sum(map(len, self._refused.values()))
+        return len(self._ambiguous) + sum(map(len, self._refused.values()))
 
     def counts(self) -> dict[str, int]:
         """The report's figures."""
@@ -98,7 +116,7 @@ class Findings:
 
     def name_in(self, report: Report) -> None:
         """Names what did not come as it was sent."""
-        for reason, table in self._refused.items():
+        for reason, table in (*self._refused.items(), (Reason.AMBIGUOUS_ADDRESS, self._ambiguous)):
             for batch in table.batches():
                 report.name(f"refused: {WORDS[reason]}", len(batch), names(batch))
         for element, table in self._degraded.items():

@@ -19,6 +19,7 @@ SamiError
 │   ├── StreamBroken              what came is not what it sent; the next stream goes on where this one ended
 │   ├── PeerUnreachable           it does not answer, or the broker does not
 │   └── Busy                      it is faster than this host; it sends the same again
+│       └── Crowded                   it is one of too many that call; it calls again
 └── JournalError              the disk's move: the journal cannot be read or written
 """
 
@@ -118,6 +119,10 @@ class PeerUnreachable(PeerError):
 
 class Busy(PeerError):
     """The other host is faster than this one: nothing was taken, and it sends the same again."""
+
+
+class Crowded(Busy):
+    """More hosts call than may at a time, or in a second."""
 
 
 class JournalError(SamiError):

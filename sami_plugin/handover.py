@@ -31,8 +31,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from sami_plugin.arriving import Arriving, Findings, Unverified
+from sami_plugin.arriving import Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import SamiError
 from sami_plugin.leaving import Leaving, Piece, Sweep, merged, split, taken
@@ -59,7 +60,16 @@ from sami_plugin.migration.decision import (
 )
 from sami_plugin.model.address_map import peer_sees_another
 from sami_plugin.model.domain import Domain
-from sami_plugin.model.flows import Addresses, Batch, FirewallEvent, Omitted, has_end_in, is_translated_elsewhere, names
+from sami_plugin.model.flows import (
+    Addresses,
+    Batch,
+    FirewallEvent,
+    FlowStatus,
+    Omitted,
+    has_end_in,
+    is_translated_elsewhere,
+    names,
+)
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
     PROTOCOL_VERSION,
@@ -175,7 +185,7 @@ class SourceSession(Session):
         """These flows as what the other host is told of, in lists that make one message each."""
         told: list[Batch] = []
         for port, batch in merged(pieces):
-            self._tell(port, batch, told)
+            self._tell(port, batch, told, [])  # the first time that anything is said of them
         return split(told, self.host.settings.batch_flows) if told else []
 
     def _export_changes(self, action: ExportChanges) -> Done:
@@ -236,16 +246,25 @@ class SourceSession(Session):
                 else:
                     self._name_unheard(port, batch)
             for batch in upserts:
-                self._tell(port, batch, told)
+                self._tell(port, batch, told, gone)
 
-    def _tell(self, port: Leaving, batch: Batch, told: list[Batch]) -> None:
-        if len(batch):
-            is_told = self._domain is None or self._domain.gives(batch.template.name)
-            (port.exported if is_told else port.withheld).put(batch)
-            with self.host.deciding(port.scope):
-                self.host.leaving.claim(self.id, port.scope, batch)
-            if is_told:
-                told.append(batch)
+    def _tell(self, port: Leaving, batch: Batch, told: list[Batch], gone: list[Batch]) -> None:
+        """Puts flows among what is told, or keeps them from a domain that is not to have them."""
+        if not len(batch):
+            return
+        with self.host.deciding(port.scope):
+            self.host.leaving.claim(self.id, port.scope, batch)
+        if self._domain is None or self._domain.gives(batch.template.name):
+            port.withheld.discard(batch)
+            port.exported.put(batch)
+            told.append(batch)
+        else:
+            known = port.exported.find(batch)[0]  # as another kind, with or without a translation
+            if known.any():
+                names_told = batch.take(known).identities
+                names_told.rows["flowId"] = 0
+                self._tell_gone(port, names_told, gone)
+            port.withheld.put(batch)
 
     def _tell_gone(self, port: Leaving, batch: Batch, gone: list[Batch]) -> None:
         """A flow that was never told needs no removal; one that took the same tuple since is not meant."""
@@ -260,7 +279,7 @@ class SourceSession(Session):
 
     def _name_unheard(self, port: Leaving, batch: Batch) -> None:
         """Flows that somebody deleted in the pause, before the export came to them: what they were is not known."""
-        lost = batch.take(~port.exported.find(batch)[0])
+        lost = batch.take(~(port.exported.find(batch)[0] | port.withheld.find(batch)[0]))
         if len(lost):
             self.report.name("deleted at the source in the pause, before they were exported", len(lost), names(lost))
 
@@ -473,34 +492,31 @@ class DestinationSession(Session):
         for element in carried.skipped:
             self.report.remark(f"skipped what is unknown here: {element}")
         domain = self._domain
-        batches = [batch if domain is None else self._admitted(batch, ports, domain) for batch in carried.batches]
-        for batch in batches:
-            if batch.template.is_identity:
-                self._take_out(batch, ports)
-        for batch in batches:
-            if not batch.template.is_identity:
-                self._put_in(batch, ports)
+        arrived = [
+            Carried(batch, batch) if domain is None else self._named_here(batch, ports, domain)
+            for batch in carried.batches
+        ]
+        for one in arrived:
+            if one.batch.template.is_identity:
+                self._take_out(one.batch, ports)
+        for one in arrived:
+            if not one.batch.template.is_identity:
+                self._put_in(one.batch, ports, one.came)
                 if is_final:
                     everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
-                    foreign = batch.take(~has_end_in(batch, everywhere))
+                    foreign = one.batch.take(~has_end_in(one.batch, everywhere))
                     self._findings.refuse(foreign, Reason.FOREIGN_ADDRESS)
 
-    def _admitted(self, batch: Batch, ports: list[Arriving], domain: Domain) -> Batch:
-        """What may come in from another domain, as it is called here; the rest is refused by name."""
-        here, is_ambiguous = domain.address_map.applied(batch)
-        if batch.template.is_identity:
-            self._findings.forget(batch.take(is_ambiguous))
-            return here.take(~is_ambiguous)
-        if not domain.takes(batch.template.name):
-            self._findings.refuse(here, Reason.NOT_ADMITTED)
-            return here.take(np.zeros(len(here), bool))
-        addresses = tuple(address for port in ports for address in port.scope.addresses)
-        is_lost = np.zeros(len(batch), bool)
-        if not domain.peers_follow:
-            is_lost = has_end_in(here, addresses) & peer_sees_another(batch, here, addresses) & ~is_ambiguous
-        self._findings.refuse(batch.take(is_ambiguous), Reason.AMBIGUOUS_ADDRESS)
-        self._findings.refuse(here.take(is_lost), Reason.PEER_CANNOT_FOLLOW)
-        return here.take(~is_ambiguous & ~is_lost)
+    def _named_here(self, came: Batch, ports: list[Arriving], domain: Domain) -> Carried:
+        """What came from another domain as it is called here, but what is not to be told from something else."""
+        here, is_ambiguous = domain.address_map.applied(came)
+        self._findings.forget_ambiguous(came)
+        if is_ambiguous.any() and not came.template.is_identity:
+            self._findings.refuse_ambiguous(came.take(is_ambiguous))
+            # Where only a translation in it is ambiguous, it may have been put in before it had that.
+            is_nameless = domain.address_map.applied(came.identities)[1]
+            self._take_out(here.take(is_ambiguous & ~is_nameless).identities, ports)
+        return Carried(here.take(~is_ambiguous), came.take(~is_ambiguous))
 
     def _take_out(self, gone: Batch, ports: list[Arriving]) -> None:
         """What the source lost goes here too, if it was this session that put it in."""
@@ -517,7 +533,8 @@ class DestinationSession(Session):
                 self.host.driver.remove(port.scope, self.host.arriving.unclaimed_by_others(self.id, port.scope, here))
             port.held.discard(here)
 
-    def _put_in(self, batch: Batch, ports: list[Arriving]) -> None:
+    def _put_in(self, batch: Batch, ports: list[Arriving], came: Batch) -> None:
+        """`came` are the same flows as the source calls them."""
         # Nothing tells this host that traffic renews the source's timeout: what is held here must not run out before
         # the guest comes. What the source lets expire arrives as a removal.
         hold = self.host.settings.limits.hold_seconds
@@ -526,11 +543,8 @@ class DestinationSession(Session):
         for port in ports:
             here = has_end_in(batch, port.scope.addresses) & homeless
             homeless &= ~here
-            mine = batch.take(here) if not here.all() else batch
-            if batch.template.is_translated:
-                elsewhere = is_translated_elsewhere(mine, port.scope.addresses)
-                self._findings.refuse(mine.take(elsewhere), Reason.FOREIGN_TRANSLATION)
-                mine = mine.take(~elsewhere)
+            mine, theirs = (batch.take(here), came.take(here)) if not here.all() else (batch, came)
+            mine = self._with_a_place(port, self._admitted(port, mine, theirs))
             with self.host.deciding(port.scope):
                 scope = self._with_neighbours(port.scope)
                 try:
@@ -539,8 +553,42 @@ class DestinationSession(Session):
                     port.doubtful.append((scope, mine))
                     raise
                 self.host.arriving.claim(self.id, port.scope, mine.take(made["outcome"] == Outcome.IMPORTED))
+            self.host.used_places(self.id)
             look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
             self._unverified.append(Unverified(port, scope, mine, made, look))
+
+    def _admitted(self, port: Arriving, mine: Batch, theirs: Batch) -> Batch:
+        """Those of the port's flows that may come in; the others are refused, and go if they were here before."""
+        domain = self._domain
+        refused: list[tuple[Reason, npt.NDArray[np.bool_]]] = []
+        if domain is not None:
+            refused.append((Reason.NOT_ADMITTED, np.full(len(mine), not domain.takes(mine.template.name))))
+            if not domain.peers_follow:
+                refused.append((Reason.PEER_CANNOT_FOLLOW, peer_sees_another(theirs, mine, port.scope.addresses)))
+        if mine.template.is_translated:
+            refused.append((Reason.FOREIGN_TRANSLATION, is_translated_elsewhere(mine, port.scope.addresses)))
+        is_admitted = np.ones(len(mine), bool)
+        for reason, which in refused:
+            out = mine.take(which & is_admitted)
+            if len(out):
+                self._take_out(out.identities, [port])
+                self._findings.refuse(out, reason)
+                is_admitted &= ~which
+        return mine if is_admitted.all() else mine.take(is_admitted)
+
+    def _with_a_place(self, port: Arriving, batch: Batch) -> Batch:
+        """Those of the flows for which there is room; the others are refused by name."""
+        is_new = ~port.held.find(batch)[0]
+        wanted = int(np.count_nonzero(is_new))
+        granted = self.host.take_places(self.id, port.scope, wanted) if wanted else 0
+        if granted == wanted:
+            return batch
+        is_assured = (batch.rows["conntrackStatus"] & int(FlowStatus.ASSURED)) != 0
+        first = np.lexsort((-batch.rows["remainingTimeoutSeconds"].astype(np.int64), ~is_assured, ~is_new))
+        is_left_out = np.zeros(len(batch), bool)
+        is_left_out[first[granted:wanted]] = True
+        self._findings.refuse(batch.take(is_left_out), Reason.NO_PLACE)
+        return batch.take(~is_left_out)
 
     def _with_neighbours(self, scope: Scope) -> Scope:
         """The scope with the ports whose guests run here: flows with them are this host's own business."""
@@ -576,7 +624,7 @@ class DestinationSession(Session):
                 vanished = short.take(made["outcome"] == Outcome.ABSENT)
                 if len(vanished):
                     self.report.remark(f"{len(vanished)} flows vanished before the guest came; put in again")
-                    self._put_in(vanished, [port])
+                    self._put_in(vanished, [port], vanished)
         self._settle()
         return Done("Renew")
 
@@ -665,6 +713,7 @@ class DestinationSession(Session):
             with self.host.deciding(port.scope):
                 self.host.arriving.release(self.id, port.scope)
         self.host.arriving_guests.pop(self.id, None)
+        self.host.release_places(self.id)
 
 
 _SAID_TO_SOURCE: Mapping[type[Message], str] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from sami_plugin.drivers.base import Changes, FlowDriver, Watch
 from sami_plugin.model.flows import Batch, Omitted
 from sami_plugin.model.keys import FlowTable
@@ -61,19 +63,22 @@ class Sweep:
         for port in self._ports:
             seen = self._seen[port.scope.port]
             gone: list[Batch] = []
-            for told in port.exported.batches():
+            for told in (*port.exported.batches(), *port.withheld.batches()):
                 missing = told.take(~seen.find(told)[0])
                 if len(missing):
                     # The export ran past some buckets before newer flows came into them: ask for each by name.
                     _, there = self._driver.read_back(port.scope, missing)
                     gone.append(missing.take(~there).identities)
-            yield port, gone, [_changed(batch, port.exported) for batch in seen.batches()]
+            yield port, gone, [_changed(batch, port.exported, port.withheld) for batch in seen.batches()]
 
 
-def _changed(batch: Batch, told: FlowTable) -> Batch:
-    """The flows that were not told, or as something else but for their timeout."""
-    known, rows = told.rows_of(batch)
-    return batch.take(~known | (lost_fields(batch, rows) != 0) | (batch.rows["flowId"] != rows["flowId"]))
+def _changed(batch: Batch, *tables: FlowTable) -> Batch:
+    """The flows that are in none of the tables, or only as something else but for their timeout."""
+    is_same = np.zeros(len(batch), bool)
+    for table in tables:
+        known, rows = table.rows_of(batch)
+        is_same |= known & (lost_fields(batch, rows) == 0) & (batch.rows["flowId"] == rows["flowId"])
+    return batch.take(~is_same)
 
 
 def taken(pieces: Iterator[Piece], flows: int) -> tuple[list[Piece], bool]:

@@ -49,6 +49,7 @@ from sami_plugin.migration.decision import (
     Verify,
     WakeAt,
 )
+from sami_plugin.migration.places import Places
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome
 from sami_plugin.model.packet import Packet
@@ -56,15 +57,13 @@ from sami_plugin.model.report import Report
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.peers import Peers
+from sami_plugin.refusals import Refusals
 from sami_plugin.scopes.base import ScopeFinder
 
 LOG = logging.getLogger(__name__)
 
 BULK = (ExportNext, ExportChanges, Resync)
 """Actions that send much: the next of them waits until the sender has room."""
-
-MOST_REFUSALS = 1000
-"""Of different ones, that are told apart."""
 
 ROUTINE = (*BULK, WakeAt, FindScope, Import, Verify, Renew)
 """Actions that may be decided upon many times a second."""
@@ -80,34 +79,44 @@ class Host:
     scopes: ScopeFinder
     journal: Journal
     peers: Peers
+    refusals: Refusals
     leaving: Claims = field(default_factory=Claims)
     arriving: Claims = field(default_factory=Claims)
     arriving_guests: dict[str, str] = field(default_factory=dict)
     """By session, guests that are being received and do not run here yet."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _turns: threading.Lock = field(default_factory=threading.Lock)
+    _promising: threading.Lock = field(default_factory=threading.Lock)
     _purging: set[str] = field(default_factory=set)
     _received: set[str] = field(default_factory=set)
-    _refused: set[tuple[str, str]] = field(default_factory=set)
+    _places: dict[str | None, Places] = field(default_factory=dict)
 
     def line(self, session: str, *, caller: str = "") -> Line:
         """A new one for this session; see Line."""
         return Line(self.peers, self.settings, session, caller=caller)
 
-    def refuse(self, who: str, error: SamiError) -> None:
-        """Counts something that somebody wanted and did not get; says so in the log, once for each reason."""
-        reason = f"{type(error).__name__}: {error}"
-        with self._turns:
-            is_new = (who, reason) not in self._refused
-            if len(self._refused) >= MOST_REFUSALS:
-                self._refused.clear()
-            self._refused.add((who, reason))
-        if is_new:
-            LOG.warning("%s: %s was refused: %s", self.name, who, reason)
-        try:
-            self.journal.count_refusal(who, reason)
-        except JournalError as failure:
-            LOG.error("%s: %s", self.name, failure)
+    def take_places(self, session: str, scope: Scope, wanted: int) -> int:
+        """How many new entries of `wanted` the session may put into the scope's device now; see Places."""
+
+        def look() -> tuple[int | None, int]:
+            capabilities = self.driver.capabilities(scope)
+            return capabilities.capacity, capabilities.in_use
+
+        with self._promising:
+            places = self._places.setdefault(scope.namespace, Places(self.settings.headroom_percent))
+            return places.take(session, wanted, look)
+
+    def used_places(self, session: str) -> None:
+        """What it took is in the device, or will never be."""
+        with self._promising:
+            for places in self._places.values():
+                places.used(session)
+
+    def release_places(self, session: str) -> None:
+        """It will put in nothing more."""
+        with self._promising:
+            for places in self._places.values():
+                places.release(session)
 
     def deciding(self, scope: Scope) -> AbstractContextManager[object]:
         """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""

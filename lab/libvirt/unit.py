@@ -23,7 +23,8 @@ SYSTEMD = "/lib/systemd/systemd"
 UNITS = Path("/run/systemd/system")
 PREFIX = "sami-lab-"
 
-# What stands for the machine's own boot is left out, and what hides the clone that is tested, where that is in a home.
+# What stands for the machine's own boot is left out. The clone that is tested and its Python may be where the unit
+# hides what is there, in a home or below /tmp; what is installed is not.
 OVERRIDES = """[Unit]
 DefaultDependencies=no
 [Service]
@@ -33,7 +34,8 @@ Environment=PYTHONUNBUFFERED=1
 StandardOutput=append:{words}
 StandardError=append:{words}
 ReadWritePaths={folder}
-ProtectHome=read-only
+ProtectHome=tmpfs
+BindReadOnlyPaths={clone} {python}
 """
 TARGET = """[Unit]
 DefaultDependencies=no
@@ -53,7 +55,10 @@ def main(unit: Path, folder: str, command: list[str]) -> int:
     override = UNITS / f"{unit.name}.d" / "lab.conf"
     override.parent.mkdir(parents=True, exist_ok=True)
     (UNITS / unit.name).write_text(unit.read_text())
-    override.write_text(OVERRIDES.format(command=shlex.join(command), words=words, folder=folder))
+    clone, python = Path(__file__).parents[2], sys.base_prefix
+    override.write_text(
+        OVERRIDES.format(command=shlex.join(command), words=words, folder=folder, clone=clone, python=python)
+    )
     (UNITS / "lab.target").write_text(TARGET.format(unit=unit.name))
     with tempfile.TemporaryDirectory() as mount:
         subprocess.run(["mount", "-t", "cgroup2", "cgroup2", mount], check=True)

@@ -156,6 +156,7 @@ class Channel:
         self._current: _Stream | None = None
         self._begun: OrderedDict[int, _Stream] = OrderedDict()
         self._streams = 0
+        """How many a client has begun; at a server, one more than the highest number of them."""
         self._packets: list[Packet] = []
         self._plain = bytearray()
         self._next_out = self._next_in = 0
@@ -195,7 +196,7 @@ class Channel:
         stream = self._stream_of(packet)
         if stream is None:
             return []
-        was_established = stream.is_established
+        was_established, was_broken = stream.is_established, stream.is_broken
         try:
             plain = stream.take(packet)
             if stream.is_established and not was_established:
@@ -205,10 +206,10 @@ class Channel:
         except StreamBroken:
             stream.is_broken = True
             self._packets += stream.packets()  # why, in TLS's words, before the last one
-            if self._is_server:
-                self._packets.append(stream.farewell())
-            else:
+            if not self._is_server:
                 self._begin()
+            elif not was_broken:
+                self._packets.append(stream.farewell())
             raise
         finally:
             self._packets += stream.packets()
@@ -231,6 +232,9 @@ class Channel:
             most = self._bounds.streams
             raise IllegalMessage(f"stream {packet.stream} is not one of the {most} that a session may have")
         if packet.stream not in self._begun:
+            if packet.stream < self._streams:  # it gave way to later ones, or is older than they are
+                return None
+            self._streams = packet.stream + 1
             if len(self._begun) == MOST_BEGUN:
                 self._begun.popitem(last=False)
             self._begun[packet.stream] = _Stream(packet.stream, self._context(), self._bounds, is_server=True)

@@ -366,7 +366,7 @@ def _configured(files: list[str] | None) -> Iterator[Check]:
     yield _journal(known.journal)
     yield _broker(known.transport_url)
     yield _certificate(known)
-    yield from (_domain(known, domain) for domain in known.domains)
+    yield from _domains(known, files)
     yield from _libvirt(known)
     yield _agent_socket(known.socket)
     yield from _scopes(known, files)
@@ -532,6 +532,17 @@ def _certificate(known: AgentConfiguration) -> Check:
     if left < SOON_DAYS:
         return Check(name, Result.LIMITED, reason, f"renew it: `sami pki renew {known.host}`")
     return Check(name, Result.OK, reason)
+
+
+def _domains(known: AgentConfiguration, files: list[str] | None) -> Iterator[Check]:
+    from sami_plugin import conf
+
+    try:
+        domains = conf.domains(configuration.options(files))
+    except errors.ConfigurationError as error:
+        yield Check("domains", Result.MISSING, str(error), "mend the file; sami-agent.conf.sample shows every option")
+        return
+    yield from (_domain(known, domain) for domain in domains)
 
 
 def _domain(known: AgentConfiguration, domain: Domain) -> Check:

@@ -13,7 +13,6 @@ from sami_plugin.errors import ConfigurationError
 if TYPE_CHECKING:
     from oslo_config import cfg
 
-    from sami_plugin.model.domain import Domain
     from sami_plugin.model.settings import Files
 
 DEFAULT_FILE = "/etc/sami/sami-agent.conf"
@@ -32,7 +31,6 @@ class AgentConfiguration:
     transport_url: str
     libvirt_uri: str
     tls: Files
-    domains: tuple[Domain, ...]
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +65,6 @@ def load(files: list[str] | None) -> AgentConfiguration:
             conf.transport_url,
             conf.libvirt.uri,
             known.tls_files(conf),
-            known.domains(conf),
         )
     except (cfg.Error, ValueError) as error:
         raise ConfigurationError(f"configuration: {words(error)}") from error

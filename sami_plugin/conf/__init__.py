@@ -187,6 +187,15 @@ MIGRATION_OPTIONS = [
         help="Seconds after which a migration's session ends whatever state it is in. Longer than your longest "
         "migration.",
     ),
+    cfg.FloatOpt(
+        "headroom_percent",
+        default=_DEFAULTS.headroom_percent,
+        min=0.0,
+        max=100.0,
+        help="Share of the firewall's table, in percent, that imports leave free. A kernel whose table is full drops "
+        "entries of anybody. Flows for which there is no place are refused by name: those that were seen one way only "
+        "before the others, and of these the ones that have less time left.",
+    ),
     cfg.IntOpt(
         "batch_flows",
         default=_DEFAULTS.batch_flows,
@@ -264,9 +273,10 @@ BOUNDS_OPTIONS: list[cfg.Opt] = [
     cfg.IntOpt(
         "session_octets",
         default=_BOUNDS.session_octets,
-        min=MEBIBYTE,
-        help="Octets that are kept of one session in each of three places: what came too early, what came and is not "
-        "handled yet, and what was sent and is not acknowledged. A peer that is faster is asked to send again.",
+        min=32 * MEBIBYTE,
+        help="Octets that are kept of one session in each of three places: what came too early, and what came and is "
+        "not handled yet, of which a peer is asked to send more later; and what was sent and is not acknowledged, with "
+        "more of which the peer counts as lost.",
     ),
     cfg.IntOpt(
         "unpacked_octets",
@@ -481,5 +491,6 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         message_seconds=values.message_seconds,
         verdict_seconds=values.verdict_seconds,
         started_seconds=values.started_seconds,
+        headroom_percent=values.headroom_percent,
         enterprise=conf.agent.enterprise_number,
     )

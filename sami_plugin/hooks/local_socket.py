@@ -187,14 +187,14 @@ def _handler(
         def handle(self) -> None:
             user = _user_of(self.request)
             who = f"user {user} of this host"
-
-            def told(event: MigrationEvent) -> None:
-                if admitted is not None and user not in admitted:
-                    raise NotAuthorised("only socket_users may tell of migrations")
-                tell(event)
-
             try:
-                answer_all(self.request, told, bounds.hook_seconds, lambda error: refused(who, error))
+                if admitted is not None and user not in admitted:  # before it has said a word, or it keeps its place
+                    error = NotAuthorised("only socket_users may tell of migrations")
+                    refused(who, error)
+                    self.request.setblocking(False)
+                    self.request.send(json.dumps({"answer": "error", "reason": str(error)}).encode() + b"\n")
+                    return
+                answer_all(self.request, tell, bounds.hook_seconds, lambda error: refused(who, error))
             except OSError as error:
                 LOG.info("connection of a hook ended: %s", error)
 

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,10 @@ CREATE TABLE IF NOT EXISTS refusals (
     last_at     REAL NOT NULL,
     PRIMARY KEY (who, reason)
 );
-CREATE TRIGGER IF NOT EXISTS oldest_refusals AFTER INSERT ON refusals BEGIN
-    DELETE FROM refusals WHERE rowid IN (SELECT rowid FROM refusals ORDER BY last_at DESC LIMIT -1 OFFSET 1000);
-END;
 """
 
-MOST_CHARACTERS = 512
-"""Of who was refused and why: a stranger may have chosen both."""
+MOST_REFUSALS = 1000
+"""Rows; those that were not seen for longest give way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +162,27 @@ class Journal:
         rows = self._db.execute("SELECT ended_at FROM sessions WHERE ended_at IS NOT NULL ORDER BY ended_at").fetchall()
         return float(rows[len(rows) // 2 - 1][0]) if len(rows) > 1 else None
 
-    def count_refusal(self, who: str, reason: str) -> None:
-        """Notes that somebody did not get what he wanted. Of a thousand, those not seen for longest give way."""
+    def count_refusals(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Adds how often each one was refused for each reason since the last call."""
         now = time.time()
-        self._write(
-            "INSERT INTO refusals VALUES (?, ?, 1, ?, ?) "
-            "ON CONFLICT (who, reason) DO UPDATE SET count = count + 1, last_at = excluded.last_at",
-            (who[:MOST_CHARACTERS], reason[:MOST_CHARACTERS], now, now),
-        )
+        with self._lock, self._failing():
+            self._db.execute("BEGIN IMMEDIATE")
+            with self._db:  # commits, or rolls back
+                self._db.executemany(
+                    "INSERT INTO refusals VALUES (?, ?, ?, ?, ?) ON CONFLICT (who, reason) "
+                    "DO UPDATE SET count = count + excluded.count, last_at = excluded.last_at",
+                    [(who, reason, count, now, now) for (who, reason), count in counts.items()],
+                )
+                self._db.execute(
+                    "DELETE FROM refusals WHERE rowid IN "
+                    "(SELECT rowid FROM refusals ORDER BY last_at DESC LIMIT -1 OFFSET ?)",
+                    (MOST_REFUSALS,),
+                )
 
     def refusals(self) -> list[dict[str, Any]]:
-        """Who was refused what, and how often; the last one first."""
+        """Who was refused what, and how often; the last one first. None in a journal of before they were counted."""
+        if not self._read("SELECT 1 FROM sqlite_master WHERE name = 'refusals'", ()):
+            return []
         return self._read("SELECT * FROM refusals ORDER BY last_at DESC", ())
 
     def sessions(self) -> list[dict[str, Any]]:

@@ -291,11 +291,6 @@ def _purged(session: Source, event: Event, now: float) -> Decision:
     return session, [said, WakeAt(now + session.limits.watch_seconds)]
 
 
-def _runs_here_again(session: Source, event: Event, now: float) -> Decision:
-    """Whatever way it came: nothing that is made here from now on is a late packet's."""
-    return replace(session, comes_back=True), []
-
-
 def _look_for_late(session: Source, event: Event, now: float) -> Decision:
     return session, [PurgeLate()]
 
@@ -403,7 +398,6 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
     },
     State.PURGING: {
         "Purge": _purged,
-        Phase.RESUMED: _runs_here_again,
         "ActionFailed": _purge_failed,
         Complete: _ignore,
         Arrived: _ignore,

@@ -101,7 +101,7 @@ def _pair(text: str) -> Pair:
 
 def _halves(column: npt.NDArray[np.generic]) -> npt.NDArray[np.unsignedinteger]:
     """An address column as rows of words: one of 32 bits, or two of 64. Shares its memory."""
-    return column.reshape(len(column), -1)  # type: ignore[return-value]
+    return column.reshape(len(column), *(column.shape[1:] or (1,)))  # type: ignore[return-value]
 
 
 def _words(address: netaddr.IPAddress, like: npt.NDArray[np.generic]) -> npt.NDArray[np.unsignedinteger]:

@@ -48,6 +48,7 @@ class Reason(enum.IntEnum):
     AMBIGUOUS_ADDRESS = 17
     PEER_CANNOT_FOLLOW = 18
     FOREIGN_TRANSLATION = 19
+    NO_PLACE = 20
 
 
 WORDS: dict[Reason, str] = {
@@ -73,6 +74,7 @@ WORDS: dict[Reason, str] = {
     Reason.PEER_CANNOT_FOLLOW: "its peer would see another address than before, and nothing in between translates it; "
     "if something does, set peers_follow",
     Reason.FOREIGN_TRANSLATION: "it is translated from or to an address that is not the port's",
+    Reason.NO_PLACE: "there was no free place for it; raise nf_conntrack_max, or lower headroom_percent",
 }
 
 RESULT = np.dtype([("outcome", "u1"), ("reason", "u1"), ("lost", "u4")])

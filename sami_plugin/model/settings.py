@@ -51,6 +51,7 @@ class Settings:
     message_seconds: float = 120.0
     verdict_seconds: float = 5.0
     started_seconds: float = 2.0
+    headroom_percent: float = 5.0
     enterprise: int = 32473
 
 

@@ -61,9 +61,11 @@ class Endpoint:
         if self._has_stopped.is_set():
             return LATER
         try:
-            are_texts = isinstance(sender, str) and isinstance(session, str)
-            if not (are_texts and type(number) is int and type(stream) is int):
-                return "sender, session, stream and number have to be two texts and two numbers"
+            are_names = all(
+                isinstance(one, str) and 0 < len(one) <= 255 and one.isprintable() for one in (sender, session)
+            )
+            if not (are_names and type(number) is int and type(stream) is int):
+                return "sender, session, stream and number have to be two names and two numbers"
             packet = Packet(stream, number, base64.b64decode(payload, validate=True))
         except (binascii.Error, TypeError, ValueError):
             return "the payload is no base64"

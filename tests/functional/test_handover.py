@@ -25,6 +25,7 @@ from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.handover import DestinationSession
 from sami_plugin.migration.decision import Done
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, TcpState, ZoneRole
+from sami_plugin.model.results import WORDS, Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Limits, Settings
 
@@ -444,5 +445,35 @@ def test_a_removal_that_the_source_sees_travels_and_other_flows_stay() -> None:
             there = scope_of(lab.hosts["b"], guest)
             assert not driver.read_back(there, removed)[1].any()
             assert driver.read_back(there, kept)[1].all()
+        finally:
+            carrier.stop()
+
+
+# ---------------------------------------------------------------------------------------------- places in the table
+
+
+def test_of_six_flows_four_fit_where_the_kernel_has_four_places_that_may_be_taken() -> None:
+    """The table's size is one for the whole machine, so it is the headroom that is chosen here."""
+    with Lab(kind="routed") as lab:
+        guest = lab.add_guest("g", "a")
+        capacity = int(lab.hosts["b"].sysctl("nf_conntrack_max"))
+        assert int(lab.hosts["b"].sysctl("nf_conntrack_count")) == 0
+        carrier = Carrier(Settings(headroom_percent=100 * (1 - 4.5 / capacity)))
+        carrier.start(lab)
+        try:
+            streams = [traffic.udp_echo(lab, guest) for _ in range(4)]  # seen both ways, and assured after a while
+            for host in lab.hosts.values():
+                host.sysctl("nf_conntrack_udp_timeout", 600)
+            traffic.flows(lab, guest, count=2, new_per_second=0)
+            wait_until(lambda: all(len(one.samples()) > 20 for one in streams), "the streams to be assured", 20.0)
+            guest.close_egress()
+            before = left(lab, "a", guest)
+            assert len(before) == 6
+            record = lab.migrate(guest, "a", "b", carrier.tell)
+            report = carrier.report("b", guest)
+            assert all(has_lived(stream, record) for stream in streams)
+            assert len(left(lab, "b", guest)) == report["flows"]["imported"] == 4
+            named = report["named"][f"refused: {WORDS[Reason.NO_PLACE]}"]
+            assert (named["count"], report["flows"]["refused"]) == (2, 2)
         finally:
             carrier.stop()

@@ -200,9 +200,8 @@ def test_domain_s_files_and_broker_are_looked_at(tmp_path: Path, broker: Broker)
             f"[agent]\nhost = host-a\ndomains = west\n[tls]\ncertificate = {files.certificate}\nkey = {files.key}\n"
             "[domain:west]\n" + "".join(f"{option} = {value}\n" for option, value in values.items())
         )
-        known = configuration.load([str(path)])
-        (domain,) = known.domains
-        return checks._domain(known, domain)
+        (found,) = checks._domains(configuration.load([str(path)]), [str(path)])
+        return found
 
     assert look().result is Result.OK
     assert look(revoked="").result is Result.LIMITED
@@ -213,6 +212,9 @@ def test_domain_s_files_and_broker_are_looked_at(tmp_path: Path, broker: Broker)
     assert silent.result is Result.MISSING
     assert "[domain:west] transport_url" in silent.mend
     assert "secret" not in silent.reason
+    unfinished = look(hosts="")
+    assert (unfinished.name, unfinished.result) == ("domains", Result.MISSING)
+    assert "[domain:west] hosts: has to be set" in unfinished.reason
 
 
 def test_capabilities_are_those_that_the_ports_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -199,8 +201,7 @@ def test_peer_journal_without_the_session_is_one_line(sami: CommandLine, path: P
 
 def test_refusals_are_listed_with_who_why_and_how_often(sami: CommandLine, path: Path) -> None:
     journal = Journal(path)
-    for _ in range(2):
-        journal.count_refusal("host-x", "NotAuthorised: nothing shows that the guest moves there")
+    journal.count_refusals({("host-x", "NotAuthorised: nothing shows that the guest moves there"): 2})
     journal.close()
     assert sami("refusal", "list", "--journal", path, "-f", "json") == 0
     (row,) = json.loads(sami.out)
@@ -208,3 +209,10 @@ def test_refusals_are_listed_with_who_why_and_how_often(sami: CommandLine, path:
     assert row["Reason"].startswith("NotAuthorised: nothing shows")
     assert row["First"].endswith("+00:00")
     assert row["First"] <= row["Last"]
+
+
+def test_journal_of_before_refusals_were_counted_has_none(sami: CommandLine, path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as journal:
+        journal.execute("DROP TABLE refusals")
+    assert sami("refusal", "list", "--journal", path, "-f", "json") == 0
+    assert json.loads(sami.out) == []

@@ -44,7 +44,7 @@ def test_what_was_done_in_the_last_day_is_added_up(sami: CommandLine, conf: Path
         journal.end(f"s{number}", "ended", outcome, {"flows": {"imported": imported, "refused": 1, "verified": 99}})
     journal._db.execute("UPDATE sessions SET ended_at = ended_at - 90000 WHERE session = 's3'")
     journal.begin("s4", GUEST, "destination", "host-a", "receiving")
-    journal.count_refusal("host-x", "NotAuthorised: no")
+    journal.count_refusals({("host-x", "NotAuthorised: no"): 1})
     journal.close()
     listening = LocalSocket(tmp_path / "agent.sock", lambda event: None)
     listening.start()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sami_plugin.channel import tls
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.errors import JournalError, NotAuthorised
+from sami_plugin.errors import SamiError
 from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.packet import Packet
+from sami_plugin.model.settings import Bounds
+from sami_plugin.refusals import STRANGER
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import SETTINGS, ZONES, guest_with_flows
 from tests.unit.handover.stranger import Stranger
@@ -31,21 +39,52 @@ def test_host_that_asks_for_another_s_guest_is_counted_and_named_once(
             stranger.ask("host-a", guest)
             stranger.is_refused()
             stranger.heard.clear()
+    hosts.agents["host-a"].host.refusals.write()
     (row,) = hosts.agents["host-a"].host.journal.refusals()
     assert (row["who"], row["count"]) == ("host-x", 3)
     assert row["reason"] == f"NotAuthorised: {guest} moves to host-b, not to host-x"
     assert caplog.text.count("host-x was refused: NotAuthorised") == 1
 
 
-def test_refusal_is_in_the_log_where_it_cannot_be_counted(
-    hosts: Hosts, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host = hosts.agents["host-a"].host
+def test_who_has_not_shown_who_he_is_is_counted_as_nobody_whatever_he_calls_himself(hosts: Hosts) -> None:
+    agent = hosts.agents["host-a"]
+    for number in range(50):
+        for session in ("no UUID", str(uuid.uuid4())):
+            with contextlib.suppress(SamiError):
+                agent.deliver(f"host-{number}", session, Packet(0, 0, b"no TLS"))
+    agent.host.refusals.write()
+    (row,) = agent.host.journal.refusals()
+    assert (row["who"], row["reason"], row["count"]) == (STRANGER, "IllegalMessage: a session is a UUID", 50)
 
-    def full(who: str, reason: str) -> None:
-        raise JournalError("the disk is full")
 
-    monkeypatch.setattr(host.journal, "count_refusal", full)
-    host.refuse("host-x", NotAuthorised("no"))
-    assert "host-x was refused: NotAuthorised: no" in caplog.text
-    assert "the disk is full" in caplog.text
+def test_one_call_has_no_more_handshakes_than_streams(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = tls._Stream.__init__
+
+    def init(self: Any, number: int, *more: Any, is_server: bool) -> None:
+        made.append(number)
+        real(self, number, *more, is_server=is_server)
+
+    monkeypatch.setattr(tls._Stream, "__init__", init)
+    session = str(uuid.uuid4())
+    for number in range(200):
+        with contextlib.suppress(SamiError):
+            hosts.agents["host-a"].deliver("host-b", session, Packet(number % 5, 0, b"no TLS"))
+    assert len(made) <= Bounds().streams
+
+
+def test_forged_packet_does_not_make_two_hosts_refuse_each_other_without_end(hosts: Hosts) -> None:
+    calls: list[Packet] = []
+    for host in ("host-a", "host-b"):
+        transport = hosts.agents[host].host.peers.way_to("host-b").transport
+        real = transport.call
+
+        def call(peer: str, session: str, packet: Packet, seconds: float, real: Any = real) -> str:
+            calls.append(packet)
+            return str(real(peer, session, packet, seconds))
+
+        transport.call = call  # type: ignore[method-assign]
+    with contextlib.suppress(SamiError):
+        hosts.agents["host-a"].deliver("host-b", str(uuid.uuid4()), Packet(0, 0, b"no TLS"))
+    time.sleep(1.0)  # in which there were hundreds
+    assert 0 < len(calls) < 10

@@ -145,13 +145,6 @@ def test_guest_on_its_way_back_ends_the_watch_and_nothing_is_removed() -> None:
         assert shell(*IN_STATE[State.WATCHING], event).kinds()[-2:] == ["Purged", "end: moved"]
 
 
-def test_guest_that_runs_here_again_while_it_is_purged_leaves_nothing_late() -> None:
-    purging, _ = source.step(replace(new(), state=State.PURGING, has_arrived=True), RESUMED, 0.0)
-    ended, actions = source.step(purging, Done("Purge", 1), 1.0)
-    assert ended.state is State.ENDED
-    assert [type(action) for action in actions] == [Say, End]
-
-
 def test_a_late_look_that_fails_does_not_change_how_the_migration_went() -> None:
     made = shell(*IN_STATE[State.WATCHING])
     made.choices = iter(["fails"])
