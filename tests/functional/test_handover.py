@@ -461,11 +461,15 @@ def test_of_six_flows_four_fit_where_the_kernel_has_four_places_that_may_be_take
         carrier = Carrier(Settings(headroom_percent=100 * (1 - 4.5 / capacity)))
         carrier.start(lab)
         try:
-            streams = [traffic.udp_echo(lab, guest) for _ in range(4)]  # seen both ways, and assured after a while
+            streams = [traffic.udp_echo(lab, guest) for _ in range(4)]
             for host in lab.hosts.values():
                 host.sysctl("nf_conntrack_udp_timeout", 600)
             traffic.flows(lab, guest, count=2, new_per_second=0)
-            wait_until(lambda: all(len(one.samples()) > 20 for one in streams), "the streams to be assured", 20.0)
+
+            def are_assured() -> bool:
+                return lab.hosts["a"].run(["conntrack", "-L", "-p", "udp"]).count("[ASSURED]") == len(streams)
+
+            wait_until(are_assured, "the streams to be assured", 20.0, poll_seconds=0.1)
             guest.close_egress()
             before = left(lab, "a", guest)
             assert len(before) == 6
