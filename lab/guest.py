@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lab import addresses
+from lab.deadline import wait_until
 from lab.namespace import Namespace
 from lab.port import Port, Ruled, is_ipv6
 
@@ -86,7 +87,7 @@ class Guest(Ruled):
         self.namespace.ip(f"link set {LINK} down")
 
     def link_up(self) -> None:
-        """Link, addresses, neighbours, routes as they were. May be repeated."""
+        """Link, addresses, neighbours, routes as they were; its host passes on what it says. May be repeated."""
         commands = [f"link set {LINK} up"]
         for address in self.addresses:
             v6 = is_ipv6(address)
@@ -101,6 +102,8 @@ class Guest(Ruled):
             for others, mac in self._known:
                 commands += [f"neigh replace {other} lladdr {mac} dev {LINK} nud permanent" for other in others]
         self.namespace.ip(*commands)
+        if self.host is not None:
+            wait_until(lambda: self.host.passes_on(self), f"the bridge to take what {self.name} says")
 
     def pause(self) -> None:
         """Stop all processes; return when every thread of them is stopped. `go_on` must follow in the same thread."""
