@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from lab.deadline import wait_until
+from lab.guest import Guest
 from sami_plugin.errors import JournalError, OperatorError
 from sami_plugin.hooks import local_socket
 from sami_plugin.journal.journal import Journal
@@ -103,6 +104,17 @@ class AgentProcess:
     def tell(self, phase: Phase, guest: str, source: str | None = None, destination: str | None = None) -> None:
         """What this host's hypervisor says of a guest."""
         local_socket.send(self.socket, MigrationEvent(guest, phase, source, destination))
+
+    def tell_of(self, phase: str, guest: Guest) -> None:
+        """What the lab's migration says of one of its guests: where to, when it begins to leave; where from, before."""
+        source = destination = None
+        if phase == Phase.OUTGOING.value:
+            assert guest.moves_to is not None
+            destination = guest.moves_to.name
+        elif phase == Phase.PREPARE.value:
+            assert guest.host is not None
+            source = guest.host.name
+        self.tell(Phase(phase), guest.uuid, source, destination)
 
     def sessions(self, guest: str) -> list[dict[str, Any]]:
         """The journal's rows of the guest's sessions here, newest first."""

@@ -161,7 +161,7 @@ def tcp_feed(options):
     connection.setblocking(False)
     pace = Pace(options.send)
     while True:
-        time.sleep(0.005)
+        time.sleep(0.005)  # a steady stream is many small writes
         try:
             if is_open and (due := pace.due()):
                 accepted = connection.send(CHUNK[:due])

@@ -36,7 +36,7 @@ from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks import domain_xml
 from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket
-from sami_plugin.journal.journal import Journal, Retention
+from sami_plugin.journal.journal import Journal
 from sami_plugin.line import Line
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.migration import GivesUp, MigrationEvent, Open, Origin, Outcome, Phase
@@ -537,9 +537,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
         name=conf.agent.host,
         driver=loader.load_driver(conf.agent.driver),
         scopes=load_scopes(conf.agent.scopes, conf),
-        journal=Journal(
-            conf.agent.journal, keep=Retention(conf.agent.journal_days * 86400.0, conf.agent.journal_mebibytes << 20)
-        ),
+        journal=Journal(conf.agent.journal, keep=options.retention(conf)),
         settings=settings,
         credentials=Credentials(conf.agent.host, options.tls_files(conf)),
         hypervisor=libvirt,

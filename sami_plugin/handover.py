@@ -259,11 +259,9 @@ class SourceSession(Session):
             port.exported.put(batch)
             told.append(batch)
         else:
-            known = port.exported.find(batch)[0]  # as another kind, with or without a translation
-            if known.any():
-                names_told = batch.take(known).identities
-                names_told.rows["flowId"] = 0
-                self._tell_gone(port, names_told, gone)
+            before = batch.identities  # told as of another kind, with or without a translation
+            before.rows["flowId"] = 0
+            self._tell_gone(port, before, gone)
             port.withheld.put(batch)
 
     def _tell_gone(self, port: Leaving, batch: Batch, gone: list[Batch]) -> None:

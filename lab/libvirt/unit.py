@@ -93,7 +93,7 @@ def _run(group: Path) -> int:
         first.kill()  # and with it, by the kernel, all that is in its namespaces
     code = first.wait()
     while "populated 1" in (group / "cgroup.events").read_text():
-        time.sleep(0.005)
+        time.sleep(0.005)  # the kernel is still ending what was in there, and a group that is not empty cannot go
     return code
 
 

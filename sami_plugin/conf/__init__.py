@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from oslo_config import cfg
 
 from sami_plugin.errors import ConfigurationError
-from sami_plugin.model.settings import MEBIBYTE, Bounds, Files, Limits, Settings
+from sami_plugin.model.settings import MEBIBYTE, Bounds, Files, Limits, Retention, Settings
 
 if TYPE_CHECKING:
     from sami_plugin.model.domain import Domain
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _DEFAULTS = Settings()
 _LIMITS = Limits()
 _BOUNDS = Bounds()
+_RETENTION = Retention()
 
 AGENT = cfg.OptGroup("agent", title="The agent of this host")
 MIGRATION = cfg.OptGroup("migration", title="How a guest's flows are carried")
@@ -67,13 +68,13 @@ AGENT_OPTIONS = [
     ),
     cfg.FloatOpt(
         "journal_days",
-        default=30.0,
+        default=_RETENTION.days,
         min=0.01,
         help="Days for which the journal keeps migrations that have ended, with their reports.",
     ),
     cfg.IntOpt(
         "journal_mebibytes",
-        default=256,
+        default=_RETENTION.octets // MEBIBYTE,
         min=1,
         help="Room that the journal may take. Where there is not enough, the migrations that ended first are forgotten "
         "before their time; those under way never are. A migration under way keeps its flows there, about 35 octets "
@@ -396,6 +397,11 @@ DOMAIN_OPTIONS: list[cfg.Opt] = [
         "rest when the guest has left, and the report names it.",
     ),
 ]
+
+
+def retention(conf: cfg.ConfigOpts) -> Retention:
+    """The options of the journal's size and age."""
+    return Retention(conf.agent.journal_days, conf.agent.journal_mebibytes * MEBIBYTE)
 
 
 def domains(conf: cfg.ConfigOpts) -> tuple[Domain, ...]:

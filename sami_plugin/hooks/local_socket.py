@@ -191,14 +191,20 @@ def _handler(
                 if admitted is not None and user not in admitted:  # before it has said a word, or it keeps its place
                     error = NotAuthorised("only socket_users may tell of migrations")
                     refused(who, error)
-                    self.request.setblocking(False)
-                    self.request.send(json.dumps({"answer": "error", "reason": str(error)}).encode() + b"\n")
+                    _turn_away(self.request, str(error))
                     return
                 answer_all(self.request, tell, bounds.hook_seconds, lambda error: refused(who, error))
             except OSError as error:
                 LOG.info("connection of a hook ended: %s", error)
 
     return Handler
+
+
+def _turn_away(connection: socket.socket, reason: str) -> None:
+    """Says why, to whoever listens."""
+    connection.setblocking(False)
+    with contextlib.suppress(OSError):
+        connection.send(json.dumps({"answer": "error", "reason": reason}).encode() + b"\n")
 
 
 def _user_of(connection: socket.socket) -> int:
@@ -276,9 +282,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):
             self._refused("a hook", Busy(f"there are {self._bounds.hooks} connections (hooks)"))
-            request.setblocking(False)
-            with contextlib.suppress(OSError):
-                request.send(json.dumps({"answer": "error", "reason": "too many hooks at a time"}).encode() + b"\n")
+            _turn_away(request, "too many hooks at a time")
             self.shutdown_request(request)
             return
         try:

@@ -14,11 +14,11 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sami_plugin.errors import JournalError
+from sami_plugin.model.settings import Retention
 
 FORMAT_VERSION = 1
 
@@ -63,14 +63,6 @@ MOST_REFUSALS = 1000
 """Rows; those that were not seen for longest give way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """For how long, and in how much room, what ended is kept. What is under way is kept in any case."""
-
-    seconds: float = 30 * 86400.0
-    octets: int = 256 << 20
-
-
 class Journal:
     """Thread-safe. A file that cannot be used raises `JournalError`, which tells the path and the reason."""
 
@@ -79,7 +71,7 @@ class Journal:
         path: str | Path,
         *,
         read_only: bool = False,
-        keep: Retention = Retention(),
+        keep: Retention = Retention(),  # noqa: B008, a frozen value
     ) -> None:
         self.path = Path(path)
         self._keep = keep
@@ -140,7 +132,7 @@ class Journal:
                     (state, outcome, told, time.time(), session),
                 )
                 self._db.execute("DELETE FROM payloads WHERE session = ?", (session,))
-                self._forget(time.time() - self._keep.seconds)
+                self._forget(time.time() - self._keep.days * 86400.0)
                 while self._octets() > self._keep.octets and (older := self._older_half_ended()) is not None:
                     self._forget(older)
 

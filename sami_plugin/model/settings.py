@@ -40,6 +40,14 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """For how long, and in how much room, the journal keeps what ended. What is under way it keeps in any case."""
+
+    days: float = 30.0
+    octets: int = 256 * MEBIBYTE
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """The operator's choices, read once."""
 

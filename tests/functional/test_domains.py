@@ -20,7 +20,6 @@ from lab.lab import Lab
 from lab.migration import Tell, tell_nobody
 from lab.traffic import Traffic
 from lab.verdict import has_survived
-from sami_plugin.model.migration import Phase
 from sami_plugin.model.results import WORDS, Reason
 from sami_plugin.testing.certificates import Certificates
 
@@ -53,16 +52,9 @@ class Regions:
         lab.renumber(self.guest, "b", *EAST_ADDRESSES)
         self.streams = {name: begin(lab, self.guest) for name, begin in STREAMS.items()}
         self.guest.close_egress()  # else what the guest says itself begins its flows anew
-        self._source = ""
 
     def tell(self, host: Host, phase: str, guest: Guest) -> None:
-        source = destination = None
-        if phase == "outgoing":
-            assert guest.moves_to is not None
-            self._source, destination = host.name, guest.moves_to.name
-        elif phase == "prepare":
-            source = self._source
-        self.agents[host.name].tell(Phase(phase), guest.uuid, source, destination)
+        self.agents[host.name].tell_of(phase, guest)
 
     def move(self, source: str, destination: str, tell: Tell) -> dict[str, bool]:
         """Which of the streams go on."""

@@ -24,7 +24,6 @@ from lab.host import Host
 from lab.lab import Lab
 from lab.migration import Action, Call, Delay
 from lab.verdict import has_survived
-from sami_plugin.model.migration import Phase
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -38,16 +37,9 @@ class Cloud:
         self.lab = lab
         self.broker = broker
         self.agents = agents
-        self._source = ""
 
     def tell(self, host: Host, phase: str, guest: Guest) -> None:
-        source = destination = None
-        if phase == "outgoing":
-            assert guest.moves_to is not None
-            self._source, destination = host.name, guest.moves_to.name
-        elif phase == "prepare":
-            source = self._source
-        self.agents[host.name].tell(Phase(phase), guest.uuid, source, destination)
+        self.agents[host.name].tell_of(phase, guest)
 
 
 @pytest.fixture(scope="module")

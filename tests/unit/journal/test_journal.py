@@ -17,7 +17,8 @@ import pytest
 
 from sami_plugin.errors import JournalError
 from sami_plugin.journal import journal as journal_module
-from sami_plugin.journal.journal import FORMAT_VERSION, Journal, Retention
+from sami_plugin.journal.journal import FORMAT_VERSION, Journal
+from sami_plugin.model.settings import Retention
 
 ONE, TWO = "1" * 8, "12" * 4
 
@@ -240,7 +241,7 @@ def ended(made: Journal, number: int, octets: int = 100) -> str:
 def test_what_ended_long_ago_is_forgotten_and_what_is_under_way_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Journal(tmp_path / "journal.sqlite", keep=Retention(seconds=60.0))
+    made = Journal(tmp_path / "journal.sqlite", keep=Retention(days=60.0 / 86400))
     clock = [1_000_000.0]
     monkeypatch.setattr(journal_module.time, "time", lambda: clock[0])
     made.begin("under way", "guest", "source", "host-b", "copying")
