@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import logging
 import threading
-import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -98,36 +97,15 @@ class Hypervisor(Protocol):
 class Agent:
     """Sessions by id and by guest. Its methods may be called from any thread."""
 
-    def __init__(
-        self,
-        conf: cfg.ConfigOpts,
-        *,
-        name: str,
-        driver: FlowDriver,
-        scopes: ScopeFinder,
-        journal: Journal,
-        settings: Settings,
-        credentials: Credentials,
-        transport_url: str | None = None,
-        hypervisor: Hypervisor | None = None,
-        domains: Sequence[Domain] = (),
-    ) -> None:
-        """`domains` are the others than this host's own.
-
-        :raises ConfigurationError: a broker is not one that this version may use, or a file of a domain does not do.
-        """
-        trusted = [Credentials(name, one.credentials, f"domain:{one.name}") for one in domains]
-        own = Way(Transport(conf, name, self, transport_url), credentials)
-        others = [
-            Way(_transport_to(conf, name, one) or own.transport, each, one)
-            for one, each in zip(domains, trusted, strict=True)
-        ]
-        self.host = Host(name, settings, driver, scopes, journal, Peers(own, others), Refusals(name, journal))
+    def __init__(self, host: Host, hypervisor: Hypervisor | None = None) -> None:
+        """Without `hypervisor` there is nobody to ask, and all has to be told."""
+        self.host = host
         self._hypervisor = hypervisor
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._greetings: dict[str, _Greeting] = {}
-        self._calls = TokenBucket(settings.bounds.handshakes, settings.bounds.handshakes_per_second)
+        bounds = host.settings.bounds
+        self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing: dict[str, _Outgoing] = {}
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
@@ -140,7 +118,7 @@ class Agent:
                 self.host.driver.attend(namespace)
             except NotAvailable as error:  # of one that comes later, the first guest to leave is told by exports
                 LOG.warning("%s: %s", self.host.name, error)
-        self.host.peers.start()
+        self.host.peers.start(self)
         LOG.info("%s: agent is running, driver %s", self.host.name, type(self.host.driver).__name__)
 
     def stop(self) -> None:
@@ -318,7 +296,7 @@ class Agent:
         if not _is_uuid(session_id):
             raise IllegalMessage("a session is a UUID")
         with self._lock:
-            now = time.monotonic()
+            now = self.host.monotonic()
             for old in [one for one, known in self._greetings.items() if now > known.until]:
                 self._hang_up(old)
             if session_id not in self._greetings:
@@ -462,7 +440,7 @@ class Agent:
             for older in self._sessions_of(session.guest, type(session)):
                 older.supersede()
             self._sessions[session.id] = session
-            session.start()
+            self.host.run(session)
 
     def _lead(self, event: MigrationEvent, *kinds: type[Session]) -> None:
         """Tells the guest's newest session, of the role that the event is about where that is known."""
@@ -503,12 +481,37 @@ def _is_uuid(text: str) -> bool:
     return True
 
 
+def host_of(
+    conf: cfg.ConfigOpts,
+    *,
+    name: str,
+    driver: FlowDriver,
+    scopes: ScopeFinder,
+    journal: Journal,
+    settings: Settings,
+    credentials: Credentials,
+    transport_url: str | None = None,
+    domains: Sequence[Domain] = (),
+) -> Host:
+    """This host. `domains` are the others than its own.
+
+    :raises ConfigurationError: a broker is not one that this version may use, or a file of a domain does not do.
+    """
+    trusted = [Credentials(name, one.credentials, f"domain:{one.name}") for one in domains]
+    own = Way(Transport(conf, name, transport_url), credentials)
+    others = [
+        Way(_transport_to(conf, name, one) or own.transport, each, one)
+        for one, each in zip(domains, trusted, strict=True)
+    ]
+    return Host(name, settings, driver, scopes, journal, Peers(own, others), Refusals(name, journal))
+
+
 def _transport_to(conf: cfg.ConfigOpts, name: str, domain: Domain) -> Transport | None:
     """The domain's broker, where it has one of its own."""
     if not domain.transport_url:
         return None
     try:
-        return Transport(conf, name, None, domain.transport_url)
+        return Transport(conf, name, domain.transport_url)
     except ConfigurationError as error:
         raise ConfigurationError(f"[domain:{domain.name}] {error}") from error
 
@@ -533,15 +536,17 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
     settings = options.settings(conf)
     libvirt = LibvirtHost(conf.libvirt.uri, conf.agent.host) if conf.libvirt.uri else None
     agent = Agent(
-        conf,
-        name=conf.agent.host,
-        driver=loader.load_driver(conf.agent.driver),
-        scopes=load_scopes(conf.agent.scopes, conf),
-        journal=Journal(conf.agent.journal, keep=options.retention(conf)),
-        settings=settings,
-        credentials=Credentials(conf.agent.host, options.tls_files(conf)),
-        hypervisor=libvirt,
-        domains=options.domains(conf),
+        host_of(
+            conf,
+            name=conf.agent.host,
+            driver=loader.load_driver(conf.agent.driver),
+            scopes=load_scopes(conf.agent.scopes, conf),
+            journal=Journal(conf.agent.journal, keep=options.retention(conf)),
+            settings=settings,
+            credentials=Credentials(conf.agent.host, options.tls_files(conf)),
+            domains=options.domains(conf),
+        ),
+        libvirt,
     )
     with ExitStack() as stack:
         agent.start()

@@ -24,9 +24,7 @@ What each role keeps of a port is in `leaving` and in `arriving`.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -119,7 +117,7 @@ class SourceSession(Session):
         super().__init__(host, session, guest, peer, ended, line)
         limits = host.settings.limits
         self._known = source.Source(
-            limits, time.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
+            limits, host.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
         )
         self.has_left = False
         """Whether the guest is gone from this host, by its hypervisor's word."""
@@ -287,7 +285,7 @@ class SourceSession(Session):
             self._say(FlowChanges(self._packed(some), is_last and number == len(lists)))
 
     def _packed(self, batches: Iterable[Batch]) -> bytes:
-        octets = ipfix.encode(batches, export_time=int(time.time()), enterprise=self.host.settings.enterprise)
+        octets = ipfix.encode(batches, export_time=int(self.host.wall()), enterprise=self.host.settings.enterprise)
         payload = compression.compress(octets, self._compression)
         self.keep_payload(payload)
         return payload
@@ -409,13 +407,13 @@ class DestinationSession(Session):
 
     def __init__(self, host: Host, session: str, guest: str, peer: str, ended: Callable[[Session], None]) -> None:
         super().__init__(host, session, guest, peer, ended)
-        self._began_at = time.monotonic()
+        self._began_at = host.monotonic()
         self._known = destination.new(host.settings.limits, self._began_at)
         self._ports: list[Arriving] = []
         self._waiting: list[bytes] = []
         """Payloads that may hold flows of ports that are not known yet."""
         self._unverified: list[Unverified] = []
-        self._looker = ThreadPoolExecutor(1, thread_name_prefix=f"sami-look-{session[:8]}")
+        self._looker = host.looker(session)
         self._findings = Findings()
         self._discarded = 0
         self.token = ""
@@ -433,7 +431,7 @@ class DestinationSession(Session):
         }
 
     def _begin(self) -> None:
-        self._known, actions = destination.begin(self._known, self.peer, time.monotonic())
+        self._known, actions = destination.begin(self._known, self.peer, self.host.monotonic())
         self._enact("guest prepare", actions)
 
     def _ask(self, action: Ask) -> Done:
@@ -612,7 +610,7 @@ class DestinationSession(Session):
     def _renew(self, action: Renew) -> Done:
         """Gives time to what would run out while the guest runs elsewhere; puts in again what vanished."""
         hold = self.host.settings.limits.hold_seconds
-        age = time.monotonic() - self._began_at
+        age = self.host.monotonic() - self._began_at
         for port in self._ports:
             for batch in port.held.batches():
                 # The rows are as they were when they were looked at, which is no longer ago than the session is old.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.model.domain import Domain
-from sami_plugin.transport.rpc import Transport
+from sami_plugin.transport.rpc import Receiver, Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class Peers:
         """By the host's name; of several domains that have it, the first."""
         return next((way for way in self._others if way.domain is not None and way.domain.has(host)), self._own)
 
-    def start(self) -> None:
+    def start(self, receiver: Receiver) -> None:
         """From now on this host is heard; as the transport's."""
-        self._own.transport.start()
+        self._own.transport.start(receiver)
 
     def stop(self) -> None:
         """As the transport's, of all of them."""

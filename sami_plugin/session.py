@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -91,9 +92,31 @@ class Host:
     _received: set[str] = field(default_factory=set)
     _places: dict[str | None, Places] = field(default_factory=dict)
 
+    # What a simulated host has otherwise: time, threads and the network.
+
+    def monotonic(self) -> float:
+        """Seconds, of which only the difference counts."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def run(self, session: Session) -> None:
+        """Lets the session live; returns at once."""
+        name = f"sami-{session.role}-{session.id[:8]}"
+        session.thread = threading.Thread(target=session.live, name=name, daemon=True)
+        session.thread.start()
+
+    def looker(self, session: str) -> Executor:
+        """Where the session looks at the device while it does something else."""
+        return ThreadPoolExecutor(1, thread_name_prefix=f"sami-look-{session[:8]}")
+
     def line(self, session: str, *, caller: str = "") -> Line:
         """A new one for this session; see Line."""
         return Line(self.peers, self.settings, session, caller=caller)
+
+    # What sessions share.
 
     def take_places(self, session: str, scope: Scope, wanted: int) -> int:
         """How many new entries of `wanted` the session may put into the scope's device now; see Places."""
@@ -175,7 +198,7 @@ class Session(abc.ABC):
         self._ended = ended
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._finished: deque[Done | ActionFailed] = deque()
-        self._wake_at: float | None = None
+        self.wake_at: float | None = None
         self._line = line or host.line(session)
         self._line.lost = lambda reason: self._events.put(PeerLost(reason))
         self._hearing = threading.Lock()
@@ -183,18 +206,15 @@ class Session(abc.ABC):
         """The sizes of the peer's messages that are in the queue."""
         self._decisions = 0
         self._payloads = 0
-        self._is_over = False
+        self.is_over = False
         self._journal_works = True
         self.has_answer = threading.Event()
         """Set when the peer has answered, or will not."""
         self.has_caught_up = threading.Event()
         """Set when all that the peer had at first is in the device here, or will not be, and at the session's end."""
-        self._thread = threading.Thread(target=self._run, name=f"sami-{self.role}-{session[:8]}", daemon=True)
+        self.thread: threading.Thread | None = None
 
     # From any thread.
-
-    def start(self) -> None:
-        self._thread.start()
 
     def tell(self, event: MigrationEvent) -> None:
         """This host's hypervisor said something of the guest."""
@@ -249,15 +269,22 @@ class Session(abc.ABC):
     def stop(self) -> None:
         """Ends the thread; what the session was about is left as it is. Waits for the action under way."""
         self._events.put(None)
-        self._thread.join()
+        if self.thread is not None:
+            self.thread.join()
         self._line.finish()
         self._let_go()
 
     # In the session's own thread.
 
-    def _run(self) -> None:
+    def live(self) -> None:
+        """All that happens to the session, until it is over."""
         try:
-            self._live()
+            self.begin()
+            while not self.is_over:
+                event = self.next_event()
+                if event is None:
+                    return
+                self.handle(event)
         except Exception as error:  # the session boundary: our own mistake, or a device at the very beginning
             LOG.exception("%s: the session failed", self.id)
             self._fail(f"{type(error).__name__}: {error}")
@@ -270,44 +297,46 @@ class Session(abc.ABC):
         except Exception:
             LOG.exception("%s: the session could not be ended in order", self.id)
         finally:
-            if not self._is_over:
+            if not self.is_over:
                 self._leave()
 
-    def _live(self) -> None:
+    def begin(self) -> None:
+        """First of all."""
         try:
             self.host.journal.begin(self.id, self.guest, self.role, self.peer, self._state())
         except JournalError as error:
             self._lose_journal(error)
         self._begin()
-        while not self._is_over:
-            event = self._next_event()
-            if event is None:
-                return
-            try:
-                self._decide(event)
-            except IllegalMessage as error:
-                LOG.warning("%s: %s said: %s", self.id, self.peer, error)
-                self.report.remark(f"refused: {error}")
-            if isinstance(event, PeerSaid):
-                with self._hearing:
-                    self._kept.popleft()
 
-    def _next_event(self) -> Event | None:
+    def next_event(self, *, waits: bool = True) -> Event | None:
+        """What happens next; None where it has been stopped, or where nothing has happened and nobody waits for it."""
         if self._finished:
             return self._finished.popleft()
-        wait = None if self._wake_at is None else self._wake_at - time.monotonic()
+        wait = None if self.wake_at is None else self.wake_at - self.host.monotonic()
         try:
             # The clock comes first: a peer that never stops speaking does not put off what has its time.
             if wait is None or wait > 0:
-                return self._events.get(timeout=wait)
+                return self._events.get(waits, wait)
         except queue.Empty:
-            pass
-        self._wake_at = None
+            if not waits:
+                return None
+        self.wake_at = None
         return TimePassed()
+
+    def handle(self, event: Event) -> None:
+        """Decides, records and does what there is to do about it."""
+        try:
+            self._decide(event)
+        except IllegalMessage as error:
+            LOG.warning("%s: %s said: %s", self.id, self.peer, error)
+            self.report.remark(f"refused: {error}")
+        if isinstance(event, PeerSaid):
+            with self._hearing:
+                self._kept.popleft()
 
     def _decide(self, event: Event) -> None:
         before = self._state()
-        actions = self._step(event, time.monotonic())
+        actions = self._step(event, self.host.monotonic())
         if isinstance(event, PeerSaid):
             self.has_answer.set()
         if self._state() != before:
@@ -375,7 +404,7 @@ class Session(abc.ABC):
             case Say(message=message):
                 self._say(message)
             case WakeAt(when=when):
-                self._wake_at = when
+                self.wake_at = when
             case End(outcome=outcome, reason=reason):
                 self._end(outcome, reason)
             case _:
@@ -409,7 +438,7 @@ class Session(abc.ABC):
 
     def _leave(self) -> None:
         """Nobody waits for the session any more, and nobody finds it."""
-        self._is_over = True
+        self.is_over = True
         self._line.finish()
         self.has_answer.set()
         self.has_caught_up.set()
@@ -417,7 +446,7 @@ class Session(abc.ABC):
 
     def note(self, step: str) -> None:
         """Puts a step on the report's time line."""
-        self.report.step(step, time.time(), time.monotonic())
+        self.report.step(step, self.host.wall(), self.host.monotonic())
 
     def keep_payload(self, payload: bytes) -> None:
         """Journals flows before they are sent or imported."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from oslo_config import cfg
 
-from sami_plugin.agent import Agent, Hypervisor
+from sami_plugin.agent import Agent, Hypervisor, host_of
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.journal.journal import Journal
@@ -53,7 +53,7 @@ class Hosts:
         for name in names:
             if scope_files is None:
                 self._write(name)
-            self.agents[name] = Agent(
+            host = host_of(
                 cfg.ConfigOpts(),
                 name=name,
                 driver=self.drivers[name],
@@ -62,9 +62,9 @@ class Hosts:
                 settings=settings or Settings(),
                 credentials=Credentials(name, (certificates or {}).get(name, self.certificates).files(name)),
                 transport_url=transport_url,
-                hypervisor=(hypervisors or {}).get(name),
                 domains=(domains or {}).get(name, ()),
             )
+            self.agents[name] = Agent(host, (hypervisors or {}).get(name))
 
     def __enter__(self) -> Hosts:
         for agent in self.agents.values():

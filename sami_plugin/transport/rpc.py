@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import oslo_messaging
@@ -105,10 +105,8 @@ def _register_what_it_forgets(conf: cfg.ConfigOpts) -> None:
 class Transport:
     """One agent's end of a broker."""
 
-    def __init__(self, conf: cfg.ConfigOpts, host: str, receiver: Receiver | None, url: str | None = None) -> None:
+    def __init__(self, conf: cfg.ConfigOpts, host: str, url: str | None = None) -> None:
         """Does not connect yet. Without `url`, the option `transport_url` says where the broker is.
-
-        Without `receiver` nothing is heard there: it is a broker of hosts that answer elsewhere.
 
         :raises ConfigurationError: the URL is not one that this version may use.
         """
@@ -122,24 +120,23 @@ class Transport:
             self._is_embedded = urlsplit(chosen).scheme == "fake"
         except (oslo_messaging.InvalidTransportURL, oslo_messaging.DriverLoadFailure) as error:
             raise ConfigurationError(f"transport_url: {error}") from error
-        self._server = None
-        if receiver is not None:
-            self._server = oslo_messaging.get_rpc_server(
-                self._transport,
-                oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=host),
-                [Endpoint(receiver, self.has_stopped)],
-                executor="threading",
-                access_policy=dispatcher.ExplicitRPCAccessPolicy,
-            )
+        self._server: Any = None
         # Zed's oslo.messaging has no get_rpc_client.
         make_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
         self._client = make_client(
             self._transport, oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, version=VERSION)
         )
 
-    def start(self) -> None:
-        if self._server is not None:
-            self._server.start()
+    def start(self, receiver: Receiver) -> None:
+        """From now on this host is heard there. A broker of hosts that answer elsewhere needs no start."""
+        self._server = oslo_messaging.get_rpc_server(
+            self._transport,
+            oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=self.host),
+            [Endpoint(receiver, self.has_stopped)],
+            executor="threading",
+            access_policy=dispatcher.ExplicitRPCAccessPolicy,
+        )
+        self._server.start()
 
     def stop(self) -> None:
         """Nothing comes in any more, and nothing that goes out is repeated."""

@@ -35,12 +35,12 @@ class Stranger:
         """In which session each kind of message was heard first."""
         files = (certificates or hosts.certificates).files(speaks_with or name)
         trusted = replace(files, authorities=hosts.certificates.folder / "ca.pem", revoked=None)
-        self.transport = Transport(cfg.ConfigOpts(), name, self, "fake://")
+        self.transport = Transport(cfg.ConfigOpts(), name, "fake://")
         self._peers = Peers(Way(self.transport, Credentials(speaks_with or name, trusted)))
         self._lines: dict[str, Line] = {}
 
     def __enter__(self) -> Stranger:
-        self.transport.start()
+        self.transport.start(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
