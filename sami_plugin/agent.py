@@ -6,7 +6,7 @@ import hmac
 import logging
 import threading
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -30,20 +30,28 @@ from sami_plugin.errors import (
     OperatorError,
     RepresentationError,
     SamiError,
+    Veto,
 )
 from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks import domain_xml
 from sami_plugin.hooks.libvirt_events import LibvirtHost
-from sami_plugin.hooks.local_socket import LocalSocket
+from sami_plugin.hooks.local_socket import LocalSocket, guest_of, text_of
 from sami_plugin.journal.journal import Journal
+from sami_plugin.leaving import Leaving, foremost
 from sami_plugin.line import Line
+from sami_plugin.migration.negotiation import Demand
 from sami_plugin.model.domain import Domain
-from sami_plugin.model.migration import GivesUp, MigrationEvent, Open, Origin, Outcome, Phase
+from sami_plugin.model.flows import Omitted, names
+from sami_plugin.model.migration import Answer, Check, GivesUp, Message, MigrationEvent, Open, Origin, Outcome, Phase
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
+from sami_plugin.model.report import NAMES_PER_REASON
+from sami_plugin.model.risk import functions_of
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.peers import Peers, Way
+from sami_plugin.policies.chosen import Policies
+from sami_plugin.question import Question
 from sami_plugin.refusals import STRANGER, Refusals
 from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.session import Host, Session
@@ -51,6 +59,8 @@ from sami_plugin.transport.rpc import Transport
 
 LOG = logging.getLogger(__name__)
 
+VERDICT_MARGIN_SECONDS = 0.5
+"""What a session gets beyond its own limits to say what comes of them."""
 ENDED_REMEMBERED = 1024
 """Sessions of which a late or repeated message is still taken, and dropped, after their end."""
 
@@ -104,6 +114,7 @@ class Agent:
         self._sessions: dict[str, Session] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._greetings: dict[str, _Greeting] = {}
+        self._questions: dict[str, Question] = {}
         bounds = host.settings.bounds
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing: dict[str, _Outgoing] = {}
@@ -131,29 +142,110 @@ class Agent:
     def tell(self, event: MigrationEvent) -> None:
         """As `note`, and waits where the teller can hold the migration up for a while.
 
-        `prepare` waits up to `verdict_seconds` for the source's answer, so that the guest does not leave before its
-        flows begin to; `started` up to `started_seconds` until all that the source had at first is in the firewall, or
-        until what the guest left here before is gone.
+        `prepare` waits until the guest's policy has spoken, up to `verdict_seconds` and, where it asks an operator,
+        `ask_seconds` more: after that it does without what it waits for. `started` waits up to `started_seconds` until
+        all that the source had at first is in the firewall, or until what the guest left here before is gone.
 
         :raises OperatorError: something is missing in what was said.
+        :raises Veto: the guest may not come here.
         """
         self.note(event)
         settings = self.host.settings
-        session: Session | None = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
-        if session is None and event.phase is Phase.STARTED:
-            session = next((one for one in self._sessions_of(event.guest, SourceSession) if one.has_left), None)
-        if session is None:
-            return
-        if event.phase is Phase.PREPARE and not session.has_answer.wait(settings.verdict_seconds):
-            LOG.warning("%s: the source has not answered yet; the migration goes on", session.id)
-        if event.phase is Phase.STARTED and not session.has_caught_up.wait(settings.started_seconds):
-            LOG.warning("%s: not all is done yet; the guest goes on", session.id)
+        coming = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
+        if event.phase is Phase.PREPARE and coming is not None:
+            self._await_verdict(coming)
+        if event.phase is Phase.STARTED:
+            session: Session | None = coming
+            if session is None:
+                session = next((one for one in self._sessions_of(event.guest, SourceSession) if one.has_left), None)
+            if session is not None and not session.has_caught_up.wait(settings.started_seconds):
+                LOG.warning("%s: not all is done yet; the guest goes on", session.id)
+
+    def _await_verdict(self, session: DestinationSession) -> None:
+        """:raises Veto: the guest may not come here."""
+        limits = self.host.settings.limits
+        has_spoken = session.has_verdict.wait(limits.verdict_seconds + VERDICT_MARGIN_SECONDS)
+        if not has_spoken and session.is_asking:
+            LOG.warning("%s: waits for `sami session approve` or `refuse`: %s", session.id, session.risk)
+            has_spoken = session.has_verdict.wait(limits.ask_seconds + VERDICT_MARGIN_SECONDS)
+        if session.refusal is not None:
+            raise Veto(f"{session.refusal} (session {session.id})")
+        if not has_spoken:
+            LOG.warning("%s: nothing is decided yet; the migration goes on", session.id)
+
+    def decide(self, session_id: str, *, may_come: bool) -> None:
+        """An operator's answer, for a session whose policy asks for one. Its first characters are enough.
+
+        :raises OperatorError: there is none that asks, or more than one.
+        """
+        asking = [one for one in self.sessions() if isinstance(one, DestinationSession) and one.is_asking]
+        found = [one for one in asking if one.id.startswith(session_id) or one.guest == session_id]
+        if len(found) != 1:
+            known = ", ".join(one.id for one in asking) or "none"
+            what = "no session" if not found else f"{len(found)} sessions"
+            raise OperatorError(f"{what} of that name waits for an answer here; those that wait: {known}")
+        found[0].approve(may_come=may_come)
+
+    def check(self, guest: str, host: str) -> dict[str, Any]:
+        """What would become of a guest's flows if it moved from here to that host. Moves and keeps nothing.
+
+        Blocks up to `open_seconds`.
+
+        :raises OperatorError: the guest is not here, or the host is this one.
+        :raises SamiError: the firewall or the other host does not answer.
+        """
+        if host == self.host.name:
+            raise OperatorError(f"to: the guest is to move from {host} to another host")
+        self._look(guest)
+        scopes = self.host.scopes.find(guest)
+        if not scopes:
+            raise OperatorError(f"guest: {self.host.name} knows no port of {guest}; is the guest here?")
+        there = self.host.peers.way_to(host).domain
+        pieces = [
+            (Leaving(scope, None), piece)
+            for scope in scopes
+            for piece in self.host.driver.export(scope)
+            if not isinstance(piece, Omitted) and (there is None or there.gives(piece.template.name))
+        ]
+        counts: Counter[str] = Counter()
+        for _, batch in pieces:
+            counts[batch.template.name] += len(batch)
+        functions = functions_of(batch for _, batch in pieces)
+        answer = self._ask(host, Check(guest, tuple(counts), tuple(counts.values()), functions))
+        _, rest = foremost((piece for piece in pieces if piece[1].template.name in answer.kinds), answer.places)
+        refused = [batch for _, batch in pieces if batch.template.name not in answer.kinds]
+        without = [*refused, *(batch for _, batch in rest)]
+        return {
+            "guest": guest,
+            "source": self.host.name,
+            "destination": host,
+            "verdict": answer.verdict,
+            "flows": counts.total(),
+            "carried": answer.places,
+            "kinds": dict(counts),
+            "losses": dict(zip(answer.reasons, answer.counts, strict=False)),
+            "not_carried": [name for batch in without for name in names(batch)][:NAMES_PER_REASON],
+        }
+
+    def _ask(self, host: str, check: Check) -> Answer:
+        session = str(uuid.uuid4())
+        question = Question(self.host.line(session), host)
+        with self._lock:
+            self._questions[session] = question
+        try:
+            return question.ask(check, self.host.settings.limits.open_seconds)
+        finally:
+            with self._lock:
+                del self._questions[session]
+                self._remember_ended(session)
 
     def note(self, event: MigrationEvent) -> None:
         """This host's hypervisor said something of a guest. The same may be said twice. Returns at once.
 
         :raises OperatorError: something is missing in what was said.
         """
+        if event.guest in self.host.policies.excluded:
+            return
         origin = self._learn(event.guest, event.domain)
         match event.phase:
             case Phase.PREPARE:
@@ -260,17 +352,18 @@ class Agent:
 
     def _deliver(self, sender: str, session_id: str, packet: Packet) -> None:
         with self._lock:  # a session is there before its greeting is gone, so one of both is found
-            known: Session | _Greeting | None = self._sessions.get(session_id)
+            known: Session | Question | _Greeting | None
+            known = self._sessions.get(session_id) or self._questions.get(session_id)
             if known is None:
                 if session_id in self._ended:
                     return
                 known = self._greeting(sender, session_id)
         if known.peer != sender:
             raise NotAuthorised("a session is with one host, and no other may speak in it")
-        if isinstance(known, Session):
-            known.deliver(packet)
-        else:
+        if isinstance(known, _Greeting):
             self._greet(known, packet)
+        else:
+            known.deliver(packet)
 
     def _greet(self, greeting: _Greeting, packet: Packet) -> None:
         """A host that calls is heard until it has shown who it is, and has said what it wants."""
@@ -282,7 +375,12 @@ class Agent:
             if not heard:
                 return
             try:
-                greeting.session = self._open(greeting, heard)
+                said = messages.decode(heard[0])
+                if isinstance(said, Check):
+                    greeting.line.say(messages.encode(self._judge(said, greeting.peer)))
+                    self._hang_up(greeting.id)
+                    return
+                greeting.session = self._open(greeting, said, heard)
             except SamiError as error:  # the caller is told, and not the broker
                 self.host.refusals.note(greeting.peer, error)
                 greeting.line.say(messages.encode(GivesUp(str(error))))
@@ -364,7 +462,10 @@ class Agent:
                 self._make_room(event.guest)
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
-                session = DestinationSession(self.host, str(uuid.uuid4()), event.guest, source, self._forget)
+                is_held = event.phase is Phase.PREPARE
+                session = DestinationSession(
+                    self.host, str(uuid.uuid4()), event.guest, source, self._forget, is_held=is_held
+                )
                 session.token = token
                 self._add(session)
             else:
@@ -372,14 +473,22 @@ class Agent:
                 if source:
                     session.find(source)
 
-    def _open(self, greeting: _Greeting, heard: list[bytes]) -> Session:
+    def _judge(self, check: Check, sender: str) -> Answer:
+        """What would be said to these flows; nothing is kept for them."""
+        demand = Demand.of(check.kinds, check.counts, check.functions)
+        risk = self.host.risk(demand, "", check.guest, sender, is_kept=False)
+        return risk.answered(self.host.policies.of(check.guest, self.host.peers.way_to(sender).domain).judge(risk), 0)
+
+    def _open(self, greeting: _Greeting, said: Message, heard: list[bytes]) -> Session:
         """The session that the caller asks for in the first message that was heard of it."""
-        said, sender = messages.decode(heard[0]), greeting.peer
+        sender = greeting.peer
         if not isinstance(said, Open):
             raise IllegalMessage("a session begins with Open")
         if not _is_uuid(said.guest):
             raise IllegalMessage("a guest is a UUID")
         guest = str(uuid.UUID(said.guest))
+        if guest in self.host.policies.excluded:
+            raise NotAuthorised(f"the operator of {self.host.name} wants nothing done for {guest} ([policy] guests)")
         is_leaving = self._is_leaving(guest, sender)
         has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
         with self._lock:
@@ -492,6 +601,7 @@ def host_of(
     credentials: Credentials,
     transport_url: str | None = None,
     domains: Sequence[Domain] = (),
+    policies: Policies | None = None,
 ) -> Host:
     """This host. `domains` are the others than its own.
 
@@ -503,7 +613,8 @@ def host_of(
         Way(_transport_to(conf, name, one) or own.transport, each, one)
         for one, each in zip(domains, trusted, strict=True)
     ]
-    return Host(name, settings, driver, scopes, journal, Peers(own, others), Refusals(name, journal))
+    refusals = Refusals(name, journal)
+    return Host(name, settings, driver, scopes, journal, Peers(own, others), refusals, policies or Policies())
 
 
 def _transport_to(conf: cfg.ConfigOpts, name: str, domain: Domain) -> Transport | None:
@@ -533,18 +644,19 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
 
     :raises SamiError: it cannot start; the message says what to change.
     """
-    settings = options.settings(conf)
+    settings, domains = options.settings(conf), options.domains(conf)
     libvirt = LibvirtHost(conf.libvirt.uri, conf.agent.host) if conf.libvirt.uri else None
     agent = Agent(
         host_of(
             conf,
             name=conf.agent.host,
-            driver=loader.load_driver(conf.agent.driver),
+            driver=loader.load_driver(conf.agent.driver, **options.driver_options(conf)),
             scopes=load_scopes(conf.agent.scopes, conf),
             journal=Journal(conf.agent.journal, keep=options.retention(conf)),
             settings=settings,
             credentials=Credentials(conf.agent.host, options.tls_files(conf)),
-            domains=options.domains(conf),
+            domains=domains,
+            policies=Policies.from_conf(conf, domains),
         ),
         libvirt,
     )
@@ -559,6 +671,11 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
             users=conf.agent.socket_users,
             bounds=settings.bounds,
             refused=agent.host.refusals.note,
+            requests={
+                "check": lambda said: agent.check(guest_of(said), text_of(said, "to")),
+                "approve": lambda said: agent.decide(text_of(said, "session"), may_come=True),
+                "refuse": lambda said: agent.decide(text_of(said, "session"), may_come=False),
+            },
         )
         socket.start()
         stack.callback(socket.stop)

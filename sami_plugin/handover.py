@@ -3,7 +3,9 @@
  1. The destination's hypervisor says that a guest is about to come, and from which host. `DestinationSession` asks that
     one for the guest's flows (`_ask`).
  2. The source has the guest in an outgoing job: `SourceSession` begins to watch the guest's ports, exports them, and
-    sends the flows batch by batch while the guest runs (`_start_export`, `_export_next`).
+    says what there is (`_start_export`, `_say_offer`). The destination sees what it can take, keeps places for it and
+    asks the guest's policy, which may refuse the migration (`_negotiate`). The source sends what has a place, batch by
+    batch while the guest runs (`_choose`, `_export_next`).
  3. The destination puts each batch into its firewall as soon as the port's place is known there, looks at what the
     firewall kept, and keeps it from running out of time (`_import`, `_find_scope`, `_verify`, `_renew`).
  4. The source sends what changes, again and again (`_export_changes`, `_resync`).
@@ -24,8 +26,10 @@ What each role keeps of a port is in `leaving` and in `arriving`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,12 +38,13 @@ import numpy.typing as npt
 from sami_plugin.arriving import Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import SamiError
-from sami_plugin.leaving import Leaving, Piece, Sweep, merged, split, taken
+from sami_plugin.leaving import Leaving, Piece, Sweep, foremost, merged, split, taken
 from sami_plugin.line import Line
 from sami_plugin.migration import destination, source
 from sami_plugin.migration.decision import (
     Action,
     Ask,
+    Choose,
     Discard,
     Done,
     Event,
@@ -48,29 +53,35 @@ from sami_plugin.migration.decision import (
     FindScope,
     Import,
     Keep,
+    LapsePlaces,
+    Negotiate,
+    Negotiated,
     PeerSaid,
     Purge,
     PurgeLate,
     Renew,
     Resync,
+    SayOffer,
     StartExport,
     Verify,
 )
+from sami_plugin.migration.negotiation import Demand
 from sami_plugin.model.address_map import peer_sees_another
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import (
     Addresses,
     Batch,
     FirewallEvent,
-    FlowStatus,
     Omitted,
     has_end_in,
+    importance,
     is_translated_elsewhere,
     names,
 )
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
-    PROTOCOL_VERSION,
+    VERSIONS,
+    Answer,
     Arrived,
     Complete,
     FlowChanges,
@@ -83,13 +94,16 @@ from sami_plugin.model.migration import (
     Open,
     Phase,
     Purged,
+    Room,
     Stays,
 )
-from sami_plugin.model.results import Outcome, Reason
+from sami_plugin.model.results import MEND_NO_PLACE, Outcome, Reason
+from sami_plugin.model.risk import Risk, functions_of
 from sami_plugin.model.scope import Scope
+from sami_plugin.model.verdict import Verdict
 from sami_plugin.session import Host, Session
 
-Actions = Mapping[type[Action], Callable[[Any], Done | None]]
+Actions = Mapping[type[Action], Callable[[Any], Done | Negotiated | None]]
 
 
 # ------------------------------------------------------------------------------------------------ the guest leaves
@@ -126,6 +140,7 @@ class SourceSession(Session):
         self._compression = "zlib"
         self._pieces: Iterator[Piece] = iter(())
         self._sweep: Sweep | None = None
+        self._offered: Counter[str] = Counter()
         self._removed = self._late = self._left = self._kept_for_others = 0
         host.leaves(guest)
 
@@ -133,6 +148,8 @@ class SourceSession(Session):
         return {
             Keep: self._keep,
             StartExport: self._start_export,
+            SayOffer: self._say_offer,
+            Choose: self._choose,
             ExportNext: self._export_next,
             ExportChanges: self._export_changes,
             Resync: self._resync,
@@ -150,6 +167,32 @@ class SourceSession(Session):
             self.report.remark("this host knows no port of the guest, so nothing was carried")
         self._pieces = self._export()
         return Done("StartExport", len(self._ports))
+
+    def _say_offer(self, action: SayOffer) -> None:
+        """All is exported before, to know how much it is."""
+        pieces = list(self._pieces)
+        self._pieces = iter(pieces)
+        counts: Counter[str] = Counter()
+        for _, batch in pieces:
+            if self._gives(batch):
+                counts[batch.template.name] += len(batch)
+        self._offered = counts
+        functions = functions_of(batch for _, batch in pieces)
+        self._say(Offer(self._known.version, action.ports, tuple(counts), tuple(counts.values()), functions))
+        self.note("offered")
+
+    def _choose(self, action: Choose) -> None:
+        """Keeps back what has no place there: the least important."""
+        if action.places >= sum(self._offered[kind] for kind in action.kinds):
+            return
+        pieces = list(self._pieces)
+        others = [piece for piece in pieces if piece[1].template.name not in action.kinds]
+        chosen, rest = foremost((piece for piece in pieces if piece[1].template.name in action.kinds), action.places)
+        self._pieces = iter([*chosen, *others])
+        for port, batch in rest:
+            with self.host.deciding(port.scope):
+                self.host.leaving.claim(self.id, port.scope, batch)
+            port.unplaced.put(batch)
 
     def _keep(self, action: Keep) -> Done:
         """Nobody asked for the guest's flows. What it leaves is noted, to be removed by name like all else."""
@@ -252,7 +295,11 @@ class SourceSession(Session):
             return
         with self.host.deciding(port.scope):
             self.host.leaving.claim(self.id, port.scope, batch)
-        if self._domain is None or self._domain.gives(batch.template.name):
+        is_unplaced = port.unplaced.find(batch)[0]
+        if is_unplaced.any():
+            port.unplaced.put(batch.take(is_unplaced))
+            batch = batch.take(~is_unplaced)
+        if self._gives(batch):
             port.withheld.discard(batch)
             port.exported.put(batch)
             told.append(batch)
@@ -262,9 +309,14 @@ class SourceSession(Session):
             self._tell_gone(port, before, gone)
             port.withheld.put(batch)
 
+    def _gives(self, batch: Batch) -> bool:
+        """Whether the other host's domain may have this kind."""
+        return self._domain is None or self._domain.gives(batch.template.name)
+
     def _tell_gone(self, port: Leaving, batch: Batch, gone: list[Batch]) -> None:
         """A flow that was never told needs no removal; one that took the same tuple since is not meant."""
-        port.withheld.discard(batch)
+        for table in port.untold():
+            table.discard(batch)
         known, ids = port.exported.find(batch)
         named = batch.rows["flowId"]
         batch = batch.take(known & ((named == 0) | (ids == named)))
@@ -275,7 +327,8 @@ class SourceSession(Session):
 
     def _name_unheard(self, port: Leaving, batch: Batch) -> None:
         """Flows that somebody deleted in the pause, before the export came to them: what they were is not known."""
-        lost = batch.take(~(port.exported.find(batch)[0] | port.withheld.find(batch)[0]))
+        known = [table.find(batch)[0] for table in (port.exported, *port.untold())]
+        lost = batch.take(~np.logical_or.reduce(known))
         if len(lost):
             self.report.name("deleted at the source in the pause, before they were exported", len(lost), names(lost))
 
@@ -299,7 +352,7 @@ class SourceSession(Session):
             for port in self._ports:
                 with self.host.lock:
                     stay = self._neighbours(port.scope)
-                    batches = [*port.exported.batches(), *port.withheld.batches()]
+                    batches = [*chain(*(table.batches() for table in (port.exported, *port.untold())))]
                     victims = [self._ours_alone(port, batch, stay) for batch in batches]
                     self._kept_for_others += sum(map(len, batches)) - sum(map(len, victims))
                     for batch in victims:
@@ -365,8 +418,21 @@ class SourceSession(Session):
         return actions
 
     def _note_message(self, message: Message) -> None:
-        if isinstance(message, Open):
-            self._compression = compression.choose(message.compressions)
+        match message:
+            case Open():
+                self._compression = compression.choose(message.compressions)
+            case Answer():
+                losses = dict(zip(message.reasons, message.counts, strict=False))
+                self.report.verdict = {
+                    "verdict": message.verdict,
+                    "flows": self._offered.total(),
+                    "places": message.places,
+                    "losses": losses,
+                }
+            case Room():
+                left = f"of the promised places at the destination {message.places} are left"
+                self.report.remark(f"{left}: {message.reason}")
+                return
         self.note(_SAID_TO_SOURCE.get(type(message), type(message).__name__))
 
     def _note_phase(self, event: MigrationEvent) -> None:
@@ -378,10 +444,12 @@ class SourceSession(Session):
 
     def _counts(self) -> dict[str, int]:
         for port in self._ports:
-            for batch in port.withheld.batches():
-                self.report.name(
-                    "not exported: this kind may not go to that domain (kinds_out)", len(batch), names(batch)
-                )
+            for table, why in (
+                (port.withheld, "this kind may not go to that domain (kinds_out)"),
+                (port.unplaced, f"there was no place for it at the destination; {MEND_NO_PLACE}"),
+            ):
+                for batch in table.batches():
+                    self.report.name(f"not exported: {why}", len(batch), names(batch))
         return {
             "exported": self._exported_count(),
             "purged": self._removed,
@@ -405,10 +473,20 @@ class DestinationSession(Session):
 
     role = "destination"
 
-    def __init__(self, host: Host, session: str, guest: str, peer: str, ended: Callable[[Session], None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        session: str,
+        guest: str,
+        peer: str,
+        ended: Callable[[Session], None],
+        *,
+        is_held: bool = False,
+    ) -> None:
+        """`is_held`: the migration waits for the policy's word."""
         super().__init__(host, session, guest, peer, ended)
         self._began_at = host.monotonic()
-        self._known = destination.new(host.settings.limits, self._began_at)
+        self._known = destination.new(host.settings.limits, self._began_at, is_held=is_held)
         self._ports: list[Arriving] = []
         self._waiting: list[bytes] = []
         """Payloads that may hold flows of ports that are not known yet."""
@@ -416,6 +494,9 @@ class DestinationSession(Session):
         self._looker = host.looker(session)
         self._findings = Findings()
         self._discarded = 0
+        self._declared: Collection[str] = ()
+        self.risk = ""
+        """What would be lost, in one line, as far as it is known."""
         self.token = ""
         """See Origin."""
         host.arriving_guests[session] = guest
@@ -423,6 +504,8 @@ class DestinationSession(Session):
     def _actions(self) -> Actions:
         return {
             Ask: self._ask,
+            Negotiate: self._negotiate,
+            LapsePlaces: self._lapse_places,
             FindScope: self._find_scope,
             Import: self._import,
             Verify: self._verify,
@@ -437,11 +520,12 @@ class DestinationSession(Session):
     def _ask(self, action: Ask) -> Done:
         self.peer = self.report.peer = action.source
         capabilities = self.host.driver.capabilities()
+        self._declared = capabilities.templates
         free = None if capabilities.capacity is None else max(0, capabilities.capacity - capabilities.in_use)
         said = Open(
             guest=self.guest,
             destination=self.host.name,
-            versions=(PROTOCOL_VERSION,),
+            versions=VERSIONS,
             templates=tuple(sorted(capabilities.templates)),
             compressions=compression.available(),
             free=free,
@@ -450,6 +534,41 @@ class DestinationSession(Session):
         self.note("asked")
         self._say(said)
         return Done("Ask")
+
+    def _negotiate(self, action: Negotiate) -> Negotiated:
+        """Sees what can be taken, keeps places for it, and asks the guest's policy."""
+        risk = self._risk(action)
+        self.risk = risk.words
+        policy = self.host.policies.of(self.guest, self._domain)
+        verdict = policy.judge(risk) if action.may_refuse else Verdict.PROCEED
+        self.report.verdict = {
+            "verdict": verdict.value,
+            "policy": type(policy).__name__,
+            "flows": risk.flows,
+            "places": risk.carried,
+            "losses": {**risk.losses, **risk.degraded},
+        }
+        if not risk.is_none:
+            self.report.remark(risk.words)
+        is_awaited = action.offer is not None and action.offer.version > 1
+        said = risk.answered(verdict, self.host.settings.limits.reservation_seconds) if is_awaited else None
+        return Negotiated(verdict, risk.words, said)
+
+    def _risk(self, action: Negotiate) -> Risk:
+        guest, offer = self.guest, action.offer
+        if offer is None or offer.version == 1:
+            why = action.why_unknown or "the source speaks version 1, which says no counts; upgrade it"
+            return Risk(guest, self.peer, self.host.name, None, why_unknown=why)
+        demand = Demand.of(offer.kinds, offer.counts, offer.functions)
+        return self.host.risk(demand, self.id, guest, self.peer)
+
+    def _lapse_places(self, action: LapsePlaces) -> None:
+        if self.host.lapse_places(self.id):
+            self._tell_room("they were kept for reservation_seconds")
+
+    def _tell_room(self, reason: str) -> None:
+        if self._known.version > 1:
+            self._say(Room(self.host.places_left(self.id), reason))
 
     def _import(self, action: Import) -> Done:
         self.keep_payload(action.payload)
@@ -556,7 +675,8 @@ class DestinationSession(Session):
     def _admitted(self, port: Arriving, mine: Batch, theirs: Batch) -> Batch:
         """Those of the port's flows that may come in; the others are refused, and go if they were here before."""
         domain = self._domain
-        refused: list[tuple[Reason, npt.NDArray[np.bool_]]] = []
+        is_unknown = np.full(len(mine), mine.template.name not in self._declared)
+        refused: list[tuple[Reason, npt.NDArray[np.bool_]]] = [(Reason.NOT_DECLARED, is_unknown)]
         if domain is not None:
             refused.append((Reason.NOT_ADMITTED, np.full(len(mine), not domain.takes(mine.template.name))))
             if not domain.peers_follow:
@@ -576,11 +696,13 @@ class DestinationSession(Session):
         """Those of the flows for which there is room; the others are refused by name."""
         is_new = ~port.held.find(batch)[0]
         wanted = int(np.count_nonzero(is_new))
+        promised = self.host.places_left(self.id)
         granted = self.host.take_places(self.id, port.scope, wanted) if wanted else 0
         if granted == wanted:
             return batch
-        is_assured = (batch.rows["conntrackStatus"] & int(FlowStatus.ASSURED)) != 0
-        first = np.lexsort((-batch.rows["remainingTimeoutSeconds"].astype(np.int64), ~is_assured, ~is_new))
+        if granted < promised:
+            self._tell_room(f"traffic on {self.host.name} has taken the others")
+        first = np.lexsort((-importance(batch), ~is_new))
         is_left_out = np.zeros(len(batch), bool)
         is_left_out[first[granted:wanted]] = True
         self._findings.refuse(batch.take(is_left_out), Reason.NO_PLACE)
@@ -657,6 +779,16 @@ class DestinationSession(Session):
         return destination.is_open(self._known) and (source == self.peer or not source or not self.peer)
 
     @property
+    def is_asking(self) -> bool:
+        """Whether an operator is to say if the guest may come."""
+        return self._known.verdict is Verdict.ASK
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the guest may not come; None where it may, or where nobody has said yet."""
+        return self._known.reason if self._known.verdict is Verdict.VETO else None
+
+    @property
     def is_awaited(self) -> bool:
         """Whether the guest does not run here yet."""
         return not self._known.runs_here
@@ -670,8 +802,9 @@ class DestinationSession(Session):
         self._known, actions = destination.step(self._known, event, now)
         if isinstance(event, PeerSaid):
             self._note_message(event.message)
+        if self._known.verdict in (Verdict.PROCEED, Verdict.VETO):
+            self.has_verdict.set()
         if destination.has_caught_up(self._known):
-            self.has_answer.set()
             self.has_caught_up.set()
         return actions
 
@@ -714,6 +847,7 @@ class DestinationSession(Session):
 
 _SAID_TO_SOURCE: Mapping[type[Message], str] = {
     Open: "asked",
+    Answer: "answered",
     Complete: "complete",
     Arrived: "arrived",
     Stays: "the destination said that the guest stays",

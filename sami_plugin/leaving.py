@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
 from sami_plugin.drivers.base import Changes, FlowDriver, Watch
-from sami_plugin.model.flows import Batch, Omitted
+from sami_plugin.model.flows import Batch, Omitted, importance
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.results import lost_fields
 from sami_plugin.model.scope import Scope
@@ -25,6 +26,13 @@ class Leaving:
     """What the other host was told of."""
     withheld: FlowTable = field(default_factory=FlowTable)
     """What it was not told of, for its domain is not to have it. It is purged all the same."""
+
+    unplaced: FlowTable = field(default_factory=FlowTable)
+    """What it was not told of, for it has no place for it. It is purged all the same."""
+
+    def untold(self) -> tuple[FlowTable, FlowTable]:
+        """What is the guest's, and the other host does not know of."""
+        return self.withheld, self.unplaced
 
     def changes(self) -> Changes:
         """What changed since the last call."""
@@ -63,13 +71,13 @@ class Sweep:
         for port in self._ports:
             seen = self._seen[port.scope.port]
             gone: list[Batch] = []
-            for told in (*port.exported.batches(), *port.withheld.batches()):
+            for told in chain(*(table.batches() for table in (port.exported, *port.untold()))):
                 missing = told.take(~seen.find(told)[0])
                 if len(missing):
                     # The export ran past some buckets before newer flows came into them: ask for each by name.
                     _, there = self._driver.read_back(port.scope, missing)
                     gone.append(missing.take(~there).identities)
-            yield port, gone, [_changed(batch, port.exported, port.withheld) for batch in seen.batches()]
+            yield port, gone, [_changed(batch, port.exported, *port.untold()) for batch in seen.batches()]
 
 
 def _changed(batch: Batch, *tables: FlowTable) -> Batch:
@@ -79,6 +87,21 @@ def _changed(batch: Batch, *tables: FlowTable) -> Batch:
         known, rows = table.rows_of(batch)
         is_same |= known & (lost_fields(batch, rows) == 0) & (batch.rows["flowId"] == rows["flowId"])
     return batch.take(~is_same)
+
+
+def foremost(pieces: Iterable[Piece], places: int) -> tuple[list[Piece], list[Piece]]:
+    """The flows for which there are places, and the others; see `importance`."""
+    whole = [piece for piece in merged(pieces) if len(piece[1])]
+    if not whole:
+        return [], []
+    ranked = np.argsort(-np.concatenate([importance(batch) for _, batch in whole]), kind="stable")
+    which = np.repeat(np.arange(len(whole)), [len(batch) for _, batch in whole])
+    at = np.concatenate([np.arange(len(batch)) for _, batch in whole])
+    first, rest = (
+        [(port, batch.take(at[some][which[some] == number])) for number, (port, batch) in enumerate(whole)]
+        for some in (ranked[:places], ranked[places:])
+    )
+    return first, rest
 
 
 def taken(pieces: Iterator[Piece], flows: int) -> tuple[list[Piece], bool]:

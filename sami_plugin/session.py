@@ -37,6 +37,8 @@ from sami_plugin.migration.decision import (
     Found,
     GuestDid,
     Import,
+    Negotiated,
+    OperatorSaid,
     PeerLost,
     PeerSaid,
     Purge,
@@ -50,14 +52,17 @@ from sami_plugin.migration.decision import (
     Verify,
     WakeAt,
 )
+from sami_plugin.migration.negotiation import Demand, weigh
 from sami_plugin.migration.places import Places
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.report import Report
+from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.peers import Peers
+from sami_plugin.policies.chosen import Policies
 from sami_plugin.refusals import Refusals
 from sami_plugin.scopes.base import ScopeFinder
 
@@ -81,6 +86,7 @@ class Host:
     journal: Journal
     peers: Peers
     refusals: Refusals
+    policies: Policies = field(default_factory=Policies)
     leaving: Claims = field(default_factory=Claims)
     arriving: Claims = field(default_factory=Claims)
     arriving_guests: dict[str, str] = field(default_factory=dict)
@@ -118,6 +124,36 @@ class Host:
 
     # What sessions share.
 
+    def risk(self, demand: Demand, session: str, guest: str, source: str, *, is_kept: bool = True) -> Risk:
+        """What would be lost if these flows came from that host. The places that they need are kept for the session.
+
+        :raises SamiError: this host's firewall does not say.
+        """
+        scope = Scope("", guest, {}, (), namespace=self._namespace)
+        can, domain = self.driver.capabilities(scope), self.peers.way_to(source).domain
+
+        def promise(wanted: int) -> int:
+            with self._promising:
+                places = self._places_of(scope.namespace)
+                granted = places.promise(session, wanted, lambda: (can.capacity, can.in_use))
+                if not is_kept:
+                    places.lapse(session)
+                return granted
+
+        found = weigh(
+            demand,
+            declared=can.templates,
+            admitted=(lambda kind: True) if domain is None else domain.takes,
+            functions=can.functions,
+            promise=promise,
+        )
+        return Risk(guest, source, self.name, demand.flows, found.kinds, found.places, found.losses, found.degraded)
+
+    def places_left(self, session: str) -> int:
+        """What the session was promised and has not put in yet."""
+        with self._promising:
+            return sum(places.left(session) for places in self._places.values())
+
     def take_places(self, session: str, scope: Scope, wanted: int) -> int:
         """How many new entries of `wanted` the session may put into the scope's device now; see Places."""
 
@@ -126,8 +162,24 @@ class Host:
             return capabilities.capacity, capabilities.in_use
 
         with self._promising:
-            places = self._places.setdefault(scope.namespace, Places(self.settings.headroom_percent))
-            return places.take(session, wanted, look)
+            return self._places_of(scope.namespace).take(session, wanted, look)
+
+    def lapse_places(self, session: str) -> int:
+        """No more places are kept for the session; how many it had that it has put nothing in."""
+        left = self.places_left(session)
+        with self._promising:
+            for places in self._places.values():
+                places.lapse(session)
+        return left
+
+    @property
+    def _namespace(self) -> str | None:
+        """Where a guest's ports will be, as far as one can know: the only one where this host's ports are, or ours."""
+        namespaces = self.scopes.namespaces()
+        return namespaces[0] if len(namespaces) == 1 else None
+
+    def _places_of(self, namespace: str | None) -> Places:
+        return self._places.setdefault(namespace, Places(self.settings.headroom_percent))
 
     def used_places(self, session: str) -> None:
         """What it took is in the device, or will never be."""
@@ -197,7 +249,7 @@ class Session(abc.ABC):
         self.report = Report(session, guest, self.role, host.name, peer or "not known")
         self._ended = ended
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._finished: deque[Done | ActionFailed] = deque()
+        self._finished: deque[Done | Negotiated | ActionFailed] = deque()
         self.wake_at: float | None = None
         self._line = line or host.line(session)
         self._line.lost = lambda reason: self._events.put(PeerLost(reason))
@@ -208,8 +260,8 @@ class Session(abc.ABC):
         self._payloads = 0
         self.is_over = False
         self._journal_works = True
-        self.has_answer = threading.Event()
-        """Set when the peer has answered, or will not."""
+        self.has_verdict = threading.Event()
+        """Set when the policy has spoken, and at the session's end."""
         self.has_caught_up = threading.Event()
         """Set when all that the peer had at first is in the device here, or will not be, and at the session's end."""
         self.thread: threading.Thread | None = None
@@ -261,6 +313,10 @@ class Session(abc.ABC):
     def refuse(self, reason: str) -> None:
         """The peer has no business here."""
         self._events.put(PeerLost(reason))
+
+    def approve(self, *, may_come: bool) -> None:
+        """The operator was asked, and has spoken."""
+        self._events.put(OperatorSaid(may_come))
 
     def expect_return(self) -> None:
         """The guest is about to come to this host."""
@@ -337,8 +393,6 @@ class Session(abc.ABC):
     def _decide(self, event: Event) -> None:
         before = self._state()
         actions = self._step(event, self.host.monotonic())
-        if isinstance(event, PeerSaid):
-            self.has_answer.set()
         if self._state() != before:
             LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, self._state(), _label(event))
         if actions:
@@ -391,7 +445,9 @@ class Session(abc.ABC):
         if done is not None:
             # Most is decided upon at once. What is only a part of a whole, and what sends much, goes behind what
             # happened meanwhile: neither the guest's pause nor an abort waits for it.
-            if isinstance(action, BULK):
+            if isinstance(done, Negotiated):
+                self._finished.append(done)
+            elif isinstance(action, BULK):
                 self._line.when_there_is_room(lambda: self._events.put(done))
             elif done.is_all:
                 self._finished.append(done)
@@ -399,7 +455,7 @@ class Session(abc.ABC):
                 self._events.put(done)
         return True
 
-    def _act(self, action: Action) -> Done | None:
+    def _act(self, action: Action) -> Done | Negotiated | None:
         match action:
             case Say(message=message):
                 self._say(message)
@@ -440,7 +496,7 @@ class Session(abc.ABC):
         """Nobody waits for the session any more, and nobody finds it."""
         self.is_over = True
         self._line.finish()
-        self.has_answer.set()
+        self.has_verdict.set()
         self.has_caught_up.set()
         self._ended(self)
 
@@ -472,7 +528,7 @@ class Session(abc.ABC):
         """Asks the role's decision and keeps what is known now."""
 
     @abc.abstractmethod
-    def _actions(self) -> Mapping[type[Action], Callable[[Any], Done | None]]:
+    def _actions(self) -> Mapping[type[Action], Callable[[Any], Done | Negotiated | None]]:
         """How each of the role's actions is done."""
 
     @abc.abstractmethod
@@ -512,6 +568,10 @@ def _label(item: Event | Action) -> str:
             return f"peer lost: {reason}"
         case Found(source=source):
             return f"found: {source}"
+        case Negotiated(verdict=verdict):
+            return f"verdict: {verdict.value}"
+        case OperatorSaid(may_come=may_come):
+            return f"operator said: {'approve' if may_come else 'refuse'}"
         case End(outcome=outcome):
             return f"end: {outcome.value}"
     return type(item).__name__

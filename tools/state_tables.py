@@ -6,6 +6,7 @@ with every event, and what comes of it is written down. A test compares the page
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from sami_plugin.migration.decision import (
     FindScope,
     Found,
     GuestDid,
+    Negotiated,
+    OperatorSaid,
     PeerLost,
     PeerSaid,
     Returns,
@@ -35,6 +38,7 @@ from sami_plugin.migration.decision import (
 )
 from sami_plugin.model.migration import (
     PROTOCOL_VERSION,
+    Answer,
     Arrived,
     Complete,
     FlowChanges,
@@ -46,9 +50,11 @@ from sami_plugin.model.migration import (
     Open,
     Phase,
     Purged,
+    Room,
     Stays,
 )
 from sami_plugin.model.settings import Limits
+from sami_plugin.model.verdict import Verdict
 
 PAGE = pathlib.Path(__file__).parents[1] / "doc" / "source" / "contributor" / "states.rst"
 
@@ -56,8 +62,12 @@ OPEN = Open("guest", "host-b", (PROTOCOL_VERSION,), (), (), None)
 MESSAGES = (
     OPEN,
     replace(OPEN, versions=()),
+    replace(OPEN, versions=(1,)),
     Offer(PROTOCOL_VERSION, 1),
     Offer(PROTOCOL_VERSION, 0),
+    Offer(1, 1),
+    Answer(1, 600),
+    Room(0, "reason"),
     Flows(b""),
     InSync(0),
     FlowChanges(b"", is_last=False),
@@ -77,6 +87,8 @@ EVENTS: tuple[Event, ...] = (
     *(GuestDid(MigrationEvent("guest", phase)) for phase in Phase),
     *(PeerSaid(message) for message in MESSAGES),
     *(Done(what, refused=refused, is_all=is_all) for what in ACTIONS for refused in (0, 1) for is_all in (True, False)),
+    *(Negotiated(verdict, "reason", Answer(1, 600)) for verdict in Verdict),
+    *(OperatorSaid(may_come) for may_come in (True, False)),
     ActionFailed("Import", "reason"),
     PeerLost("reason"),
     Superseded(),
@@ -112,10 +124,11 @@ class Role:
 
 ROLES = (
     Role("source", source, source.Source(LIMITS, LIMITS.session_seconds)),
-    Role("destination", destination, destination.begin(destination.new(LIMITS, 0.0), "", 0.0)[0]),
+    Role("destination", destination, destination.begin(destination.new(LIMITS, 0.0, is_held=True), "", 0.0)[0]),
 )
 
 
+@functools.cache
 def explore(role: Role) -> dict[tuple[Any, decision.Cause], Outcomes]:
     """What may come of each entry of the role's table, in every session that can come about."""
     found: dict[tuple[Any, decision.Cause], Outcomes] = {}
@@ -133,11 +146,20 @@ def explore(role: Role) -> dict[tuple[Any, decision.Cause], Outcomes]:
                 except IllegalMessage:
                     continue
                 found.setdefault((session.state, cause), {})[_outcome(session, after, actions)] = None
-                after = replace(after, reason="reason" if after.reason else "")
+                after = _alike(after)
                 if (after, index) not in seen:
                     seen.add((after, index))
                     to_do.append((after, index))
     return found
+
+
+def _alike(session: Any) -> Any:
+    """The session, less what no decision depends on."""
+    session = replace(session, reason="reason" if session.reason else "")
+    if isinstance(session, destination.Destination):
+        session = replace(session, imported=0, refused=0, in_sync=False, has_caught_up=False)
+        session = replace(session, source=session.source and "host-a")
+    return session
 
 
 def _outcome(before: Any, after: Any, actions: list[Action]) -> str:
@@ -162,6 +184,8 @@ def _action(action: Action) -> str:
 
 def _cause(cause: decision.Cause) -> str:
     words = {
+        "Negotiated": "what can be taken is known, and the policy has spoken",
+        "OperatorSaid": "the operator has answered",
         "ActionFailed": "an action failed",
         "PeerLost": "the peer knows no such session",
         "Superseded": "another migration of the guest begins",

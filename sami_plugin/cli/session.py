@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from cliff.columns import FormattableColumn
+from cliff.command import Command
 from cliff.lister import Lister
 from cliff.show import ShowOne
 
@@ -77,6 +78,43 @@ class SessionShow(ShowOne):
             _Counts(report.get("flows", {})),
             _Decisions(journal.decisions(row["session"])),
         )
+
+
+class _Decide(Command):
+    """What an operator says to a session whose policy asks."""
+
+    request: str
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "session",
+            metavar="SESSION",
+            help="the session's id, of which the first characters are enough, or the guest",
+        )
+        configuration.add_config_file(parser)
+        return parser
+
+    def take_action(self, parsed_args: Any) -> None:
+        from sami_plugin.hooks import local_socket
+
+        path = configuration.load(parsed_args.config_file).socket
+        local_socket.ask(path, {"request": self.request, "session": parsed_args.session})
+
+
+class SessionApprove(_Decide):
+    """Lets a guest come although flows will be lost: the policy `ask` waits for this on the guest's destination.
+
+    `sami session list` shows those that wait as `negotiating`, `sami session show` what would be lost.
+    """
+
+    request = "approve"
+
+
+class SessionRefuse(_Decide):
+    """Has a guest stay where it is, because flows would be lost: the policy `ask` waits for this on its destination."""
+
+    request = "refuse"
 
 
 class _Counts(FormattableColumn):

@@ -10,6 +10,7 @@ from oslo_config import cfg
 
 from sami_plugin.errors import ConfigurationError
 from sami_plugin.model.settings import MEBIBYTE, Bounds, Files, Limits, Retention, Settings
+from sami_plugin.model.verdict import Verdict
 
 if TYPE_CHECKING:
     from sami_plugin.model.domain import Domain
@@ -35,6 +36,12 @@ AGENT_OPTIONS = [
         default="linux_conntrack",
         help="Firewall driver, a name of the entry points `sami.drivers`; `sami driver list` shows them. Change it "
         "when the guests' firewall of this host is not the kernel's.",
+    ),
+    cfg.IntOpt(
+        "capacity",
+        min=1,
+        help="Flows that the firewall may hold at the most, where that is to be less than it could: what is beyond it "
+        "is not imported, and named. The firewall's own limit by default.",
     ),
     cfg.StrOpt(
         "scopes",
@@ -147,10 +154,18 @@ MIGRATION_OPTIONS = [
     ),
     cfg.FloatOpt(
         "verdict_seconds",
-        default=_DEFAULTS.verdict_seconds,
+        default=_LIMITS.verdict_seconds,
         min=0.0,
-        help="Seconds that a migration's beginning waits on the destination for the source's answer. Without an answer "
+        help="Seconds that a migration's beginning waits on the destination for the source to say what flows there "
+        "are. Without an answer the guest's policy decides about a risk that is not known; with the policy `proceed` "
         "the migration goes on, and the flows follow as soon as they can.",
+    ),
+    cfg.FloatOpt(
+        "reservation_seconds",
+        default=_LIMITS.reservation_seconds,
+        min=1.0,
+        help="Seconds for which the destination keeps the places in its firewall that it has promised to a guest's "
+        "flows. Longer than your hypervisors wait before they copy memory: Nova waits up to 300 seconds for ports.",
     ),
     cfg.FloatOpt(
         "started_seconds",
@@ -223,6 +238,47 @@ MIGRATION_OPTIONS = [
         min=0.1,
         help="Seconds during which a message that is not taken is still sent again after its session has ended. As "
         "long as the session lasts, it is sent again without limit.",
+    ),
+]
+
+
+POLICY = cfg.OptGroup("policy", title="Which guests may come although flows would be lost")
+POLICY_OPTIONS: list[cfg.Opt] = [
+    cfg.StrOpt(
+        "default",
+        default="proceed",
+        help="Policy, a name of the entry points `sami.policies`. `proceed`: a guest comes, whatever becomes of its "
+        "flows. `partial`: it comes if at least partial_percent of them can be carried. `veto`: only if it is known "
+        "that all of them come along as they are. `ask`: where something would be lost, an operator decides with `sami "
+        "session approve` or `refuse`. A refusal stops the migration only where libvirt's hook is installed on this "
+        "host, with ``veto = yes`` in its own configuration.",
+    ),
+    cfg.DictOpt(
+        "guests",
+        default={},
+        help="Policies of single guests, UUID:POLICY; they come before those of domains. The policy `off` means that "
+        "this host does nothing for the guest's flows; set it on all hosts that the guest may be on.",
+    ),
+    cfg.FloatOpt(
+        "partial_percent",
+        default=90.0,
+        min=0.0,
+        max=100.0,
+        help="For the policy `partial`: the least share of a guest's flows, in percent, that has to be carried.",
+    ),
+    cfg.FloatOpt(
+        "ask_seconds",
+        default=_LIMITS.ask_seconds,
+        min=0.1,
+        max=550.0,
+        help="For the policy `ask`: seconds that the migration waits for the operator. The hook waits only for as long "
+        "as its own verdict_seconds say: set them to verdict_seconds of [migration] and this together.",
+    ),
+    cfg.StrOpt(
+        "silence_means",
+        default=_LIMITS.silence_means.value,
+        choices=[Verdict.PROCEED.value, Verdict.VETO.value],
+        help="For the policy `ask`: what counts when the operator says nothing in time.",
     ),
 ]
 
@@ -390,6 +446,11 @@ DOMAIN_OPTIONS: list[cfg.Opt] = [
         default=["*"],
         help="Patterns of the kinds of flows that are taken from the domain. `sami driver list` shows the kinds.",
     ),
+    cfg.StrOpt(
+        "policy",
+        default="",
+        help="Policy for guests that come from the domain, as [policy] default. Empty: that one.",
+    ),
     cfg.ListOpt(
         "kinds_out",
         default=["*"],
@@ -402,6 +463,11 @@ DOMAIN_OPTIONS: list[cfg.Opt] = [
 def retention(conf: cfg.ConfigOpts) -> Retention:
     """The options of the journal's size and age."""
     return Retention(conf.agent.journal_days, conf.agent.journal_mebibytes * MEBIBYTE)
+
+
+def driver_options(conf: cfg.ConfigOpts) -> dict[str, object]:
+    """What the firewall driver is made with."""
+    return {} if conf.agent.capacity is None else {"capacity": conf.agent.capacity}
 
 
 def domains(conf: cfg.ConfigOpts) -> tuple[Domain, ...]:
@@ -438,6 +504,7 @@ def _domain(conf: cfg.ConfigOpts, name: str) -> Domain:
         peers_follow=values.peers_follow,
         kinds_in=tuple(values.kinds_in),
         kinds_out=tuple(values.kinds_out),
+        policy=values.policy,
     )
     if made.has(conf.agent.host):
         raise ConfigurationError(f"[{group}] hosts: {', '.join(made.hosts)} has this host, {conf.agent.host}, itself")
@@ -462,6 +529,7 @@ def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
 _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (AGENT, AGENT_OPTIONS),
     (MIGRATION, MIGRATION_OPTIONS),
+    (POLICY, POLICY_OPTIONS),
     (TLS, TLS_OPTIONS),
     (LIBVIRT, LIBVIRT_OPTIONS),
     (BOUNDS, BOUNDS_OPTIONS),
@@ -487,6 +555,10 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         arrival_seconds=values.arrival_limit,
         watch_seconds=values.watch_seconds,
         session_seconds=values.session_seconds,
+        verdict_seconds=values.verdict_seconds,
+        ask_seconds=conf.policy.ask_seconds,
+        silence_means=Verdict(conf.policy.silence_means),
+        reservation_seconds=values.reservation_seconds,
     )
     return Settings(
         limits=limits,
@@ -495,7 +567,6 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         window=values.window,
         call_seconds=values.call_seconds,
         message_seconds=values.message_seconds,
-        verdict_seconds=values.verdict_seconds,
         started_seconds=values.started_seconds,
         headroom_percent=values.headroom_percent,
         enterprise=conf.agent.enterprise_number,

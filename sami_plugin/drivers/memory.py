@@ -21,6 +21,7 @@ from sami_plugin.drivers.base import Capabilities, Changes, FlowDriver, Watch
 from sami_plugin.errors import DeviceFailed, OutOfSync, UndeclaredAbility
 from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, FirewallEvent, Omitted, Template, ZoneRole, has_end_in
 from sami_plugin.model.results import Outcome, Reason, Results, results
+from sami_plugin.model.risk import MARKS
 from sami_plugin.model.scope import Scope
 
 Tuple = bytes
@@ -165,10 +166,13 @@ class MemoryDriver(FlowDriver):
         self.device = device or MemoryDevice()
         self._templates = frozenset(TEMPLATES) if templates is None else templates
         self._can_watch = can_watch
+        self.functions = frozenset({MARKS})
 
     def capabilities(self, scope: Scope | None = None) -> Capabilities:
         device = self.device
-        return Capabilities(self._templates, self._can_watch, device.capacity, device.count, device.name)
+        return Capabilities(
+            self._templates, self._can_watch, device.capacity, device.count, device.name, self.functions
+        )
 
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
         with self.device.lock:

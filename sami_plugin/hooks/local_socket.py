@@ -1,4 +1,4 @@
-"""The agent's unix socket: this host's hooks tell of migrations here.
+"""The agent's unix socket: this host's hooks tell of migrations here, and its operator asks.
 
 One JSON object a line, one line of answer:
 
@@ -8,7 +8,12 @@ One JSON object a line, one line of answer:
     {"answer": "error", "reason": "phase: 'prepar' is none of outgoing, prepare, ..."}
     {"answer": "veto", "reason": "..."}
 
-Only `guest` and `phase` have to be there. `role` is what this host is in the move.
+Only `guest` and `phase` have to be there. `role` is what this host is in the move. What is asked is a request:
+
+    {"request": "check", "guest": "6ac3...", "to": "host-b"}
+    {"answer": "ok", "verdict": "proceed", "flows": 6, ...}
+    {"request": "approve", "session": "01f3..."}
+    {"answer": "ok"}
 """
 
 from __future__ import annotations
@@ -25,11 +30,11 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sami_plugin.errors import Busy, ConfigurationError, NotAuthorised, OperatorError, SamiError, Veto
+from sami_plugin.errors import Busy, ConfigurationError, NotAuthorised, NotPermitted, OperatorError, SamiError, Veto
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.settings import Bounds
 
@@ -41,6 +46,9 @@ MOST_OCTETS_WITH_DOMAIN = 1 << 20
 ROLES = ("source", "destination")
 
 Tell = Callable[[MigrationEvent], None]
+Said = Mapping[str, object]
+Requests = Mapping[str, Callable[[Said], Mapping[str, object] | None]]
+"""By name, what answers a request. May raise `SamiError`."""
 Refused = Callable[[str, SamiError], None]
 
 
@@ -48,6 +56,14 @@ def parse(line: bytes) -> MigrationEvent:
     """The event that a line holds.
 
     :raises OperatorError: it holds none; names the field.
+    """
+    return event_of(said_in(line))
+
+
+def said_in(line: bytes) -> dict[str, object]:
+    """The JSON object that a line holds.
+
+    :raises OperatorError: it holds none, or is too long.
     """
     if len(line) > MOST_OCTETS_WITH_DOMAIN:
         raise OperatorError(f"not an event: longer than {MOST_OCTETS_WITH_DOMAIN} octets")
@@ -57,13 +73,33 @@ def parse(line: bytes) -> MigrationEvent:
             raise ValueError("an event is a JSON object")
     except (ValueError, RecursionError) as error:
         raise OperatorError(f"not an event: {error}") from error
-    domain = _domain(said.get("domain"))
-    if domain is None and len(line) > MOST_OCTETS:
+    if said.get("domain") is None and len(line) > MOST_OCTETS:
         raise OperatorError(f"not an event: longer than {MOST_OCTETS} octets without a domain")
+    return said
+
+
+def guest_of(said: Said) -> str:
+    """:raises OperatorError: there is none."""
     try:
-        guest = str(uuid.UUID(said.get("guest")))
+        return str(uuid.UUID(said.get("guest")))  # type: ignore[arg-type]
     except (ValueError, TypeError, AttributeError) as error:
         raise OperatorError("guest: has to be the guest's UUID") from error
+
+
+def text_of(said: Said, field: str) -> str:
+    """A name or an id.
+
+    :raises OperatorError: it is not there, or is none.
+    """
+    value = said.get(field)
+    if not (isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable()):
+        raise OperatorError(f"{field}: has to be a name")
+    return value
+
+
+def event_of(said: Said) -> MigrationEvent:
+    """:raises OperatorError: it is none; names the field."""
+    domain, guest = _domain(said.get("domain")), guest_of(said)
     phase = Phase(_one_of("phase", said.get("phase"), tuple(phase.value for phase in Phase)))
     hosts = {}
     for field in ("source", "destination"):
@@ -107,6 +143,7 @@ class LocalSocket:
         users: Sequence[str] = (),
         bounds: Bounds = Bounds(),  # noqa: B008, a frozen value
         refused: Refused = lambda who, error: None,
+        requests: Requests | None = None,
     ) -> None:
         """`group` owns the socket, a name or a number; None is this process's.
 
@@ -121,9 +158,10 @@ class LocalSocket:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
+            handler = _handler(tell, admitted, bounds, refused, requests or {})
             mask = os.umask(0o177)
             try:
-                self._server = _Server(str(self._path), _handler(tell, admitted, bounds, refused), bounds, refused)
+                self._server = _Server(str(self._path), handler, bounds, refused)
             finally:
                 os.umask(mask)
         except OSError as error:
@@ -181,7 +219,7 @@ def _user_id(user: str) -> int:
 
 
 def _handler(
-    tell: Tell, admitted: frozenset[int] | None, bounds: Bounds, refused: Refused
+    tell: Tell, admitted: frozenset[int] | None, bounds: Bounds, refused: Refused, requests: Requests
 ) -> type[socketserver.BaseRequestHandler]:
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -193,7 +231,7 @@ def _handler(
                     refused(who, error)
                     _turn_away(self.request, str(error))
                     return
-                answer_all(self.request, tell, bounds.hook_seconds, lambda error: refused(who, error))
+                answer_all(self.request, tell, bounds.hook_seconds, lambda error: refused(who, error), requests)
             except OSError as error:
                 LOG.info("connection of a hook ended: %s", error)
 
@@ -215,7 +253,11 @@ def _user_of(connection: socket.socket) -> int:
 
 
 def answer_all(
-    connection: socket.socket, tell: Tell, patience_seconds: float, refused: Callable[[SamiError], None]
+    connection: socket.socket,
+    tell: Tell,
+    patience_seconds: float,
+    refused: Callable[[SamiError], None],
+    requests: Requests | None = None,
 ) -> None:
     """Hands on each event that comes, and answers it, until the connection ends or has brought too long a line.
 
@@ -223,7 +265,7 @@ def answer_all(
     """
     received = bytearray()
     while line := _next_line(connection, received, patience_seconds):
-        answer = _answer(line, tell, refused)
+        answer = _answer(line, tell, refused, requests or {})
         connection.settimeout(patience_seconds)
         connection.sendall(json.dumps(answer).encode() + b"\n")
         if not line.endswith(b"\n"):
@@ -254,9 +296,13 @@ def _next_line(connection: socket.socket, received: bytearray, patience_seconds:
     return line
 
 
-def _answer(line: bytes, tell: Tell, refused: Callable[[SamiError], None]) -> dict[str, str]:
+def _answer(line: bytes, tell: Tell, refused: Callable[[SamiError], None], requests: Requests) -> dict[str, object]:
     try:
-        tell(parse(line))
+        said = said_in(line)
+        if "request" in said:
+            wanted = _one_of("request", said["request"], tuple(requests))
+            return {"answer": "ok", **(requests[wanted](said) or {})}
+        tell(event_of(said))
     except Veto as veto:
         LOG.warning("migration refused: %s", veto)
         return {"answer": "veto", "reason": str(veto)}
@@ -316,15 +362,27 @@ def send(path: str | Path, event: MigrationEvent, timeout_seconds: float = 30.0)
         "role": event.role,
         "domain": event.domain,
     }
+    ask(path, said, timeout_seconds)
+
+
+def ask(path: str | Path, said: Said, timeout_seconds: float = 30.0) -> dict[str, Any]:
+    """What the agent at `path` answers.
+
+    :raises OperatorError: no agent listens there, or it does not take what was said.
+    :raises Veto: the agent's policy refuses the migration.
+    """
     try:
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(timeout_seconds)
             line.connect(str(path))
             line.sendall(json.dumps(said).encode() + b"\n")
-            answer = json.loads(line.makefile().readline() or "{}")
+            answer: dict[str, Any] = json.loads(line.makefile().readline() or "{}")
+    except PermissionError as error:
+        raise NotPermitted(f"socket {path}: it is another user's; run as root or as the agent's user") from error
     except (OSError, ValueError) as error:
         raise OperatorError(f"socket {path}: {error}; is sami-agent running?") from error
     if answer.get("answer") == "veto":
         raise Veto(str(answer.get("reason")))
     if answer.get("answer") != "ok":
         raise OperatorError(f"socket {path}: {answer.get('reason', 'no answer')}")
+    return answer

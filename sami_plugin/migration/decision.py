@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sami_plugin.errors import IllegalMessage
-from sami_plugin.model.migration import Message, MigrationEvent, Outcome, Phase
+from sami_plugin.model.migration import Answer, Message, MigrationEvent, Offer, Outcome, Phase
+from sami_plugin.model.verdict import Verdict
 
 # What happens to a session.
 
@@ -51,6 +52,23 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Negotiated:
+    """It is known what can be taken here, and what this host's policy says to it."""
+
+    verdict: Verdict
+    reason: str
+    answer: Answer | None = None
+    """What the source is told, where it waits for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSaid:
+    """Whether the guest may come, as the operator wants it."""
+
+    may_come: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ActionFailed:
     """An action could not be done; `reason` is for the operator."""
 
@@ -80,7 +98,19 @@ class Returns:
     """The guest that leaves this host, or has left it, is about to come here."""
 
 
-Event = GuestDid | PeerSaid | Found | Done | ActionFailed | PeerLost | TimePassed | Superseded | Returns
+Event = (
+    GuestDid
+    | PeerSaid
+    | Found
+    | Done
+    | Negotiated
+    | OperatorSaid
+    | ActionFailed
+    | PeerLost
+    | TimePassed
+    | Superseded
+    | Returns
+)
 
 
 # What a session does about it.
@@ -104,6 +134,37 @@ class Say:
 @dataclass(frozen=True, slots=True)
 class StartExport:
     """Begin to watch, then to export: the scope's flows, as they are while the guest runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class SayOffer:
+    """Say Offer, with what there is: the flows of so many ports."""
+
+    ports: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """Of these kinds so many flows have a place at the destination. The rest of them is named, and not sent."""
+
+    places: int
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Negotiate:
+    """See what can be taken here of what is offered, and ask the policy. Becomes `Negotiated`."""
+
+    offer: Offer | None
+    """None: the source has not said what there is."""
+    may_refuse: bool = True
+    """Whether the migration is held up until the policy has spoken."""
+    why_unknown: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LapsePlaces:
+    """Keep places for this session no longer, and tell the source what it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +254,10 @@ Action = (
     | Ask
     | Keep
     | StartExport
+    | SayOffer
+    | Choose
+    | Negotiate
+    | LapsePlaces
     | ExportNext
     | ExportChanges
     | Resync
@@ -228,7 +293,7 @@ def cause_of(event: Event) -> Cause:
             return what
         case TimePassed():
             return TimePassed
-        case Found() | ActionFailed() | PeerLost() | Superseded() | Returns():
+        case Found() | Negotiated() | OperatorSaid() | ActionFailed() | PeerLost() | Superseded() | Returns():
             return type(event).__name__
 
 

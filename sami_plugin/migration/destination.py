@@ -1,11 +1,12 @@
 """What the host does that a guest comes to.
 
-LOOKING     it is not known yet which host the guest leaves
-ASKED       the source has been asked for the guest's flows
-RECEIVING   flows come; they go into the device as soon as the port's scope is known here
-COMPLETE    all of it is in the device, read back and journaled; the guest is not here yet
-ARRIVED     the guest runs here and the source has been told; it purges now
-ORPHANED    the source gave up; still to be seen is whether the guest comes
+LOOKING      it is not known yet which host the guest leaves
+ASKED        the source has been asked for the guest's flows
+NEGOTIATING  the source has said what there is; what can be taken is being seen, or an operator asked
+RECEIVING    flows come; they go into the device as soon as the port's scope is known here
+COMPLETE     all of it is in the device, read back and journaled; the guest is not here yet
+ARRIVED      the guest runs here and the source has been told; it purges now
+ORPHANED     the source gave up; still to be seen is whether the guest comes
 ENDED
 
 Whatever ends a session before the guest runs here, everything that it put in is discarded: the source has it all.
@@ -31,6 +32,10 @@ from sami_plugin.migration.decision import (
     Found,
     GuestDid,
     Import,
+    LapsePlaces,
+    Negotiate,
+    Negotiated,
+    OperatorSaid,
     PeerLost,
     PeerSaid,
     Renew,
@@ -40,6 +45,7 @@ from sami_plugin.migration.decision import (
     WakeAt,
 )
 from sami_plugin.model.migration import (
+    Answer,
     Arrived,
     Complete,
     FlowChanges,
@@ -53,6 +59,7 @@ from sami_plugin.model.migration import (
     Stays,
 )
 from sami_plugin.model.settings import Limits
+from sami_plugin.model.verdict import Verdict
 
 ZONE_POLL_SECONDS = 0.02
 
@@ -62,6 +69,7 @@ class State(enum.Enum):
 
     LOOKING = "looking"
     ASKED = "asked"
+    NEGOTIATING = "negotiating"
     RECEIVING = "receiving"
     COMPLETE = "complete"
     ARRIVED = "arrived"
@@ -79,6 +87,15 @@ class Destination:
     session_deadline: float
     state: State = State.LOOKING
     source: str = ""
+    version: int = 0
+    """Of the messages; 0 before the source answered."""
+    verdict: Verdict | None = Verdict.PROCEED
+    """None as long as the migration is held up until the policy has spoken; ASK until the operator has."""
+    verdict_deadline: float = math.inf
+    answer: Answer | None = None
+    """What the source waits for."""
+    kept_until: float = math.inf
+    """When the places that are kept for this session are not any more."""
     in_sync: bool = False
     has_caught_up: bool = False
     is_started: bool = False
@@ -97,19 +114,20 @@ class Destination:
 Decision = tuple[Destination, list[Action]]
 
 
-def new(limits: Limits, now: float) -> Destination:
-    """What is known when a guest is about to come."""
-    return Destination(limits, now + limits.open_seconds, now + limits.session_seconds)
+def new(limits: Limits, now: float, *, is_held: bool = False) -> Destination:
+    """What is known when a guest is about to come; `is_held`: the migration waits for what the policy says."""
+    made = Destination(limits, now + limits.open_seconds, now + limits.session_seconds)
+    return replace(made, verdict=None, verdict_deadline=now + limits.verdict_seconds) if is_held else made
 
 
 def begin(session: Destination, source: str, now: float) -> Decision:
     """What is done then; `source` may be empty, where nobody said which host the guest leaves."""
-    return _ask(session, source, now) if source else (session, [WakeAt(session.deadline)])
+    return _ask(session, source, now) if source else (session, [_next_wake(session, now)])
 
 
 def _ask(session: Destination, source: str, now: float) -> Decision:
     session = replace(session, state=State.ASKED, source=source, deadline=now + session.limits.open_seconds)
-    return session, [WakeAt(session.deadline), Ask(source)]
+    return session, [_next_wake(session, now), Ask(source)]
 
 
 def _found(session: Destination, event: Event, now: float) -> Decision:
@@ -143,22 +161,82 @@ def step(session: Destination, event: Event, now: float) -> Decision:
 def _offered(session: Destination, event: Event, now: float) -> Decision:
     assert isinstance(event, PeerSaid)
     assert isinstance(event.message, Offer)
+    offer, may_refuse = event.message, session.verdict is None
     session = replace(
         session,
-        state=State.RECEIVING,
+        state=State.RECEIVING if offer.version == 1 else State.NEGOTIATING,
+        version=offer.version,
         deadline=session.session_deadline,
+        verdict_deadline=math.inf,
         renew_at=now + session.limits.hold_seconds / 3,
-        ports=event.message.ports,
-        has_scope=event.message.ports == 0,
+        ports=offer.ports,
+        has_scope=offer.ports == 0,
     )
-    return session, [*([FindScope()] if session.is_started else []), _next_wake(session, now)]
+    actions: list[Action] = [FindScope()] if session.is_started else []
+    if may_refuse or offer.version > 1:
+        actions.append(Negotiate(offer, may_refuse))
+    return session, [*actions, _next_wake(session, now)]
+
+
+def _negotiated(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, Negotiated)
+    session = replace(session, answer=event.answer)
+    if session.verdict is not None:  # nobody is held up by it any more
+        return _go_on(session, now)
+    if event.verdict is Verdict.VETO:
+        return _refuse(session, event.reason)
+    if event.verdict is Verdict.ASK:
+        asked_until = now + session.limits.ask_seconds
+        session = replace(session, verdict=Verdict.ASK, verdict_deadline=asked_until, reason=event.reason)
+        return session, [_next_wake(session, now)]
+    return _go_on(session, now)
+
+
+def _operator_said(session: Destination, event: Event, now: float) -> Decision:
+    assert isinstance(event, OperatorSaid)
+    if session.verdict is not Verdict.ASK:
+        return session, []
+    return _go_on(session, now) if event.may_come else _refuse(session, f"the operator refused: {session.reason}")
+
+
+def _verdict_is_due(session: Destination, now: float) -> Decision:
+    """The source has not answered in time, or the operator has not."""
+    session = replace(session, verdict_deadline=math.inf)
+    if session.verdict is None:
+        why = "nothing says which host the guest leaves" if not session.source else "the source has not answered yet"
+        return session, [Negotiate(None, why_unknown=why), _next_wake(session, now)]
+    if session.limits.silence_means is Verdict.VETO:
+        return _refuse(session, f"no operator answered within ask_seconds: {session.reason}")
+    return _go_on(session, now)
+
+
+def _go_on(session: Destination, now: float) -> Decision:
+    """The guest may come."""
+    if session.verdict is Verdict.ASK and session.state is not State.ORPHANED:
+        session = replace(session, reason="")
+    session = replace(session, verdict=Verdict.PROCEED, verdict_deadline=math.inf)
+    said, session = session.answer, replace(session, answer=None)
+    if session.state is not State.NEGOTIATING or said is None:
+        return session, [_next_wake(session, now)]
+    session = replace(session, state=State.RECEIVING, kept_until=now + session.limits.reservation_seconds)
+    return session, [Say(said), _next_wake(session, now)]
+
+
+def _refuse(session: Destination, reason: str) -> Decision:
+    """The guest may not come."""
+    session = replace(session, state=State.ENDED, verdict=Verdict.VETO, reason=reason)
+    return session, [Say(Stays(reason)), Discard(), End(Outcome.STAYED, reason)]
 
 
 def _started(session: Destination, event: Event, now: float) -> Decision:
     if session.is_started:
         return session, []
     session = replace(session, is_started=True, zone_deadline=now + session.limits.zone_seconds)
-    return session, [FindScope()] if session.ports else []
+    actions: list[Action] = [FindScope()] if session.ports else []
+    if session.verdict in (None, Verdict.ASK):  # who was held up has gone on
+        session, more = _go_on(session, now)
+        actions += more
+    return session, actions
 
 
 def _scope_asked(session: Destination, event: Event, now: float) -> Decision:
@@ -225,8 +303,10 @@ def _tell_arrival(session: Destination, now: float) -> Decision:
 
 
 def _never_found(session: Destination, event: Event, now: float) -> Decision:
+    if now >= session.verdict_deadline:
+        return _verdict_is_due(session, now)
     if now < session.deadline:
-        return session, [WakeAt(session.deadline)]
+        return session, [_next_wake(session, now)]
     reason = "nothing says which host the guest leaves; did an agent run there before, and could it mark its guests?"
     if not session.is_started:  # a veto, or a guest that moves without running: nothing more will be heard of it
         return _end(session, Outcome.FAILED, reason)
@@ -235,6 +315,8 @@ def _never_found(session: Destination, event: Event, now: float) -> Decision:
 
 def _tick(session: Destination, event: Event, now: float) -> Decision:
     """The zone is asked for until it is there, what waits is kept from running out, and nothing lasts for ever."""
+    if now >= session.verdict_deadline:
+        return _verdict_is_due(session, now)
     if now >= session.deadline:
         if session.state is State.ASKED:
             return _give_up(session, "the source did not answer; is its agent running?")
@@ -242,6 +324,9 @@ def _tick(session: Destination, event: Event, now: float) -> Decision:
             return _end(session, Outcome.UNCLEAR, "nobody said whether the guest came; its flows were kept")
         return _give_up(session, "the migration took longer than session_seconds")
     actions: list[Action] = []
+    if now >= session.kept_until:
+        session = replace(session, kept_until=math.inf)
+        actions.append(LapsePlaces())
     if _looks_for_scope(session):
         actions.append(FindScope(is_last=now >= session.zone_deadline))
     if now >= session.renew_at and not session.runs_here:
@@ -255,7 +340,9 @@ def _looks_for_scope(session: Destination) -> bool:
 
 
 def _next_wake(session: Destination, now: float) -> WakeAt:
-    times = [session.deadline]
+    if session.state is State.ORPHANED:
+        return WakeAt(min(session.session_deadline, session.verdict_deadline))
+    times = [session.deadline, session.verdict_deadline, session.kept_until]
     if _looks_for_scope(session):
         times.append(now + ZONE_POLL_SECONDS)
     if not session.runs_here:
@@ -319,14 +406,21 @@ def _failed(session: Destination, event: Event, now: float) -> Decision:
 def _give_up(session: Destination, reason: str) -> Decision:
     if session.runs_here:
         return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
-    session = replace(session, state=State.ORPHANED, reason=reason)
+    said: list[Action] = [Say(GivesUp(reason)), WakeAt(session.session_deadline)]
+    if session.verdict is None:
+        said.append(Negotiate(None, why_unknown=reason))
+    session = replace(session, state=State.ORPHANED, reason=reason, verdict_deadline=math.inf)
     # Discarding comes last: what stands behind an action that fails is not done.
-    return session, [Say(GivesUp(reason)), WakeAt(session.session_deadline), Discard()]
+    return session, [*said, Discard()]
 
 
 def _peer_lost_after_complete(session: Destination, event: Event, now: float) -> Decision:
     """Everything is in the device: it stays there until the hypervisor says where the guest is."""
     return session, []
+
+
+def _started_without(session: Destination, event: Event, now: float) -> Decision:
+    return _go_on(session, now) if session.verdict in (None, Verdict.ASK) else (session, [])
 
 
 def _came_without(session: Destination, event: Event, now: float) -> Decision:
@@ -340,6 +434,10 @@ def _stayed_without(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _orphan_ends(session: Destination, event: Event, now: float) -> Decision:
+    if now >= session.verdict_deadline:
+        return _verdict_is_due(session, now)
+    if now < session.session_deadline:
+        return session, [_next_wake(session, now)]
     return _end(session, Outcome.FAILED, session.reason)
 
 
@@ -378,9 +476,15 @@ _WHEN_IT_FAILS: dict[decision.Cause, decision.Handler[Destination]] = {
     "Superseded": _superseded,
 }
 
+_VERDICT: dict[decision.Cause, decision.Handler[Destination]] = {
+    "Negotiated": _negotiated,
+    "OperatorSaid": _operator_said,
+}
+
 TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
     State.LOOKING: {
         "Found": _found,
+        **_VERDICT,
         Phase.STARTED: _started,
         Phase.RESUMED: _runs,
         TimePassed: _never_found,
@@ -390,6 +494,15 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
     },
     State.ASKED: {
         Offer: _offered,
+        **_VERDICT,
+        Phase.STARTED: _started,
+        "FindScope": _scope_asked,
+        Phase.RESUMED: _runs,
+        TimePassed: _tick,
+        **_WHEN_IT_FAILS,
+    },
+    State.NEGOTIATING: {
+        **_VERDICT,
         Phase.STARTED: _started,
         "FindScope": _scope_asked,
         Phase.RESUMED: _runs,
@@ -397,6 +510,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         **_WHEN_IT_FAILS,
     },
     State.RECEIVING: {
+        **_VERDICT,
         Flows: _received,
         InSync: _in_sync,
         FlowChanges: _changed,
@@ -423,6 +537,8 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         "Superseded": _purge_unheard,
     },
     State.ORPHANED: {
+        **_VERDICT,
+        Phase.STARTED: _started_without,
         Phase.RESUMED: _came_without,
         Phase.STOPPED: _stayed_without,
         TimePassed: _orphan_ends,

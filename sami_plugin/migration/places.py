@@ -17,37 +17,72 @@ Look = Callable[[], tuple[int | None, int]]
 
 
 class Places:
-    """The promises of one device. Not thread-safe."""
+    """The promises of one device. Not thread-safe.
+
+    A promise binds sessions and not traffic: what traffic takes meanwhile is taken from the promises.
+    """
 
     def __init__(self, headroom_percent: float) -> None:
         self._headroom = headroom_percent / 100
         self._left: dict[str, int] = {}
-        """By session, what it may put in without the device being asked."""
+        """By session, what it was promised and has not put in yet."""
+        self._unasked: dict[str, int] = {}
+        """How much of that it may put in without the device being asked."""
         self._taken: dict[str, int] = {}
         """By session, what it is putting in now: the device has it already, or not yet."""
 
+    def promise(self, session: str, wanted: int, look: Look) -> int:
+        """How many of `wanted` new entries the session may put in, whenever it does: until `lapse` or `release`."""
+        free = self._free(session, look)
+        if free is None:
+            return wanted
+        granted = min(wanted, free)
+        self._unasked[session] = _spare(free - granted)
+        self._left[session] = granted + self._unasked[session]
+        return granted
+
+    def left(self, session: str) -> int:
+        """What it was promised and has not put in yet."""
+        return self._left.get(session, 0)
+
     def take(self, session: str, wanted: int, look: Look) -> int:
-        """How many new entries of `wanted` the session may put in, after which it says `used`."""
-        left = self._left.get(session, 0)
-        if wanted <= left:
-            granted, left = wanted, left - wanted
+        """How many new entries of `wanted` the session may put in now, after which it says `used`."""
+        if wanted <= self._unasked.get(session, 0):
+            granted = wanted
+            self._left[session] = self.left(session) - wanted
+            self._unasked[session] = self._unasked.get(session, 0) - wanted
         else:
-            capacity, in_use = look()
-            if capacity is None:
+            free = self._free(session, look)
+            if free is None:
                 return wanted
-            others = sum(count for one, count in (*self._left.items(), *self._taken.items()) if one != session)
-            free = max(0, int(capacity * (1 - self._headroom)) - in_use - others)
             granted = min(wanted, free)
-            left = min(SPARE, (free - granted) // SPARE_SHARE)
-        self._left[session] = left
+            self._unasked[session] = _spare(free - granted)
+            self._left[session] = max(min(self.left(session), free) - granted, self._unasked[session])
         self._taken[session] = granted
         return granted
+
+    def _free(self, session: str, look: Look) -> int | None:
+        """What no other session was promised; None where there is no limit."""
+        capacity, in_use = look()
+        if capacity is None:
+            return None
+        others = sum(count for one, count in (*self._left.items(), *self._taken.items()) if one != session)
+        return max(0, int(capacity * (1 - self._headroom)) - in_use - others)
 
     def used(self, session: str) -> None:
         """What it took is in the device, or will never be."""
         self._taken.pop(session, None)
 
+    def lapse(self, session: str) -> None:
+        """The promise is over. What the session still wants to put in it asks for anew."""
+        self._left.pop(session, None)
+        self._unasked.pop(session, None)
+
     def release(self, session: str) -> None:
         """It will put in nothing more."""
-        self._left.pop(session, None)
+        self.lapse(session)
         self._taken.pop(session, None)
+
+
+def _spare(free: int) -> int:
+    return min(SPARE, free // SPARE_SHARE)

@@ -1,6 +1,7 @@
 """What the host does that a guest leaves.
 
 WAITING     the destination asked; this host's hypervisor has not said yet that the guest leaves
+OFFERED     the destination has been told what there is; it has not said yet what it takes
 COPYING     the guest runs here; what there is is being sent
 FOLLOWING   the guest runs here; only what changes is being sent
 DRAINED     the guest is paused and the last change is sent; nothing may be purged yet
@@ -24,6 +25,7 @@ from sami_plugin.migration import decision
 from sami_plugin.migration.decision import (
     Action,
     ActionFailed,
+    Choose,
     Done,
     End,
     Event,
@@ -36,12 +38,14 @@ from sami_plugin.migration.decision import (
     PurgeLate,
     Resync,
     Say,
+    SayOffer,
     StartExport,
     TimePassed,
     WakeAt,
 )
 from sami_plugin.model.migration import (
-    PROTOCOL_VERSION,
+    VERSIONS,
+    Answer,
     Arrived,
     Complete,
     GivesUp,
@@ -51,6 +55,7 @@ from sami_plugin.model.migration import (
     Outcome,
     Phase,
     Purged,
+    Room,
     Stays,
 )
 from sami_plugin.model.settings import Limits
@@ -62,6 +67,7 @@ class State(enum.Enum):
     """Where the source's session is; told above."""
 
     WAITING = "waiting"
+    OFFERED = "offered"
     COPYING = "copying"
     FOLLOWING = "following"
     DRAINED = "drained"
@@ -78,7 +84,8 @@ class Source:
     limits: Limits
     deadline: float
     state: State = State.WAITING
-    is_asked: bool = False
+    version: int = 0
+    """Of the messages, as agreed; 0 before anybody asked."""
     is_outgoing: bool = False
     is_suspended: bool = False
     is_paused_early: bool = False
@@ -108,18 +115,19 @@ def step(session: Source, event: Event, now: float) -> Decision:
 def _asked(session: Source, event: Event, now: float) -> Decision:
     assert isinstance(event, PeerSaid)
     assert isinstance(event.message, Open)
-    if session.is_asked:
+    if session.version:
         raise IllegalMessage("this session was opened before")
-    if PROTOCOL_VERSION not in event.message.versions:
-        reason = f"this host speaks version {PROTOCOL_VERSION}, the destination {event.message.versions}; upgrade one"
+    version = next((one for one in VERSIONS if one in event.message.versions), None)
+    if version is None:
+        reason = f"this host speaks versions {VERSIONS}, the destination {event.message.versions}; upgrade one"
         return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
-    session = replace(session, is_asked=True)
+    session = replace(session, version=version)
     return _begin(session) if session.is_outgoing else (session, [WakeAt(now + session.limits.open_seconds)])
 
 
 def _leaves(session: Source, event: Event, now: float) -> Decision:
     session = replace(session, is_outgoing=True)
-    return _begin(session) if session.is_asked else (session, [])
+    return _begin(session) if session.version else (session, [])
 
 
 def _begin(session: Source) -> Decision:
@@ -139,7 +147,20 @@ def _nothing_sent_yet(session: Source, event: Event, now: float) -> Decision:
 
 def _started(session: Source, event: Event, now: float) -> Decision:
     assert isinstance(event, Done)
-    return session, [Say(Offer(PROTOCOL_VERSION, event.count)), ExportNext()]
+    if session.version == 1:
+        return session, [Say(Offer(1, event.count)), ExportNext()]
+    return replace(session, state=State.OFFERED), [SayOffer(event.count)]
+
+
+def _answered(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, Answer)
+    return replace(session, state=State.COPYING), [Choose(event.message.places, event.message.kinds), ExportNext()]
+
+
+def _paused_while_offered(session: Source, event: Event, now: float) -> Decision:
+    """What is deleted from here on says nothing."""
+    return replace(session, is_suspended=True, is_paused_early=True), []
 
 
 def _copied(session: Source, event: Event, now: float) -> Decision:
@@ -251,7 +272,7 @@ def _gone_while_copying(session: Source, event: Event, now: float) -> Decision:
 
 def _gone_unasked(session: Source, event: Event, now: float) -> Decision:
     """Nobody will take what it leaves: it is noted, and removed when nobody has come for it."""
-    if session.is_asked:
+    if session.version:
         return _abandon(_noted_gone(session, now), "the guest was gone before its flows were sent")
     session = replace(_noted_gone(session, now), state=State.ABANDONED, reason="no agent at the destination asked")
     return session, [_next_wake(session), Keep()]
@@ -366,8 +387,18 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Stays: _peer_says_it_stays,
         "Superseded": _superseded,
     },
+    State.OFFERED: {
+        Answer: _answered,
+        Phase.SUSPENDED: _paused_while_offered,
+        Phase.RESUMED: _resumed,
+        Phase.ROLLBACK: _comes_back,
+        Phase.STOPPED: _gone_while_copying,
+        TimePassed: _copies_too_long,
+        **_WHEN_IT_FAILS,
+    },
     State.COPYING: {
         "StartExport": _started,
+        Room: _ignore,
         "ExportNext": _copied,
         Phase.SUSPENDED: _paused_while_copying,
         Phase.RESUMED: _resumed,
@@ -377,6 +408,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         **_WHEN_IT_FAILS,
     },
     State.FOLLOWING: {
+        Room: _ignore,
         TimePassed: _follow,
         "ExportChanges": _followed,
         "Resync": _resynced,
@@ -386,6 +418,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         **_WHEN_IT_FAILS,
     },
     State.DRAINED: {
+        Room: _ignore,
         "ExportChanges": _drained,
         Complete: _complete,
         Arrived: _arrived,
@@ -397,6 +430,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         **_WHEN_IT_FAILS,
     },
     State.PURGING: {
+        Room: _ignore,
         "Purge": _purged,
         "ActionFailed": _purge_failed,
         Complete: _ignore,
@@ -404,6 +438,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         GivesUp: _ignore,
     },
     State.WATCHING: {
+        Room: _ignore,
         TimePassed: _look_for_late,
         Phase.RESUMED: _watched,
         "PurgeLate": _watched,
@@ -421,6 +456,8 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.STOPPED: _gone,
         TimePassed: _nobody_spoke,
         "Returns": _comes_here,
+        Answer: _ignore,
+        Room: _ignore,
         Complete: _ignore,
         Arrived: _ignore,
         GivesUp: _ignore,
@@ -428,6 +465,8 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         "Superseded": _superseded,
     },
     State.ENDED: {
+        Answer: _ignore,
+        Room: _ignore,
         Complete: _ignore,
         Arrived: _ignore,
         GivesUp: _ignore,

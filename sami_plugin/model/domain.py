@@ -30,6 +30,8 @@ class Domain:
     kinds_in: tuple[str, ...] = ("*",)
     """Patterns of the kinds of flows (`Template.name`) that are taken from it."""
     kinds_out: tuple[str, ...] = ("*",)
+    policy: str = ""
+    """Name of the policy for guests that come from it; empty: this host's default."""
 
     def has(self, host: str) -> bool:
         return _is_one_of(host, self.hosts)

@@ -278,6 +278,16 @@ def is_translated_elsewhere(batch: Batch, addresses: Addresses) -> npt.NDArray[n
     return elsewhere
 
 
+def importance(batch: Batch) -> npt.NDArray[np.int64]:
+    """Where there is no place for all, the flows of which this is greater come first.
+
+    First come those that were seen both ways (ASSURED), and of these the ones that have more time left.
+    """
+    is_assured = (batch.rows["conntrackStatus"] & int(FlowStatus.ASSURED)) != 0
+    ranks: npt.NDArray[np.int64] = (is_assured.astype(np.int64) << 32) + batch.rows["remainingTimeoutSeconds"]
+    return ranks
+
+
 def names(batch: Batch, limit: int = 20) -> tuple[str, ...]:
     """The first `limit` flows for people: ``tcp 192.0.2.1:40000 > 198.51.100.2:443``."""
     return tuple(_name(batch, row) for row in batch.rows[:limit])

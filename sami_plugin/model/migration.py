@@ -9,8 +9,10 @@ from typing import NewType
 SessionId = NewType("SessionId", str)
 """A UUID, made by the destination: one guest, one move."""
 
-PROTOCOL_VERSION = 1
-"""Version of the messages below. A change of their meaning counts it up and comes with a decision record."""
+VERSIONS = (2, 1)
+"""Of the messages below, those that are understood here, the best first. A change of their meaning begins a new one and
+comes with a decision record. In version 1 the source says no counts and waits for no Answer."""
+PROTOCOL_VERSION = VERSIONS[0]
 
 
 class Phase(enum.Enum):
@@ -92,10 +94,48 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Source to destination: agreed; the flows of so many ports follow."""
+    """Source to destination: agreed on this version; the flows of so many ports follow, and so many of each kind."""
 
     version: int
     ports: int
+    kinds: tuple[str, ...] = ()
+    """Names of templates, and in the same order how many flows there are of each."""
+    counts: tuple[int, ...] = ()
+    functions: tuple[str, ...] = ()
+    """What of a firewall's abilities they use (`model.risk`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Destination to source: so many of them have a place here, kept for a while; why the others do not."""
+
+    places: int
+    kept_seconds: int
+    kinds: tuple[str, ...] = ()
+    """Those for which the places are. Others may be sent too, and are refused by name."""
+    reasons: tuple[str, ...] = ()
+    """Why some are not carried as they are, and in the same order how many each concerns."""
+    counts: tuple[int, ...] = ()
+    verdict: str = ""
+    """What this host's policy says to it (`model.risk.Verdict`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Destination to source: it has become so many places; traffic took the others, or their time is over."""
+
+    places: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """From the host that a guest is on, to any other: what would become of these flows, if it went there?"""
+
+    guest: str
+    kinds: tuple[str, ...]
+    counts: tuple[int, ...]
+    functions: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,4 +195,6 @@ class GivesUp:
     reason: str
 
 
-Message = Open | Offer | Flows | InSync | FlowChanges | Complete | Arrived | Purged | Stays | GivesUp
+Message = (
+    Open | Offer | Answer | Room | Check | Flows | InSync | FlowChanges | Complete | Arrived | Purged | Stays | GivesUp
+)

@@ -21,6 +21,8 @@ class Report:
     peer: str
     outcome: str = ""
     reason: str = ""
+    verdict: dict[str, Any] = field(default_factory=dict)
+    """What the destination's policy said before memory was copied, and to what; empty: it was not asked."""
     flows: dict[str, int] = field(default_factory=dict)
     """How many flows were exported, imported, degraded, refused, verified, purged, left, ..."""
     named: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Report:
             "peer": self.peer,
             "outcome": self.outcome,
             "reason": self.reason,
+            "verdict": self.verdict,
             "flows": dict(self.flows),
             "named": self.named,
             "remarks": list(self.remarks),
@@ -74,6 +77,8 @@ class Report:
 SPANS: dict[str, tuple[tuple[str, str], ...]] = {
     "source": (
         ("asked", "export began"),
+        ("asked", "offered"),
+        ("offered", "answered"),
         ("export began", "export ended"),
         ("suspended", "last changes sent"),
         ("suspended", "complete"),

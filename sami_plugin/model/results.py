@@ -51,6 +51,7 @@ class Reason(enum.IntEnum):
     NO_PLACE = 20
 
 
+MEND_NO_PLACE = "raise nf_conntrack_max or capacity, or lower headroom_percent"
 WORDS: dict[Reason, str] = {
     Reason.NONE: "",
     Reason.EXISTS: "another entry of the same tuple is there and could not be replaced (EEXIST)",
@@ -74,7 +75,7 @@ WORDS: dict[Reason, str] = {
     Reason.PEER_CANNOT_FOLLOW: "its peer would see another address than before, and nothing in between translates it; "
     "if something does, set peers_follow",
     Reason.FOREIGN_TRANSLATION: "it is translated from or to an address that is not the port's",
-    Reason.NO_PLACE: "there was no free place for it; raise nf_conntrack_max, or lower headroom_percent",
+    Reason.NO_PLACE: f"there was no free place for it; {MEND_NO_PLACE}",
 }
 
 RESULT = np.dtype([("outcome", "u1"), ("reason", "u1"), ("lost", "u4")])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sami_plugin.model.verdict import Verdict
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -18,6 +20,11 @@ class Limits:
     arrival_seconds: float = 60.0
     watch_seconds: float = 1.0
     session_seconds: float = 3600.0
+    verdict_seconds: float = 5.0
+    ask_seconds: float = 60.0
+    silence_means: Verdict = Verdict.PROCEED
+    """What counts where an operator was asked and does not answer in time."""
+    reservation_seconds: float = 600.0
 
 
 MEBIBYTE = 1 << 20
@@ -57,7 +64,6 @@ class Settings:
     window: int = 4
     call_seconds: float = 10.0
     message_seconds: float = 120.0
-    verdict_seconds: float = 5.0
     started_seconds: float = 2.0
     headroom_percent: float = 5.0
     enterprise: int = 32473

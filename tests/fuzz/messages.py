@@ -11,7 +11,9 @@ import msgpack
 from sami_plugin.codec import messages
 from sami_plugin.errors import Malformed
 from sami_plugin.model.migration import (
+    Answer,
     Arrived,
+    Check,
     Complete,
     FlowChanges,
     Flows,
@@ -21,6 +23,7 @@ from sami_plugin.model.migration import (
     Offer,
     Open,
     Purged,
+    Room,
     Stays,
 )
 from tests.fuzz.hunt import Target, main
@@ -30,6 +33,10 @@ MESSAGES: tuple[Message, ...] = (
     Open("6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4", "host-b", (1, 2), ("tcp-ipv4", "udp-ipv6"), ("zstd", "zlib"), 250_000),
     Open("", "", (), (), (), None),
     Offer(1, 3),
+    Offer(2, 3, ("tcp-ipv4", "udp-ipv6"), (250_000, 7), ("marks",)),
+    Answer(200_000, 600, ("tcp-ipv4",), ("there was no free place for it",), (50_007,), "ask"),
+    Room(3, "traffic has taken the others"),
+    Check("6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4", ("tcp-ipv4",), (6,), ()),
     Flows(bytes(range(256))),
     InSync(100_000),
     FlowChanges(b"payload", is_last=True),

@@ -21,6 +21,7 @@ from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKept
 from sami_plugin.model.flows import Addresses, Batch, Omitted, Rows, Template, has_end_in
 from sami_plugin.model.keys import KeyIndex, key_words
 from sami_plugin.model.results import Outcome, Reason, Results, results
+from sami_plugin.model.risk import MARKS
 from sami_plugin.model.scope import Scope
 
 Mask = npt.NDArray[np.bool_]
@@ -57,8 +58,14 @@ class LinuxConntrackDriver(FlowDriver):
     agent's own. Windows and sequence numbers of TCP flows cannot be carried: inserted flows are tracked liberally.
     """
 
-    def __init__(self, receive_octets: int = 8 << 20, watch_receive_octets: int = 32 << 20) -> None:
-        """The sizes are those of the sockets' receive buffers, for answers and for events between two `collect`s."""
+    def __init__(
+        self, receive_octets: int = 8 << 20, watch_receive_octets: int = 32 << 20, capacity: int | None = None
+    ) -> None:
+        """The sizes are those of the sockets' receive buffers, for answers and for events between two `collect`s.
+
+        `capacity` is how many entries there may be at the most, where that is to be less than the kernel's own limit.
+        """
+        self._capacity = capacity
         self._connections = Connections(receive_octets)
         self._watch_receive_octets = watch_receive_octets
         self._attended: dict[str | None, EventsKeptOn] = {}
@@ -81,14 +88,17 @@ class LinuxConntrackDriver(FlowDriver):
         with self._connections.lend(namespace) as connection:
             in_use, capacity = _stats(connection)
             receive_octets = connection.receive_octets
+        limits = [limit for limit in (capacity, self._capacity) if limit is not None]
         can_watch = privileged.in_namespace(namespace, lambda: sysctl("nf_conntrack_events")) != 0
+        found = probe.features()
         return Capabilities(
             templates=TEMPLATES_CARRIED,
             can_watch=can_watch,
-            capacity=capacity,
+            capacity=min(limits, default=None),
             in_use=in_use,
             device=_device(namespace),
-            notes=tuple(_notes(probe.features(), can_watch, receive_octets)),
+            functions=frozenset() if found.keeps_marks is False else frozenset({MARKS}),
+            notes=tuple(_notes(found, can_watch, receive_octets)),
         )
 
     # --- what is there

@@ -69,7 +69,7 @@ from tests.unit.handover.memory import (
 )
 from tests.unit.handover.stranger import Stranger, is_given_flows
 
-SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verdict_seconds=0.5, call_seconds=1.0)
+SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5, verdict_seconds=0.5), call_seconds=1.0)
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_another_host_says_in_the_destination_s_name_that_the_guest_has_arrived(
 
         monkeypatch.setattr(transport, "call", call)
         channel = tls.Channel("host-a", lambda: own.context(is_server=False), is_server=False)
-        channel._streams, channel._next_out = 1, 2  # behind Open and Complete
+        channel._streams, channel._next_out = 1, 3  # behind Open, Answer and Complete
         channel.say(messages.encode(Arrived()))
         for _ in range(4):
             with contextlib.suppress(SamiError):

@@ -22,7 +22,7 @@ from tests.unit.handover.memory import SETTINGS, ZONES, finish, guest_with_flows
 from tests.unit.handover.regions import EAST_ADDRESS, goes_east, regions
 from tests.unit.handover.stranger import Stranger, is_given_flows
 
-SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verdict_seconds=0.5, call_seconds=1.0)
+SOON = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5, verdict_seconds=0.5), call_seconds=1.0)
 
 
 def test_authority_of_another_domain_that_vouches_for_a_host_of_ours(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import typing
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 import msgpack
 import pytest
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from sami_plugin.codec import messages
 from sami_plugin.errors import Malformed
 from sami_plugin.model.migration import (
+    Answer,
     Arrived,
+    Check,
     Complete,
     FlowChanges,
     Flows,
@@ -24,13 +26,17 @@ from sami_plugin.model.migration import (
     Offer,
     Open,
     Purged,
+    Room,
     Stays,
 )
 
 EVERY = (
     Open("guest", "host-b", (1, 2), ("tcp-ipv4",), ("zstd", "zlib"), None),
     Open("guest", "host-b", (), (), (), 0),
-    Offer(1, 2),
+    Offer(2, 2, ("tcp-ipv4", "udp-ipv6"), (3, 0), ("marks",)),
+    Answer(4, 600, ("tcp-ipv4",), ("there was no free place for it",), (2,), "proceed"),
+    Room(3, "traffic"),
+    Check("guest", ("tcp-ipv4",), (6,), ()),
     Flows(b"\x00\xff"),
     InSync(2**40),
     FlowChanges(b"", is_last=True),
@@ -75,10 +81,10 @@ def test_message_is_read_as_it_was_written(message: Message) -> None:
 
 
 VECTORS = {
-    Arrived(): "82a776657273696f6e01a46b696e64a741727269766564",
-    Complete(3, 0): "84a776657273696f6e01a46b696e64a8436f6d706c657465a8696d706f7274656403a77265667573656400",
+    Arrived(): "82a776657273696f6e02a46b696e64a741727269766564",
+    Complete(3, 0): "84a776657273696f6e02a46b696e64a8436f6d706c657465a8696d706f7274656403a77265667573656400",
     FlowChanges(b"\x01", is_last=True): (
-        "84a776657273696f6e01a46b696e64ab466c6f774368616e676573a77061796c6f6164c40101a769735f6c617374c3"
+        "84a776657273696f6e02a46b696e64ab466c6f774368616e676573a77061796c6f6164c40101a769735f6c617374c3"
     ),
 }
 
@@ -89,7 +95,14 @@ def test_vector(message: Message, octets: str) -> None:
     assert messages.decode(bytes.fromhex(octets)) == message
 
 
-REQUIRED = [one for one in FIELDS if one != ("Open", "token")]
+def test_message_of_version_1_is_understood() -> None:
+    octets = "83a776657273696f6e01a46b696e64a54f66666572a5706f72747302"
+    assert messages.decode(bytes.fromhex(octets)) == Offer(1, 2)
+
+
+REQUIRED = [
+    (kind, field.name) for kind, message in KINDS.items() for field in fields(message) if field.default is MISSING
+]
 
 
 @pytest.mark.parametrize(("kind", "field"), REQUIRED)

@@ -68,7 +68,7 @@ def hypervisors() -> dict[str, Hypervisor]:
 
 @pytest.fixture
 def hosts(tmp_path: Path, hypervisors: dict[str, Hypervisor]) -> Iterator[Hosts]:
-    settings = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5), verdict_seconds=1.0)
+    settings = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5, verdict_seconds=1.0))
     with Hosts(
         tmp_path,
         tuple(ZONES),

@@ -208,7 +208,7 @@ def test_a_device_that_fails_when_a_guest_is_announced_ends_that_session_alone(t
         hosts.say("host-a", Phase.OUTGOING, guest)
         began = time.monotonic()
         hosts.say("host-b", Phase.PREPARE, guest, "host-a")
-        assert time.monotonic() - began < SETTINGS.verdict_seconds, "the migration waits for nobody"
+        assert time.monotonic() - began < SETTINGS.limits.verdict_seconds, "the migration waits for nobody"
         hosts.say("host-b", Phase.STOPPED, guest)
         until_idle(hosts)
         assert "receive buffer" in report(hosts, "host-b", guest)["reason"]

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.model.flows import Batch, FlowStatus, ZoneRole
+from sami_plugin.model.flows import Batch, ZoneRole
 from sami_plugin.model.migration import Phase
-from sami_plugin.model.results import WORDS, Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
-    GUEST_ADDRESS,
     SETTINGS,
     ZONES,
     begin,
@@ -181,30 +177,6 @@ def test_a_guest_without_ports_moves(hosts: Hosts) -> None:
     assert hosts.agents["host-a"].wait_until_idle(20)
     (told,) = hosts.reports("host-a", guest)
     assert told["remarks"] == ["this host knows no port of the guest, so nothing was carried"]
-
-
-def test_of_more_flows_than_there_are_places_those_fit_that_matter_most(tmp_path: Path) -> None:
-    """Six flows against four free places: which four is documented (headroom_percent), and the other two are named."""
-    settings = replace(SETTINGS, headroom_percent=20.0)
-    devices = {name: MemoryDevice(name, capacity=10) for name in ZONES}
-    with Hosts(tmp_path, tuple(ZONES), lambda name: MemoryDriver(devices[name]), settings=settings) as hosts:
-        other = new_guest()
-        hosts.plug("host-b", other, 77, "192.0.2.99")
-        hosts.drivers["host-b"].insert(hosts.scope("host-b", other), tcp_flows(4, "192.0.2.99"))
-        guest = guest_with_flows(hosts, 0)
-        flows = tcp_flows(6)
-        flows.rows["conntrackStatus"][:3] &= ~np.uint32(FlowStatus.ASSURED | FlowStatus.SEEN_REPLY)
-        flows.rows["remainingTimeoutSeconds"][:3] = (100, 300, 200)
-        hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), flows)
-        begin(hosts, guest)
-        finish(hosts, guest)
-        until_idle(hosts)
-        assert {port for port, _ in held(hosts, "host-b")} == {1001, 1003, 1004, 1005}
-        assert len(held(hosts, "host-b", 77)) == 4
-        (report,) = hosts.reports("host-b", guest)
-        named = report["named"][f"refused: {WORDS[Reason.NO_PLACE]}"]
-        assert (named["count"], report["flows"]["refused"], report["flows"]["imported"]) == (2, 2, 4)
-        assert all(f"{GUEST_ADDRESS}:{port} " in " ".join(named["flows"]) for port in (1000, 1002))
 
 
 def test_two_guests_at_a_time_do_not_get_the_same_place_twice(tmp_path: Path) -> None:

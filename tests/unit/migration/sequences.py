@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from sami_plugin.migration.decision import Event, Found, PeerLost, PeerSaid, Returns, Superseded
+from sami_plugin.migration.decision import Event, Found, OperatorSaid, PeerLost, PeerSaid, Returns, Superseded
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.settings import Limits
 from tests.unit.migration.shell import guest
@@ -15,13 +15,14 @@ from tools.state_tables import MESSAGES
 
 LIMITS = Limits(
     delta_seconds=1, resync_seconds=4, hold_seconds=9, open_seconds=10, zone_seconds=2, arrival_seconds=20,
-    watch_seconds=1, session_seconds=100,
+    watch_seconds=1, session_seconds=100, verdict_seconds=5, ask_seconds=15, reservation_seconds=40,
 )  # fmt: skip
 
 events = st.one_of(
     st.sampled_from([guest(phase) for phase in Phase]),
     st.sampled_from([PeerSaid(message) for message in MESSAGES]),
     st.sampled_from([PeerLost("lost"), Superseded(), Returns(), Found("host-a"), Found("host-x")]),
+    st.sampled_from([OperatorSaid(may_come=True), OperatorSaid(may_come=False)]),
 )
 pauses = st.sampled_from([0.0, 0.0, 0.0, 0.5, 3.0, 12.0, 21.0, 60.0])
 

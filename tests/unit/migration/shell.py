@@ -15,15 +15,20 @@ from sami_plugin.migration.decision import (
     Event,
     FindScope,
     GuestDid,
+    Negotiate,
+    Negotiated,
     PeerSaid,
     Say,
     TimePassed,
     WakeAt,
 )
-from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.migration import Answer, MigrationEvent, Phase
+from sami_plugin.model.verdict import Verdict
 
 Step = Callable[[Any, Event, float], tuple[Any, list[Action]]]
 
+SAID = ("SayOffer", "Choose", "LapsePlaces")
+"""Actions of whose end nothing is told."""
 MAY_GO_ON = frozenset({"ExportNext", "Resync", "FindScope"})
 """Actions that may be done in part."""
 
@@ -108,7 +113,13 @@ class Shell:
         if choice == "fails":
             self._finished.append(ActionFailed(what, "pretended"))
             return False
-        if choice == "part" and action == FindScope(is_last=True):
+        if isinstance(action, Negotiate):
+            verdict = Verdict.PROCEED if choice == "all" or not action.may_refuse else Verdict.ASK
+            said = Answer(1, 600) if action.offer is not None and action.offer.version > 1 else None
+            self._finished.append(Negotiated(verdict, "pretended", said))
+        elif what in SAID:
+            pass
+        elif choice == "part" and action == FindScope(is_last=True):
             self._finished.append(Done(what, 0))
         elif choice == "part" and what in MAY_GO_ON:
             self._behind.append(Done(what, is_all=False))

@@ -83,6 +83,7 @@ IN_STATE: dict[State, tuple[Event, ...]] = {
 HEARD: dict[State, set[type[Message]]] = {
     State.LOOKING: set(),
     State.ASKED: {Offer, GivesUp, Stays},
+    State.NEGOTIATING: {GivesUp, Stays},
     State.RECEIVING: {Flows, InSync, FlowChanges, GivesUp, Stays},
     State.COMPLETE: {GivesUp, Purged, Stays},
     State.ARRIVED: {Purged, GivesUp},

@@ -11,6 +11,7 @@ from sami_plugin.errors import IllegalMessage
 from sami_plugin.migration import source
 from sami_plugin.migration.decision import (
     ActionFailed,
+    Choose,
     Done,
     End,
     Event,
@@ -24,6 +25,7 @@ from sami_plugin.migration.decision import (
     PurgeLate,
     Returns,
     Say,
+    SayOffer,
     StartExport,
     Superseded,
     TimePassed,
@@ -31,6 +33,7 @@ from sami_plugin.migration.decision import (
 )
 from sami_plugin.migration.source import Source, State
 from sami_plugin.model.migration import (
+    Answer,
     Arrived,
     Complete,
     FlowChanges,
@@ -43,13 +46,14 @@ from sami_plugin.model.migration import (
     Outcome,
     Phase,
     Purged,
+    Room,
     Stays,
 )
 from tests.unit.migration.sequences import LIMITS, choices, endless, lives
 from tests.unit.migration.shell import Shell, guest
 from tools.state_tables import MESSAGES, OPEN
 
-OPENED = PeerSaid(OPEN)
+OPENED, ANSWERED = PeerSaid(OPEN), PeerSaid(Answer(4, 600, ("tcp-ipv4",)))
 COMPLETE, ARRIVED = PeerSaid(Complete(1, 0)), PeerSaid(Arrived())
 OUTGOING, SUSPENDED, RESUMED, STOPPED = map(guest, (Phase.OUTGOING, Phase.SUSPENDED, Phase.RESUMED, Phase.STOPPED))
 
@@ -71,21 +75,23 @@ def shell(*events: Event) -> Shell:
 
 IN_STATE: dict[State, tuple[Event, ...]] = {
     State.WAITING: (OPENED,),
-    State.FOLLOWING: (OPENED, OUTGOING),
-    State.DRAINED: (OPENED, OUTGOING, SUSPENDED),
-    State.WATCHING: (OPENED, OUTGOING, SUSPENDED, COMPLETE, ARRIVED),
-    State.ABANDONED: (OPENED, OUTGOING, PeerLost("lost")),
-    State.ENDED: (OPENED, OUTGOING, SUSPENDED, RESUMED),
+    State.OFFERED: (OPENED, OUTGOING),
+    State.FOLLOWING: (OPENED, OUTGOING, ANSWERED),
+    State.DRAINED: (OPENED, OUTGOING, ANSWERED, SUSPENDED),
+    State.WATCHING: (OPENED, OUTGOING, ANSWERED, SUSPENDED, COMPLETE, ARRIVED),
+    State.ABANDONED: (OPENED, OUTGOING, ANSWERED, PeerLost("lost")),
+    State.ENDED: (OPENED, OUTGOING, ANSWERED, SUSPENDED, RESUMED),
 }
 HEARD: dict[State, set[type[Message]]] = {
     State.WAITING: {Open, GivesUp, Stays},
-    State.COPYING: {GivesUp, Stays},
-    State.FOLLOWING: {GivesUp, Stays},
-    State.DRAINED: {Complete, Arrived, GivesUp, Stays},
-    State.PURGING: {Complete, Arrived, GivesUp},
-    State.WATCHING: {Complete, Arrived, GivesUp},
-    State.ABANDONED: {Complete, Arrived, GivesUp, Stays},
-    State.ENDED: {Complete, Arrived, GivesUp, Stays},
+    State.OFFERED: {Answer, GivesUp, Stays},
+    State.COPYING: {Room, GivesUp, Stays},
+    State.FOLLOWING: {Room, GivesUp, Stays},
+    State.DRAINED: {Room, Complete, Arrived, GivesUp, Stays},
+    State.PURGING: {Room, Complete, Arrived, GivesUp},
+    State.WATCHING: {Room, Complete, Arrived, GivesUp},
+    State.ABANDONED: {Answer, Room, Complete, Arrived, GivesUp, Stays},
+    State.ENDED: {Answer, Room, Complete, Arrived, GivesUp, Stays},
 }
 
 
@@ -97,7 +103,11 @@ HEARD: dict[State, set[type[Message]]] = {
         ((OPENED, OUTGOING), [WakeAt(100), StartExport()]),
         ((OUTGOING, OPENED), [WakeAt(100), StartExport()]),
         ((OPENED, SUSPENDED, RESUMED), STAY),
-        ((OPENED, OUTGOING, Done("StartExport", 2)), [Say(Offer(1, 2)), ExportNext()]),
+        ((OPENED, OUTGOING, Done("StartExport", 2)), [SayOffer(2)]),
+        ((PeerSaid(replace(OPEN, versions=(1,))), OUTGOING, Done("StartExport", 2)), [Say(Offer(1, 2)), ExportNext()]),
+        ((OPENED, OUTGOING, Done("StartExport", 2), ANSWERED), [Choose(4, ("tcp-ipv4",)), ExportNext()]),
+        ((OPENED, OUTGOING, Done("StartExport", 2), PeerSaid(GivesUp("no"))), [WakeAt(100)]),
+        ((OPENED, OUTGOING, Done("StartExport", 2), PeerSaid(Stays("veto"))), [End(Outcome.STAYED, "veto")]),
         ((OPENED, OUTGOING, Done("ExportNext", 5, is_all=False)), [ExportNext()]),
         ((OPENED, OUTGOING, Done("ExportNext", 5)), [Say(InSync(5)), WakeAt(1.0)]),
         ((OPENED, OUTGOING, SUSPENDED), [ExportChanges(is_last=False)]),
@@ -159,8 +169,8 @@ def test_guest_that_runs_again_after_its_pause_stays_with_all_flows(state: State
         made = source.step(session, event, 0.0)
         session = made[0]
         for action in made[1] if state is not State.COPYING else ():
-            if isinstance(action, StartExport):
-                session, _ = source.step(session, Done("ExportNext"), 0.0)
+            if isinstance(action, StartExport | ExportNext):
+                session, _ = source.step(session, Done(type(action).__name__), 0.0)
     assert session.state is state
     session, _ = source.step(session, SUSPENDED, 0.0)
     session, actions = source.step(session, RESUMED, 0.0)
@@ -171,7 +181,7 @@ def test_guest_that_runs_again_after_its_pause_stays_with_all_flows(state: State
 
 
 def test_guest_that_was_not_paused_for_the_move_does_not_end_it_by_running() -> None:
-    made = shell(OPENED, OUTGOING, RESUMED)
+    made = shell(OPENED, OUTGOING, ANSWERED, RESUMED)
     assert made.session.state is State.FOLLOWING
 
 
@@ -277,7 +287,7 @@ def told(made: Shell, wanted: object) -> float | None:
 
 
 @settings(max_examples=400)
-@given(lives([OUTGOING, SUSPENDED, COMPLETE, ARRIVED, STOPPED]), choices)
+@given(lives([OUTGOING, ANSWERED, SUSPENDED, COMPLETE, ARRIVED, STOPPED]), choices)
 def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> None:
     made = Shell(source.step, new(), endless(drawn))
     made.tell(OPENED)

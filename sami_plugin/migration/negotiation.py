@@ -1,0 +1,70 @@
+"""What a destination can take of what a source offers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from sami_plugin.model.results import WORDS, Reason
+
+NOT_KEPT = "the driver of that host does not keep {function}, which some of them use"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a guest's flows need."""
+
+    counts: Mapping[str, int]
+    """Flows by kind (`Template.name`)."""
+    functions: tuple[str, ...] = ()
+
+    @property
+    def flows(self) -> int:
+        return sum(self.counts.values())
+
+    @classmethod
+    def of(cls, kinds: tuple[str, ...], counts: tuple[int, ...], functions: tuple[str, ...]) -> Demand:
+        """What a message says, in which a list may be shorter than the other."""
+        return cls(dict(zip(kinds, counts, strict=False)), functions)
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What comes of a demand."""
+
+    places: int
+    kinds: tuple[str, ...]
+    """Those for which the places are."""
+    losses: Mapping[str, int]
+    """How many do not come, by reason."""
+    degraded: Mapping[str, int]
+
+
+def weigh(
+    demand: Demand,
+    *,
+    declared: Collection[str],
+    admitted: Callable[[str], bool],
+    functions: Collection[str],
+    promise: Callable[[int], int],
+) -> Weighed:
+    """What becomes of the demand.
+
+    `declared` are the kinds that the device takes, `admitted` says which of them the source's domain may give,
+    `functions` what the device can do, and `promise` how many of so many flows it has a place for.
+    """
+    losses: Counter[Reason] = Counter()
+    taken: Counter[str] = Counter()
+    for kind, count in demand.counts.items():
+        if kind not in declared:
+            losses[Reason.NOT_DECLARED] += count
+        elif not admitted(kind):
+            losses[Reason.NOT_ADMITTED] += count
+        else:
+            taken[kind] = count
+    wanted = taken.total()
+    places = promise(wanted) if wanted else 0
+    losses[Reason.NO_PLACE] = wanted - places
+    degraded = {NOT_KEPT.format(function=one): places for one in demand.functions if one not in functions and places}
+    return Weighed(places, tuple(taken), {WORDS[reason]: count for reason, count in losses.items() if count}, degraded)

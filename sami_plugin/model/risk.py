@@ -1,0 +1,69 @@
+"""What would be lost if a guest moved, and what is said to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from sami_plugin.model.flows import Batch, FlowStatus
+from sami_plugin.model.migration import Answer
+from sami_plugin.model.verdict import Verdict
+
+MARKS, HELPERS = "marks", "helpers"
+"""Functions of a firewall that not each one has, and that not each flow needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Risk:
+    """Of one migration, as the destination knows it before memory is copied."""
+
+    guest: str
+    source: str
+    destination: str
+    flows: int | None
+    """How many the guest has; None: nobody said."""
+    kinds: tuple[str, ...] = ()
+    """Those that the destination takes."""
+    carried: int = 0
+    """How many of them have a place at the destination."""
+    losses: Mapping[str, int] = field(default_factory=dict)
+    """By reason, how many do not come at all."""
+    degraded: Mapping[str, int] = field(default_factory=dict)
+    """By reason, how many come, and may lack something."""
+    why_unknown: str = ""
+
+    @property
+    def lost(self) -> int:
+        return sum(self.losses.values())
+
+    @property
+    def is_none(self) -> bool:
+        """Whether all is known, and all comes as it is."""
+        return self.flows is not None and not self.losses and not self.degraded
+
+    @property
+    def words(self) -> str:
+        """One line."""
+        if self.flows is None:
+            return f"what the guest's flows need is not known: {self.why_unknown}"
+        parts = [f"{self.carried} of {self.flows} flows have a place on {self.destination}"]
+        parts += [f"{count} lost: {reason}" for reason, count in self.losses.items()]
+        parts += [f"{count} degraded: {reason}" for reason, count in self.degraded.items()]
+        return "; ".join(parts)
+
+    def answered(self, verdict: Verdict, kept_seconds: float) -> Answer:
+        """What the source is told of it."""
+        reasons = {**self.losses, **self.degraded}
+        told = tuple(reasons), tuple(reasons.values())
+        return Answer(self.carried, int(kept_seconds), self.kinds, *told, verdict=verdict.value)
+
+
+def functions_of(batches: Iterable[Batch]) -> tuple[str, ...]:
+    """The functions that any of these flows uses, sorted."""
+    found = set()
+    for batch in batches:
+        if batch.rows["flowMark"].any():
+            found.add(MARKS)
+        if (batch.rows["conntrackStatus"] & int(FlowStatus.HELPER)).any():
+            found.add(HELPERS)
+    return tuple(sorted(found))

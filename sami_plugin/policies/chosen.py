@@ -1,0 +1,68 @@
+"""Which policy is a guest's."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stevedore import driver as stevedore_driver
+from stevedore.exception import NoMatches
+
+from sami_plugin.errors import ConfigurationError
+from sami_plugin.model.domain import Domain
+from sami_plugin.policies.base import Policy
+from sami_plugin.policies.policies import Proceed
+
+if TYPE_CHECKING:
+    from oslo_config import cfg
+
+NAMESPACE = "sami.policies"
+OFF = "off"
+"""In place of a policy's name: this host does nothing for the guest's flows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """The operator's choice. A guest's own comes before that of the domain that it comes from."""
+
+    default: Policy = field(default_factory=Proceed)
+    domains: Mapping[str, Policy] = field(default_factory=dict)
+    guests: Mapping[str, Policy] = field(default_factory=dict)
+    excluded: frozenset[str] = frozenset()
+    """Guests whose flows are nobody's business."""
+
+    def of(self, guest: str, domain: Domain | None) -> Policy:
+        if guest in self.guests:
+            return self.guests[guest]
+        return self.default if domain is None else self.domains.get(domain.name, self.default)
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts, domains: Iterable[Domain]) -> Policies:
+        """:raises ConfigurationError: there is no such policy, or an option is wrong."""
+        names = {_guest(guest): name for guest, name in conf.policy.guests.items()}
+        return cls(
+            _load(conf.policy.default, conf),
+            {domain.name: _load(domain.policy, conf) for domain in domains if domain.policy},
+            {guest: _load(name, conf) for guest, name in names.items() if name != OFF},
+            frozenset(guest for guest, name in names.items() if name == OFF),
+        )
+
+
+def _guest(text: str) -> str:
+    try:
+        return str(uuid.UUID(text))
+    except ValueError as error:
+        raise ConfigurationError(f"[policy] guests: {text!r} is no guest's UUID; write UUID:POLICY") from error
+
+
+def _load(name: str, conf: cfg.ConfigOpts) -> Policy:
+    try:
+        found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager(NAMESPACE, name)
+    except NoMatches as error:
+        raise ConfigurationError(f"[policy] there is no policy {name!r}") from error
+    policy: Any = found.driver
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise ConfigurationError(f"[policy] {name!r} is no policy but {policy!r}")
+    return policy.from_conf(conf)
