@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import logging
 import threading
 import uuid
@@ -17,6 +18,7 @@ from stevedore import driver as stevedore_driver
 from stevedore.exception import NoMatches
 
 from sami_plugin import conf as options
+from sami_plugin import former as formers
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.codec import messages
 from sami_plugin.drivers import loader
@@ -32,6 +34,7 @@ from sami_plugin.errors import (
     SamiError,
     Veto,
 )
+from sami_plugin.former import Former
 from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks import domain_xml
 from sami_plugin.hooks.libvirt_events import LibvirtHost
@@ -39,13 +42,25 @@ from sami_plugin.hooks.local_socket import LocalSocket, guest_of, text_of
 from sami_plugin.journal.journal import Journal
 from sami_plugin.leaving import Leaving, foremost
 from sami_plugin.line import Line
+from sami_plugin.migration import destination
 from sami_plugin.migration.negotiation import Demand
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import Omitted, names
-from sami_plugin.model.migration import Answer, Check, GivesUp, Message, MigrationEvent, Open, Origin, Outcome, Phase
+from sami_plugin.model.migration import (
+    Answer,
+    AskAgain,
+    Check,
+    GivesUp,
+    Message,
+    MigrationEvent,
+    Open,
+    Origin,
+    Outcome,
+    Phase,
+)
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
-from sami_plugin.model.report import NAMES_PER_REASON
+from sami_plugin.model.report import NAMES_PER_REASON, Report
 from sami_plugin.model.risk import functions_of
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
@@ -54,7 +69,7 @@ from sami_plugin.policies.chosen import Policies
 from sami_plugin.question import Question
 from sami_plugin.refusals import STRANGER, Refusals
 from sami_plugin.scopes.base import ScopeFinder
-from sami_plugin.session import Host, Session
+from sami_plugin.session import Host, Session, go_on
 from sami_plugin.transport.rpc import Transport
 
 LOG = logging.getLogger(__name__)
@@ -129,8 +144,49 @@ class Agent:
                 self.host.driver.attend(namespace)
             except NotAvailable as error:  # of one that comes later, the first guest to leave is told by exports
                 LOG.warning("%s: %s", self.host.name, error)
+        self._recover()
         self.host.peers.start(self)
         LOG.info("%s: agent is running, driver %s", self.host.name, type(self.host.driver).__name__)
+
+    def _recover(self) -> None:
+        """Goes on with what was under way when the agent of before was ended. Where each guest is, is told anyway."""
+        host = self.host
+        for row in host.journal.unfinished():
+            domain = host.peers.way_to(row["peer"]).domain
+            guest, peer, name = row["guest"], row["peer"], row["session"]
+            session: Session
+            try:
+                former = formers.read(host.journal, row, host.settings, domain)
+                if former.role == "source":
+                    session = SourceSession(
+                        host, str(uuid.uuid4()), guest, peer, self._forget, is_outgoing=True, is_recovered=True
+                    )
+                else:
+                    session = self._goes_on(guest, peer)
+                report = Report(name, guest, former.role, host.name, peer, Outcome.CONTINUED.value)
+                report.reason = f"the agent was started anew; session {session.id} goes on with it"
+                go_on(session, former, report.as_dict())
+            except SamiError as error:
+                LOG.error("%s: guest %s: what was under way cannot be gone on with: %s", name, guest, error)
+                continue
+            LOG.warning("%s: guest %s: %s", name, guest, report.reason)
+            self._add(session)
+
+    def _goes_on(self, guest: str, peer: str, *, is_held: bool = False) -> DestinationSession:
+        """A session that will go on with another one."""
+        return DestinationSession(
+            self.host, str(uuid.uuid4()), guest, peer, self._forget, is_held=is_held, again=self._again
+        )
+
+    def _again(self, former: DestinationSession) -> DestinationSession:
+        """The source cannot go on with this session. Whoever waits for it waits for the next one."""
+        session = self._goes_on(former.guest, former.peer, is_held=former.is_held_up)
+        session.token = former.token
+        session.has_verdict, former.has_verdict = former.has_verdict, threading.Event()
+        session.has_caught_up, former.has_caught_up = former.has_caught_up, threading.Event()
+        with self._lock:
+            self._sessions[session.id] = session
+        return session
 
     def stop(self) -> None:
         """Ends all threads. Sessions under way are left as they are; the journal has them."""
@@ -168,8 +224,9 @@ class Agent:
         if not has_spoken and session.is_asking:
             LOG.warning("%s: waits for `sami session approve` or `refuse`: %s", session.id, session.risk)
             has_spoken = session.has_verdict.wait(limits.ask_seconds + VERDICT_MARGIN_SECONDS)
-        if session.refusal is not None:
-            raise Veto(f"{session.refusal} (session {session.id})")
+        newest = session.newest
+        if isinstance(newest, DestinationSession) and newest.refusal is not None:
+            raise Veto(f"{newest.refusal} (session {newest.id})")
         if not has_spoken:
             LOG.warning("%s: nothing is decided yet; the migration goes on", session.id)
 
@@ -376,8 +433,9 @@ class Agent:
                 return
             try:
                 said = messages.decode(heard[0])
-                if isinstance(said, Check):
-                    greeting.line.say(messages.encode(self._judge(said, greeting.peer)))
+                if not isinstance(said, Open):
+                    if (answer := self._answer(greeting, said)) is not None:
+                        greeting.line.say(messages.encode(answer))
                     self._hang_up(greeting.id)
                     return
                 greeting.session = self._open(greeting, said, heard)
@@ -464,7 +522,7 @@ class Agent:
                     leaving.expect_return()
                 is_held = event.phase is Phase.PREPARE
                 session = DestinationSession(
-                    self.host, str(uuid.uuid4()), event.guest, source, self._forget, is_held=is_held
+                    self.host, str(uuid.uuid4()), event.guest, source, self._forget, is_held=is_held, again=self._again
                 )
                 session.token = token
                 self._add(session)
@@ -473,22 +531,50 @@ class Agent:
                 if source:
                     session.find(source)
 
+    def _answer(self, greeting: _Greeting, said: Message) -> Message | None:
+        """What is said to a host that does not want to open a session."""
+        if isinstance(said, Check):
+            return self._judge(said, greeting.peer)
+        if isinstance(said, AskAgain):
+            for session in self.sessions():
+                is_it = isinstance(session, DestinationSession) and session.id == said.session
+                if is_it and session.peer == greeting.peer:
+                    session.hear([messages.encode(said)])
+                    return None
+            return self._tell_arrival_again(said.session, greeting.peer)
+        # It is from the middle of a session that was another agent's, before this one was started.
+        return AskAgain(greeting.id)
+
+    def _tell_arrival_again(self, session_id: str, peer: str) -> Message | None:
+        """Of a guest that has arrived here, while the source's agent was away; what is said if it is another one."""
+        row = self.host.journal.known_as(session_id, "destination")
+        is_it = row is not None and (row["peer"], row["outcome"]) == (peer, Outcome.MOVED.value)
+        if row is None or not is_it or self.host.journal.newest(row["guest"]) != row["session"]:
+            return GivesUp("there is no such session here")
+        former = formers.read(self.host.journal, row, self.host.settings, self.host.peers.way_to(peer).domain)
+        session = self._goes_on(row["guest"], peer)
+        go_on(session, replace(former, state=destination.State.ARRIVED.value), json.loads(row["report"]))
+        self._add(session)
+        return None
+
     def _judge(self, check: Check, sender: str) -> Answer:
         """What would be said to these flows; nothing is kept for them."""
         demand = Demand.of(check.kinds, check.counts, check.functions)
         risk = self.host.risk(demand, "", check.guest, sender, is_kept=False)
         return risk.answered(self.host.policies.of(check.guest, self.host.peers.way_to(sender).domain).judge(risk), 0)
 
-    def _open(self, greeting: _Greeting, said: Message, heard: list[bytes]) -> Session:
+    def _open(self, greeting: _Greeting, said: Open, heard: list[bytes]) -> Session:
         """The session that the caller asks for in the first message that was heard of it."""
         sender = greeting.peer
-        if not isinstance(said, Open):
-            raise IllegalMessage("a session begins with Open")
         if not _is_uuid(said.guest):
             raise IllegalMessage("a guest is a UUID")
         guest = str(uuid.UUID(said.guest))
         if guest in self.host.policies.excluded:
             raise NotAuthorised(f"the operator of {self.host.name} wants nothing done for {guest} ([policy] guests)")
+        if said.continues and (continuing := self._continue(greeting, said, guest, heard)) is not None:
+            return continuing
+        if said.has_all:
+            raise NotAuthorised(f"there is no session {said.continues} of {guest} here, or its flows are purged")
         is_leaving = self._is_leaving(guest, sender)
         has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
         with self._lock:
@@ -504,6 +590,56 @@ class Agent:
             session.hear(heard)  # before another thread finds the session and has it hear what was said later
             self._add(session)
             return session
+
+    def _continue(self, greeting: _Greeting, said: Open, guest: str, heard: list[bytes]) -> Session | None:
+        """The session that goes on with another one, if that is the caller's and the flows are still to be had."""
+        with self._lock:
+            older = [
+                one
+                for one in self._sessions_of(guest, SourceSession)
+                if one.may_be_continued_by(greeting.peer, said.continues)
+            ]
+            left = None if older else self._left_before(greeting.peer, said.continues, guest)
+            if not older and left is None:
+                return None
+            session = SourceSession(
+                self.host,
+                greeting.id,
+                guest,
+                greeting.peer,
+                self._forget,
+                is_outgoing=True,
+                line=greeting.line,
+                has_all=said.has_all,
+            )
+            session.hear(heard)
+            self._sessions[session.id] = session
+        if left is None:
+            older[0].continue_with(session)
+        else:
+            go_on(session, *left)
+            self.host.run(session)
+        return session
+
+    def _left_before(self, peer: str, session: str, guest: str) -> tuple[Former, dict[str, Any]] | None:
+        """A session that purged without arrival, and its report, for as long as its flows may still be imported.
+
+        :raises NotAuthorised: they may not be any more.
+        """
+        row = self.host.journal.known_as(session, "source")
+        if row is None or (row["peer"], row["guest"], row["outcome"]) != (
+            peer,
+            guest,
+            Outcome.LEFT_WITHOUT_ARRIVAL.value,
+        ):
+            return None
+        ago = self.host.wall() - row["ended_at"]
+        if ago > self.host.settings.late_import_seconds:
+            raise NotAuthorised(
+                f"the flows of {guest} were purged {ago:.0f} s ago, too long to be imported (late_import_seconds)"
+            )
+        former = formers.read(self.host.journal, row, self.host.settings, self.host.peers.way_to(peer).domain)
+        return former, json.loads(row["report"])
 
     def _has_token(self, guest: str, token: str) -> bool:
         """Whether the caller was given the guest's description, as its destination is and no other host."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,19 @@ class Arriving:
     scope: Scope
     held: FlowTable = field(default_factory=FlowTable)
     """What the device holds thanks to this session, with the device's own ids."""
+    former: FlowTable = field(default_factory=FlowTable)
+    """What another session, with which this one goes on, may have put in, and the source has not told of anew."""
     doubtful: list[tuple[Scope, Batch]] = field(default_factory=list)
     """What may be in the device, and for which scope it was put in: the device failed before it said so."""
+
+    def put_in(self) -> FlowTable:
+        """All that may be in the device thanks to this session, and to the one with which it goes on; without ids."""
+        tables = [self.held.batches(), (batch for _, batch in self.doubtful)]
+        for batch in chain(*tables):
+            nameless = batch.rows.copy()
+            nameless["flowId"] = 0
+            self.former.put(Batch(batch.template, nameless))
+        return self.former
 
 
 @dataclass(frozen=True, slots=True)

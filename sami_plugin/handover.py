@@ -38,6 +38,7 @@ import numpy.typing as npt
 from sami_plugin.arriving import Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import SamiError
+from sami_plugin.former import Former
 from sami_plugin.leaving import Leaving, Piece, Sweep, foremost, merged, split, taken
 from sami_plugin.line import Line
 from sami_plugin.migration import destination, source
@@ -61,6 +62,7 @@ from sami_plugin.migration.decision import (
     PurgeLate,
     Renew,
     Resync,
+    SayAgain,
     SayOffer,
     StartExport,
     Verify,
@@ -83,6 +85,7 @@ from sami_plugin.model.migration import (
     VERSIONS,
     Answer,
     Arrived,
+    AskAgain,
     Complete,
     FlowChanges,
     Flows,
@@ -126,9 +129,16 @@ class SourceSession(Session):
         is_suspended: bool = False,
         scopes: tuple[Scope, ...] | None = None,
         line: Line | None = None,
+        is_recovered: bool = False,
+        has_all: bool = False,
     ) -> None:
-        """`scopes` are the guest's ports where it is gone already, and they with it."""
+        """`scopes` are the guest's ports where it is gone already, and they with it.
+
+        Of a session that goes on with another one, `is_recovered` says that it is because this host's agent was started
+        anew, and `has_all` that the destination needs nothing more.
+        """
         super().__init__(host, session, guest, peer, ended, line)
+        self._is_recovered, self._has_all = is_recovered, has_all
         limits = host.settings.limits
         self._known = source.Source(
             limits, host.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
@@ -136,6 +146,7 @@ class SourceSession(Session):
         self.has_left = False
         """Whether the guest is gone from this host, by its hypervisor's word."""
         self._scopes = scopes
+        self._begins_with: list[Action] = []
         self._ports: list[Leaving] = []
         self._compression = "zlib"
         self._pieces: Iterator[Piece] = iter(())
@@ -144,11 +155,66 @@ class SourceSession(Session):
         self._removed = self._late = self._left = self._kept_for_others = 0
         host.leaves(guest)
 
+    def take_over(self, former: Former) -> None:
+        """The guest's flows are still here, or in the journal."""
+        super().take_over(former)
+        limits, now = self.host.settings.limits, self.host.monotonic()
+        is_gone, is_suspended = former.has("guest stopped"), former.has("guest suspended")
+        self.has_left |= is_gone
+        if self._is_recovered:
+            self.known_as = former.known_as
+            self._known, self._begins_with = source.recovered(
+                limits,
+                now,
+                former.state,
+                is_suspended=is_suspended,
+                is_gone=is_gone,
+                has_arrived=former.has("peer said Arrived"),
+            )
+        else:
+            self._known = source.continuing(
+                limits, now, has_all=self._has_all, is_suspended=is_suspended, is_gone=is_gone
+            )
+        for scope, table in former.ports:
+            port = Leaving(scope, None)
+            if self._is_recovered or self._has_all:
+                port.exported = table
+            else:
+                port.former = table
+            for batch in table.batches():
+                with self.host.deciding(scope):
+                    self.host.leaving.claim(self.id, scope, batch)
+            self._ports.append(port)
+
+    def former(self) -> Former:
+        return Former(
+            self.id,
+            self.known_as,
+            self.guest,
+            self.role,
+            self.peer,
+            self._state_before,
+            self._payloads,
+            frozenset(self._heard_of),
+            tuple((port.scope, port.told()) for port in self._ports),
+        )
+
+    def _made_successor(self) -> Session:
+        raise AssertionError("only a destination opens sessions")
+
+    def _scopes_known(self) -> tuple[Scope, ...]:
+        return tuple(port.scope for port in self._ports)
+
+    def may_be_continued_by(self, peer: str, session: str) -> bool:
+        """Whether this is the session, by the id that the peer knows, and all of the guest's flows are still here."""
+        return (self.peer, self.known_as) == (peer, session) and source.may_be_continued(self._known)
+
     def _actions(self) -> Actions:
         return {
             Keep: self._keep,
             StartExport: self._start_export,
             SayOffer: self._say_offer,
+            SayAgain: self._say_again,
             Choose: self._choose,
             ExportNext: self._export_next,
             ExportChanges: self._export_changes,
@@ -160,9 +226,12 @@ class SourceSession(Session):
     def _start_export(self, action: StartExport) -> Done:
         """Watches before it exports, so that no change falls between the two."""
         self.note("export began")
-        for scope in self._scopes if self._scopes is not None else self.host.scopes.find(self.guest):
-            can_watch = self.host.driver.capabilities(scope).can_watch
-            self._ports.append(Leaving(scope, self.host.driver.watch(scope) if can_watch else None))
+        if not self._ports:
+            scopes = self._scopes if self._scopes is not None else self.host.scopes.find(self.guest)
+            self._ports = [Leaving(scope, None) for scope in scopes]
+        for port in self._ports:
+            if self.host.driver.capabilities(port.scope).can_watch:
+                port.watch = self.host.driver.watch(port.scope)
         if not self._ports:
             self.report.remark("this host knows no port of the guest, so nothing was carried")
         self._pieces = self._export()
@@ -180,6 +249,9 @@ class SourceSession(Session):
         functions = functions_of(batch for _, batch in pieces)
         self._say(Offer(self._known.version, action.ports, tuple(counts), tuple(counts.values()), functions))
         self.note("offered")
+
+    def _say_again(self, action: SayAgain) -> None:
+        self._say(AskAgain(self.known_as))
 
     def _choose(self, action: Choose) -> None:
         """Keeps back what has no place there: the least important."""
@@ -210,7 +282,10 @@ class SourceSession(Session):
                 if isinstance(piece, Omitted):
                     self.report.name(f"not exported: {piece.reason}", piece.count, piece.examples)
                 else:
+                    port.former.discard(piece)
                     yield port, piece
+            if self._known.is_suspended:  # what was deleted since the pause says nothing, and travels all the same
+                yield from ((port, batch) for batch in port.former.batches())
 
     def _export_next(self, action: ExportNext) -> Done:
         pieces, is_all = taken(self._pieces, self.host.settings.batch_flows)
@@ -409,7 +484,9 @@ class SourceSession(Session):
         return self._known.state.value
 
     def _begin(self) -> None:
-        """Everything begins with the destination's Open, which is in the queue."""
+        """All but what goes on begins with the destination's Open, which is in the queue."""
+        if self._begins_with:
+            self._enact("goes on", self._begins_with)
 
     def _step(self, event: Event, now: float) -> list[Action]:
         self._known, actions = source.step(self._known, event, now)
@@ -482,9 +559,11 @@ class DestinationSession(Session):
         ended: Callable[[Session], None],
         *,
         is_held: bool = False,
+        again: Callable[[DestinationSession], DestinationSession] | None = None,
     ) -> None:
-        """`is_held`: the migration waits for the policy's word."""
+        """`is_held`: the migration waits for the policy's word. `again` makes a session that goes on with this one."""
         super().__init__(host, session, guest, peer, ended)
+        self._again, self._is_held = again, is_held
         self._began_at = host.monotonic()
         self._known = destination.new(host.settings.limits, self._began_at, is_held=is_held)
         self._ports: list[Arriving] = []
@@ -500,6 +579,53 @@ class DestinationSession(Session):
         self.token = ""
         """See Origin."""
         host.arriving_guests[session] = guest
+
+    def take_over(self, former: Former) -> None:
+        """What the former session put in is here, and is this one's to discard."""
+        super().take_over(former)
+        self._has_all = former.state in ("complete", "arrived")
+        self._known = destination.continuing(
+            self.host.settings.limits,
+            self._began_at,
+            former.peer,
+            has_all=self._has_all,
+            is_started=former.has("guest started"),
+            runs_here=former.has("guest resumed"),
+            is_held=self._is_held,
+        )
+        for scope, table in former.ports:
+            port = Arriving(scope)
+            for batch in table.batches():
+                with self.host.deciding(scope):
+                    self.host.arriving.claim(self.id, scope, batch)
+            if self._has_all:
+                port.held = table
+            else:
+                port.former = table
+            self._ports.append(port)
+        if self._known.runs_here:
+            self.host.arriving_guests.pop(self.id, None)
+
+    def former(self) -> Former:
+        self._settle()
+        return Former(
+            self.id,
+            self.known_as,
+            self.guest,
+            self.role,
+            self.peer,
+            self._state_before,
+            self._payloads,
+            frozenset(self._heard_of),
+            tuple((port.scope, port.put_in()) for port in self._ports),
+        )
+
+    def _made_successor(self) -> Session:
+        assert self._again is not None
+        return self._again(self)
+
+    def _scopes_known(self) -> tuple[Scope, ...]:
+        return tuple(port.scope for port in self._ports)
 
     def _actions(self) -> Actions:
         return {
@@ -530,6 +656,8 @@ class DestinationSession(Session):
             compressions=compression.available(),
             free=free,
             token=self.token,
+            continues="" if self._former is None else self._former.known_as,
+            has_all=action.has_all,
         )
         self.note("asked")
         self._say(said)
@@ -640,13 +768,16 @@ class DestinationSession(Session):
             here = gone.take(has_end_in(gone, port.scope.addresses))
             self._findings.forget(here)
             known, ids = port.held.find(here)
+            ids[~known] = 0  # of what a former session put in the id is not known
+            known |= port.former.find(here)[0]
             here = here.take(known)
             # In a shared zone the other end's session may have put the flow in anew, with an id that we do not know.
             here.rows["flowId"] = 0 if port.scope.is_shared else ids[known]
             with self.host.deciding(port.scope):
                 self.host.arriving.withdraw(self.id, port.scope, here)
                 self.host.driver.remove(port.scope, self.host.arriving.unclaimed_by_others(self.id, port.scope, here))
-            port.held.discard(here)
+            for table in (port.held, port.former):
+                table.discard(here)
 
     def _put_in(self, batch: Batch, ports: list[Arriving], came: Batch) -> None:
         """`came` are the same flows as the source calls them."""
@@ -660,6 +791,11 @@ class DestinationSession(Session):
             homeless &= ~here
             mine, theirs = (batch.take(here), came.take(here)) if not here.all() else (batch, came)
             mine = self._with_a_place(port, self._admitted(port, mine, theirs))
+            is_former = port.former.find(mine)[0]
+            if self._known.runs_here:  # what the guest has not ended since is there, and is younger than what came
+                mine = mine.take(~is_former)
+            elif is_former.any():
+                port.former.discard(mine)
             with self.host.deciding(port.scope):
                 scope = self._with_neighbours(port.scope)
                 try:
@@ -722,6 +858,10 @@ class DestinationSession(Session):
     def _verify(self, action: Verify) -> Done:
         """Compares what was put in since the last time with what the device kept of it."""
         self._settle()
+        if self._known.in_sync and not self._known.runs_here:
+            for port in self._ports:
+                for batch in list(port.former.batches()):  # the source has not told of it: it has ended meanwhile
+                    self._take_out(batch.identities, [port])
         return Done("Verify", self._held_count(), refused=self._findings.refused)
 
     def _settle(self, *, until_all: bool = True) -> None:
@@ -756,10 +896,10 @@ class DestinationSession(Session):
             with self.host.deciding(port.scope):
                 for batch in port.held.batches():
                     self._discarded += self._removed(port.scope, batch, by_id=not port.scope.is_shared)
-                for scope, batch in port.doubtful:
+                for scope, batch in (*port.doubtful, *((port.scope, batch) for batch in port.former.batches())):
                     self._discarded += self._removed(scope, batch, by_id=False)
                 self.host.arriving.release(self.id, port.scope)
-            port.held, port.doubtful = FlowTable(), []
+            port.held, port.former, port.doubtful = FlowTable(), FlowTable(), []
         self.note("discarded")
         return Done("Discard", self._discarded)
 
@@ -777,6 +917,11 @@ class DestinationSession(Session):
         Either may be unknown yet, and is the same then.
         """
         return destination.is_open(self._known) and (source == self.peer or not source or not self.peer)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the migration waits for the policy's or an operator's word."""
+        return self._known.verdict in (None, Verdict.ASK)
 
     @property
     def is_asking(self) -> bool:

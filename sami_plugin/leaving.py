@@ -27,12 +27,20 @@ class Leaving:
     withheld: FlowTable = field(default_factory=FlowTable)
     """What it was not told of, for its domain is not to have it. It is purged all the same."""
 
+    former: FlowTable = field(default_factory=FlowTable)
+    """What another session, with which this one goes on, told of; the firewall may not have it any more."""
     unplaced: FlowTable = field(default_factory=FlowTable)
     """What it was not told of, for it has no place for it. It is purged all the same."""
 
     def untold(self) -> tuple[FlowTable, FlowTable]:
         """What is the guest's, and the other host does not know of."""
         return self.withheld, self.unplaced
+
+    def told(self) -> FlowTable:
+        """What the other host was told of by now, or by the session with which this one goes on."""
+        for batch in self.exported.batches():
+            self.former.put(batch)
+        return self.former
 
     def changes(self) -> Changes:
         """What changed since the last call."""

@@ -22,12 +22,14 @@ from typing import Any, ClassVar
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import Busy, IllegalMessage, JournalError, RepresentationError, SamiError
+from sami_plugin.former import Former
 from sami_plugin.journal.journal import Journal
 from sami_plugin.line import Line
 from sami_plugin.migration.claims import Claims
 from sami_plugin.migration.decision import (
     Action,
     ActionFailed,
+    Continued,
     Done,
     End,
     Event,
@@ -36,6 +38,7 @@ from sami_plugin.migration.decision import (
     FindScope,
     Found,
     GuestDid,
+    HandOver,
     Import,
     Negotiated,
     OperatorSaid,
@@ -244,10 +247,23 @@ class Session(abc.ABC):
         """`line` is the one on which the peer has called; without it this end is to call."""
         self.host = host
         self.id = session
+        self.known_as = session
+        """The id by which the other host knows this session: that of the first one, where another goes on with it."""
         self.guest = guest
         self.peer = peer
         self.report = Report(session, guest, self.role, host.name, peer or "not known")
         self._ended = ended
+        self._former: Former | None = None
+        self._next: Session | None = None
+        """Who goes on with this session one day."""
+        self._successor: Session | None = None
+        """Who does so now."""
+        self._handing_over = threading.Lock()
+        self._state_before = ""
+        """The state in which the last event came."""
+        self._heard_of: set[str] = set()
+        """What has happened so far, in the journal's words."""
+        self._known_peer_and_ports: object = None
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._finished: deque[Done | Negotiated | ActionFailed] = deque()
         self.wake_at: float | None = None
@@ -270,9 +286,13 @@ class Session(abc.ABC):
 
     def tell(self, event: MigrationEvent) -> None:
         """This host's hypervisor said something of the guest."""
-        LOG.debug("%s: %s on %s", self.id, event.phase.value, self.host.name)
-        self._note_phase(event)
-        self._events.put(GuestDid(event))
+        with self._handing_over:
+            if self._successor is None:
+                LOG.debug("%s: %s on %s", self.id, event.phase.value, self.host.name)
+                self._note_phase(event)
+                self._events.put(GuestDid(event))
+                return
+        self._successor.tell(event)
 
     def deliver(self, packet: Packet) -> None:
         """A packet of the peer, in any order.
@@ -305,6 +325,11 @@ class Session(abc.ABC):
     def supersede(self) -> None:
         """Another migration of the guest has begun here."""
         self._events.put(Superseded())
+
+    def continue_with(self, successor: Session) -> None:
+        """The other host goes on with another session, which has not begun. It begins when it has all of this one."""
+        self._next = successor
+        self._events.put(Continued())
 
     def find(self, source: str) -> None:
         """It is known now which host the guest leaves."""
@@ -358,11 +383,20 @@ class Session(abc.ABC):
 
     def begin(self) -> None:
         """First of all."""
-        try:
-            self.host.journal.begin(self.id, self.guest, self.role, self.peer, self._state())
-        except JournalError as error:
-            self._lose_journal(error)
+        if self._former is None:
+            try:
+                self.host.journal.begin(self.id, self.guest, self.role, self.peer, self._state())
+            except JournalError as error:
+                self.lose_journal(error)
         self._begin()
+        self._note_knowledge()
+
+    def take_over(self, former: Former) -> None:
+        """This session goes on with another one. Called before it begins; the journal has it by then."""
+        self._former = former
+        self.report.remark(f"it goes on with session {former.session}")
+        self._heard_of |= former.heard
+        self._payloads = former.payloads
 
     def next_event(self, *, waits: bool = True) -> Event | None:
         """What happens next; None where it has been stopped, or where nothing has happened and nobody waits for it."""
@@ -391,12 +425,26 @@ class Session(abc.ABC):
                 self._kept.popleft()
 
     def _decide(self, event: Event) -> None:
-        before = self._state()
+        before = self._state_before = self._state()
+        if isinstance(event, GuestDid | PeerSaid):
+            self._heard_of.add(_label(event))
         actions = self._step(event, self.host.monotonic())
         if self._state() != before:
             LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, self._state(), _label(event))
         if actions:
             self._enact(_label(event), actions, self._state() != before or not _is_routine(event, actions))
+        self._note_knowledge()
+
+    def _note_knowledge(self) -> None:
+        """What a later start needs to know besides decisions and flows goes into the journal when it has changed."""
+        known = self.peer, self._scopes_known()
+        if known == self._known_peer_and_ports or not self._journal_works:
+            return
+        self._known_peer_and_ports = known
+        try:
+            self.host.journal.know(self.id, peer=self.peer, ports=[scope.as_dict() for scope in known[1]])
+        except JournalError as error:
+            self.lose_journal(error)
 
     def _enact(self, label: str, actions: list[Action], is_kept: bool = True) -> None:
         """Records a decision, then does it, in order."""
@@ -418,9 +466,9 @@ class Session(abc.ABC):
                 self.id, self._decisions, label, self._state(), [_label(one) for one in actions], is_durable=is_durable
             )
         except JournalError as error:
-            self._lose_journal(error)
+            self.lose_journal(error)
 
-    def _lose_journal(self, error: JournalError) -> None:
+    def lose_journal(self, error: JournalError) -> None:
         """The migration goes on, but nothing is purged: after a restart nobody could finish it."""
         LOG.error("%s: %s; flows are carried, nothing is purged", self.id, error)
         self.report.remark(str(error))
@@ -463,9 +511,18 @@ class Session(abc.ABC):
                 self.wake_at = when
             case End(outcome=outcome, reason=reason):
                 self._end(outcome, reason)
+            case HandOver():
+                self._hand_over()
             case _:
                 return self._actions()[type(action)](action)
         return None
+
+    @property
+    def newest(self) -> Session:
+        """This session, or the last one of those that have gone on with it."""
+        with self._handing_over:
+            successor = self._successor
+        return self if successor is None else successor.newest
 
     @property
     def _domain(self) -> Domain | None:
@@ -487,9 +544,37 @@ class Session(abc.ABC):
         log("%s: guest %s: %s %s %s", self.id, self.guest, outcome.value, reason, self.report.flows)
         if self._journal_works:
             try:
-                self.host.journal.end(self.id, self._state(), outcome.value, self.report.as_dict())
+                is_late = outcome is Outcome.LEFT_WITHOUT_ARRIVAL  # who comes late may still want them
+                self.host.journal.end(
+                    self.id,
+                    self._state(),
+                    outcome.value,
+                    self.report.as_dict(),
+                    keep_payloads_seconds=self.host.settings.late_import_seconds if is_late else 0.0,
+                )
             except JournalError as error:
-                self._lose_journal(error)
+                self.lose_journal(error)
+        self._leave()
+
+    def _hand_over(self) -> None:
+        """Another session goes on from here, with the flows, the journal's rows, and the words that are to come."""
+        successor = self._next or self._made_successor()
+        self.note("ended")
+        self.report.outcome, self.report.reason = Outcome.CONTINUED.value, f"session {successor.id} goes on with it"
+        LOG.info("%s: guest %s: %s", self.id, self.guest, self.report.reason)
+        former = self.former()
+        go_on(successor, former, self.report.as_dict())
+        with self._handing_over:
+            self._successor = successor
+            while True:
+                try:
+                    event = self._events.get_nowait()
+                except queue.Empty:
+                    break
+                if isinstance(event, GuestDid):
+                    successor.tell(event.event)
+        self.host.run(successor)
+        self._let_go()
         self._leave()
 
     def _leave(self) -> None:
@@ -511,7 +596,7 @@ class Session(abc.ABC):
             try:
                 self.host.journal.keep_payload(self.id, self._payloads, payload)
             except JournalError as error:
-                self._lose_journal(error)
+                self.lose_journal(error)
 
     # What a role adds.
 
@@ -540,8 +625,30 @@ class Session(abc.ABC):
         """The report's figures."""
 
     @abc.abstractmethod
+    def former(self) -> Former:
+        """What another session needs to go on with this one."""
+
+    @abc.abstractmethod
+    def _made_successor(self) -> Session:
+        """The one that goes on where the other host has made none."""
+
+    @abc.abstractmethod
+    def _scopes_known(self) -> tuple[Scope, ...]:
+        """Where the guest's ports have their state here, as far as it is known."""
+
+    @abc.abstractmethod
     def _let_go(self) -> None:
         """Closes what the session holds open. May be repeated."""
+
+
+def go_on(successor: Session, former: Former, report: dict[str, Any]) -> None:
+    """Lets a session that has not begun take over a former one, whose report this is."""
+    journal = successor.host.journal
+    successor.take_over(former)
+    try:
+        journal.go_on(former.session, successor.id, successor.known_as, former.state, former.heard, report)
+    except JournalError as error:
+        successor.lose_journal(error)
 
 
 def _is_routine(event: Event, actions: list[Action]) -> bool:

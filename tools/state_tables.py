@@ -19,6 +19,7 @@ from sami_plugin.migration import decision, destination, source
 from sami_plugin.migration.decision import (
     Action,
     ActionFailed,
+    Continued,
     Done,
     End,
     Event,
@@ -40,6 +41,7 @@ from sami_plugin.model.migration import (
     PROTOCOL_VERSION,
     Answer,
     Arrived,
+    AskAgain,
     Complete,
     FlowChanges,
     Flows,
@@ -63,6 +65,7 @@ MESSAGES = (
     OPEN,
     replace(OPEN, versions=()),
     replace(OPEN, versions=(1,)),
+    replace(OPEN, has_all=True),
     Offer(PROTOCOL_VERSION, 1),
     Offer(PROTOCOL_VERSION, 0),
     Offer(1, 1),
@@ -78,6 +81,7 @@ MESSAGES = (
     Purged(0, 1),
     Stays("reason"),
     GivesUp("reason"),
+    AskAgain("session"),
 )
 ACTIONS = (
     *("StartExport", "ExportNext", "ExportChanges", "Resync", "Purge", "PurgeLate"),
@@ -92,6 +96,7 @@ EVENTS: tuple[Event, ...] = (
     ActionFailed("Import", "reason"),
     PeerLost("reason"),
     Superseded(),
+    Continued(),
     Returns(),
     Found("host-a"),
     Found("host-b"),
@@ -111,7 +116,7 @@ class Role:
 
     name: str
     module: ModuleType
-    beginning: Any
+    beginnings: tuple[Any, ...]
 
     @property
     def step(self) -> Callable[[Any, Event, float], tuple[Any, list[Action]]]:
@@ -123,8 +128,28 @@ class Role:
 
 
 ROLES = (
-    Role("source", source, source.Source(LIMITS, LIMITS.session_seconds)),
-    Role("destination", destination, destination.begin(destination.new(LIMITS, 0.0, is_held=True), "", 0.0)[0]),
+    Role(
+        "source",
+        source,
+        (
+            source.Source(LIMITS, LIMITS.session_seconds),
+            source.continuing(LIMITS, 0.0, has_all=True, is_suspended=True, is_gone=False),
+            source.recovered(LIMITS, 0.0, "drained", is_suspended=True, is_gone=False, has_arrived=False)[0],
+        ),
+    ),
+    Role(
+        "destination",
+        destination,
+        (
+            destination.begin(destination.new(LIMITS, 0.0, is_held=True), "", 0.0)[0],
+            *(
+                destination.continuing(
+                    LIMITS, 0.0, "host-a", has_all=has_all, is_started=False, runs_here=False, is_held=not has_all
+                )
+                for has_all in (False, True)
+            ),
+        ),
+    ),
 )
 
 
@@ -132,8 +157,8 @@ ROLES = (
 def explore(role: Role) -> dict[tuple[Any, decision.Cause], Outcomes]:
     """What may come of each entry of the role's table, in every session that can come about."""
     found: dict[tuple[Any, decision.Cause], Outcomes] = {}
-    seen = {(role.beginning, 0)}
-    to_do = [(role.beginning, 0)]
+    to_do = [(beginning, 0) for beginning in role.beginnings]
+    seen = set(to_do)
     while to_do:
         session, earliest = to_do.pop(0)
         for event in EVENTS:
@@ -189,6 +214,7 @@ def _cause(cause: decision.Cause) -> str:
         "ActionFailed": "an action failed",
         "PeerLost": "the peer knows no such session",
         "Superseded": "another migration of the guest begins",
+        "Continued": "the destination goes on with another session",
         "Returns": "the guest is about to come here",
         "Found": "a host says that the guest leaves it",
         TimePassed: "the time has come",

@@ -189,6 +189,13 @@ MIGRATION_OPTIONS = [
         "arrived. Raise it where the agents' broker may be away for longer.",
     ),
     cfg.FloatOpt(
+        "late_import_seconds",
+        default=_DEFAULTS.late_import_seconds,
+        min=0.0,
+        help="Seconds after such a purge for which an agent of the destination that was away may still have the flows, "
+        "from the source's journal. Later they could outlive a firewall rule that was removed meanwhile.",
+    ),
+    cfg.FloatOpt(
         "watch_seconds",
         default=_LIMITS.watch_seconds,
         min=0.0,
@@ -569,5 +576,6 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         message_seconds=values.message_seconds,
         started_seconds=values.started_seconds,
         headroom_percent=values.headroom_percent,
+        late_import_seconds=values.late_import_seconds,
         enterprise=conf.agent.enterprise_number,
     )

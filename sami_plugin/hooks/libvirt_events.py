@@ -129,6 +129,7 @@ class LibvirtHost:
                 self._settle()
                 for domain in self._connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                     self._to_mark.put((domain.UUIDString(), False))
+                    self._say_pause(domain)
                 while not self._is_lost.wait(POLL_SECONDS):
                     self._poll()
             except Exception:  # as in `_say`
@@ -178,6 +179,22 @@ class LibvirtHost:
                 phase = self._arrival(guest)
                 if phase is not None:
                     self._say(MigrationEvent(guest, phase, role=DESTINATION))
+
+    def _say_pause(self, domain: Any) -> None:
+        """Of a guest that is paused for a move when the connection is made, what has been said of it by then."""
+        libvirt, guest = self._libvirt, domain.UUIDString()
+        try:
+            if domain.state(0) != [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]:
+                return
+            is_leaving = self._is_marked(domain.XMLDesc(0))
+        except libvirt.libvirtError as error:
+            LOG.info("guest %s: libvirt does not say how it is: %s", guest, error)
+            return
+        if not is_leaving:  # its description is that of another host
+            self._say(MigrationEvent(guest, Phase.STARTED, role=DESTINATION, is_incoming=True))
+        elif self._job(guest) is Phase.OUTGOING:
+            self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
+            self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))
 
     def _job(self, guest: str) -> Phase | None:
         """What becomes of a guest of this source: OUTGOING, ROLLBACK, STOPPED, or None where that is not certain."""

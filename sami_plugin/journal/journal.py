@@ -13,14 +13,14 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sami_plugin.errors import JournalError
 from sami_plugin.model.settings import Retention
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -32,7 +32,11 @@ CREATE TABLE IF NOT EXISTS sessions (
     started_at  REAL NOT NULL,
     ended_at    REAL,
     outcome     TEXT,
-    report      TEXT
+    report      TEXT,
+    known_as    TEXT NOT NULL DEFAULT '',
+    heard       TEXT NOT NULL DEFAULT '[]',
+    ports       TEXT NOT NULL DEFAULT '[]',
+    flows_until REAL NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS decisions (
     session     TEXT NOT NULL,
@@ -57,6 +61,13 @@ CREATE TABLE IF NOT EXISTS refusals (
     last_at     REAL NOT NULL,
     PRIMARY KEY (who, reason)
 );
+"""
+
+_SINCE_FORMAT_2 = """
+ALTER TABLE sessions ADD COLUMN known_as TEXT NOT NULL DEFAULT '';
+ALTER TABLE sessions ADD COLUMN heard TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE sessions ADD COLUMN ports TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE sessions ADD COLUMN flows_until REAL NOT NULL DEFAULT 0;
 """
 
 MOST_REFUSALS = 1000
@@ -87,10 +98,12 @@ class Journal:
                 self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
                 self._db.execute("PRAGMA journal_mode=WAL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, FORMAT_VERSION) or (read_only and version == 0):
+            if version > FORMAT_VERSION or (read_only and version == 0):
                 raise JournalError(f"{self.path} is no journal of format {FORMAT_VERSION} (it says {version})")
             if not read_only:
                 self._db.executescript(_SCHEMA)
+                if version == 1:
+                    self._db.executescript(_SINCE_FORMAT_2)
                 self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
         except (OSError, sqlite3.Error) as error:
             raise JournalError(f"cannot use the journal {self.path}: {error}") from error
@@ -101,9 +114,50 @@ class Journal:
 
     def begin(self, session: str, guest: str, role: str, peer: str, state: str) -> None:
         self._write(
-            "INSERT INTO sessions (session, guest, role, peer, state, started_at) VALUES (?, ?, ?, ?, ?, ?)",
-            (session, guest, role, peer, state, time.time()),
+            "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (session, guest, role, peer, state, time.time(), session),
         )
+
+    def go_on(
+        self, former: str, session: str, known_as: str, state: str, heard: Iterable[str], report: dict[str, Any]
+    ) -> None:
+        """Ends a session with which another one goes on, and begins that one, with all that the former has kept.
+
+        `known_as` is the id by which the peer knows it, `state` and `heard` are what it has come to so far. Waits for
+        the disk.
+        """
+        now, told = time.time(), json.dumps(report)
+        with self._lock, self._failing():
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("BEGIN IMMEDIATE")
+            with self._db:  # commits, or rolls back
+                self._db.execute(
+                    "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, heard, ports) "
+                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports FROM sessions WHERE session = ?",
+                    (session, state, now, known_as, json.dumps(sorted(heard)), former),
+                )
+                self._db.execute("UPDATE payloads SET session = ? WHERE session = ?", (session, former))
+                self._db.execute(
+                    "UPDATE sessions SET state = 'ended', outcome = ?, report = ?, ended_at = ? WHERE session = ?",
+                    (report["outcome"], told, now, former),
+                )
+
+    def know(self, session: str, *, peer: str, ports: list[dict[str, Any]]) -> None:
+        """Who the other host is, and where the guest's ports have their state here: as much as is known by now."""
+        self._write("UPDATE sessions SET peer = ?, ports = ? WHERE session = ?", (peer, json.dumps(ports), session))
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """Sessions that have begun and not ended, oldest first."""
+        return self._read("SELECT * FROM sessions WHERE ended_at IS NULL ORDER BY started_at, rowid", ())
+
+    def known_as(self, known_as: str, role: str) -> dict[str, Any] | None:
+        """The newest session by the id that both hosts know it by; None where there is none."""
+        rows = self._read(
+            "SELECT * FROM sessions WHERE known_as = ? AND role = ? ORDER BY started_at DESC, rowid DESC LIMIT 1",
+            (known_as, role),
+        )
+        return rows[0] if rows else None
 
     def record(
         self, session: str, number: int, event: str, state: str, actions: list[str], *, is_durable: bool
@@ -118,20 +172,27 @@ class Journal:
     def keep_payload(self, session: str, number: int, payload: bytes) -> None:
         self._write("INSERT OR REPLACE INTO payloads VALUES (?, ?, ?)", (session, number, payload))
 
-    def end(self, session: str, state: str, outcome: str, report: dict[str, Any]) -> None:
-        """Closes a session and drops its payloads: the flows are where they belong now.
+    def end(
+        self, session: str, state: str, outcome: str, report: dict[str, Any], *, keep_payloads_seconds: float = 0.0
+    ) -> None:
+        """Closes a session. Drops its payloads, for the flows are where they belong now, or keeps them for a while.
 
         Forgets sessions that ended longer ago than they are kept, and the oldest of those that take too much room.
         """
-        told = json.dumps(report)
+        now, told = time.time(), json.dumps(report)
         with self._lock, self._failing():
             self._db.execute("BEGIN IMMEDIATE")
             with self._db:  # commits, or rolls back
                 self._db.execute(
-                    "UPDATE sessions SET state = ?, outcome = ?, report = ?, ended_at = ? WHERE session = ?",
-                    (state, outcome, told, time.time(), session),
+                    "UPDATE sessions SET state = ?, outcome = ?, report = ?, ended_at = ?, flows_until = ? "
+                    "WHERE session = ?",
+                    (state, outcome, told, now, now + keep_payloads_seconds, session),
                 )
-                self._db.execute("DELETE FROM payloads WHERE session = ?", (session,))
+                self._db.execute(
+                    "DELETE FROM payloads WHERE session IN "
+                    "(SELECT session FROM sessions WHERE ended_at IS NOT NULL AND flows_until <= ?)",
+                    (now,),
+                )
                 self._forget(time.time() - self._keep.days * 86400.0)
                 while self._octets() > self._keep.octets and (older := self._older_half_ended()) is not None:
                     self._forget(older)
@@ -139,7 +200,7 @@ class Journal:
     def _forget(self, ended_at: float) -> None:
         """The sessions that ended then or before, and all about them."""
         gone = "(SELECT session FROM sessions WHERE ended_at <= ?)"
-        for table in ("decisions", "sessions"):
+        for table in ("decisions", "payloads", "sessions"):
             self._db.execute(f"DELETE FROM {table} WHERE session IN {gone}", (ended_at,))
 
     def _octets(self) -> int:
@@ -191,6 +252,17 @@ class Journal:
     def payloads(self, session: str) -> Iterator[bytes]:
         for row in self._read("SELECT payload FROM payloads WHERE session = ? ORDER BY number", (session,)):
             yield row["payload"]
+
+    def newest(self, guest: str) -> str:
+        """The id of the guest's newest session; empty where it has none."""
+        query = "SELECT session FROM sessions WHERE guest = ? ORDER BY started_at DESC, rowid DESC LIMIT 1"
+        rows = self._read(query, (guest,))
+        return str(rows[0]["session"]) if rows else ""
+
+    def payload_count(self, session: str) -> int:
+        """The highest number of a payload; 0 where there is none."""
+        rows = self._read("SELECT max(number) AS number FROM payloads WHERE session = ?", (session,))
+        return int(rows[0]["number"] or 0)
 
     def _read(self, query: str, values: tuple[object, ...]) -> list[dict[str, Any]]:
         with self._lock, self._failing():

@@ -94,6 +94,11 @@ class Superseded:
 
 
 @dataclass(frozen=True, slots=True)
+class Continued:
+    """The other host goes on with another session, because its agent was started anew."""
+
+
+@dataclass(frozen=True, slots=True)
 class Returns:
     """The guest that leaves this host, or has left it, is about to come here."""
 
@@ -109,6 +114,7 @@ Event = (
     | PeerLost
     | TimePassed
     | Superseded
+    | Continued
     | Returns
 )
 
@@ -121,6 +127,8 @@ class Ask:
     """Ask this host for the guest's flows: say Open, with what can be taken here."""
 
     source: str
+    has_all: bool = False
+    """Only say that all of them are here, and were before this host's agent was started anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +149,11 @@ class SayOffer:
     """Say Offer, with what there is: the flows of so many ports."""
 
     ports: int
+
+
+@dataclass(frozen=True, slots=True)
+class SayAgain:
+    """Ask the destination, on a line of this host's own, to open another session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +248,11 @@ class Discard:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """Let another session go on with what this one has. Always the last action."""
+
+
+@dataclass(frozen=True, slots=True)
 class WakeAt:
     """Send `TimePassed` at this time, instead of at any other asked for before."""
 
@@ -255,6 +273,7 @@ Action = (
     | Keep
     | StartExport
     | SayOffer
+    | SayAgain
     | Choose
     | Negotiate
     | LapsePlaces
@@ -268,6 +287,7 @@ Action = (
     | Verify
     | Renew
     | Discard
+    | HandOver
     | WakeAt
     | End
 )
@@ -293,7 +313,16 @@ def cause_of(event: Event) -> Cause:
             return what
         case TimePassed():
             return TimePassed
-        case Found() | Negotiated() | OperatorSaid() | ActionFailed() | PeerLost() | Superseded() | Returns():
+        case (
+            Found()
+            | Negotiated()
+            | OperatorSaid()
+            | ActionFailed()
+            | PeerLost()
+            | Superseded()
+            | Continued()
+            | Returns()
+        ):
             return type(event).__name__
 
 

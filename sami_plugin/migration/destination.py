@@ -31,6 +31,7 @@ from sami_plugin.migration.decision import (
     FindScope,
     Found,
     GuestDid,
+    HandOver,
     Import,
     LapsePlaces,
     Negotiate,
@@ -47,6 +48,7 @@ from sami_plugin.migration.decision import (
 from sami_plugin.model.migration import (
     Answer,
     Arrived,
+    AskAgain,
     Complete,
     FlowChanges,
     Flows,
@@ -120,8 +122,30 @@ def new(limits: Limits, now: float, *, is_held: bool = False) -> Destination:
     return replace(made, verdict=None, verdict_deadline=now + limits.verdict_seconds) if is_held else made
 
 
+def continuing(
+    limits: Limits, now: float, source: str, *, has_all: bool, is_started: bool, runs_here: bool, is_held: bool = False
+) -> Destination:
+    """What is known when this session goes on with another one; `has_all`: everything is in the device."""
+    return replace(
+        new(limits, now, is_held=is_held),
+        state=State.COMPLETE if has_all else State.ASKED,
+        deadline=now + (limits.session_seconds if has_all else limits.open_seconds),
+        source=source,
+        renew_at=now,
+        is_started=is_started or runs_here,
+        zone_deadline=now + limits.zone_seconds,
+        runs_here=runs_here,
+    )
+
+
 def begin(session: Destination, source: str, now: float) -> Decision:
     """What is done then; `source` may be empty, where nobody said which host the guest leaves."""
+    if session.state is State.COMPLETE:
+        asked: list[Action] = [Ask(source, has_all=True)]
+        if session.runs_here:
+            session, more = _tell_arrival(session, now)
+            return session, asked + more
+        return session, [*asked, _next_wake(session, now)]
     return _ask(session, source, now) if source else (session, [_next_wake(session, now)])
 
 
@@ -456,6 +480,11 @@ def _not_discarded(event: ActionFailed) -> str:
     return f"what this session put in could not be discarded: {event.reason}"
 
 
+def _ask_again(session: Destination, event: Event, now: float) -> Decision:
+    """The source cannot go on with this session. Another one takes over what this one has."""
+    return replace(session, state=State.ENDED), [HandOver()]
+
+
 def _superseded(session: Destination, event: Event, now: float) -> Decision:
     reason = session.reason or "another migration of the guest to here began"
     actions: list[Action] = [Say(GivesUp(reason))] if session.runs_here else [Say(GivesUp(reason)), Discard()]
@@ -474,6 +503,7 @@ _WHEN_IT_FAILS: dict[decision.Cause, decision.Handler[Destination]] = {
     Stays: _source_says_it_stays,
     Phase.STOPPED: _never_came,
     "Superseded": _superseded,
+    AskAgain: _ask_again,
 }
 
 _VERDICT: dict[decision.Cause, decision.Handler[Destination]] = {
@@ -530,6 +560,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         GivesUp: _peer_lost_after_complete,
     },
     State.ARRIVED: {
+        AskAgain: _ask_again,
         Purged: _purged,
         TimePassed: _purge_unheard,
         "PeerLost": _purge_unheard,
@@ -553,6 +584,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         "Superseded": _superseded,
     },
     State.ENDED: {
+        AskAgain: _ignore,
         Flows: _ignore,
         InSync: _ignore,
         FlowChanges: _ignore,

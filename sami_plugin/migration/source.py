@@ -31,6 +31,7 @@ from sami_plugin.migration.decision import (
     Event,
     ExportChanges,
     ExportNext,
+    HandOver,
     Keep,
     PeerLost,
     PeerSaid,
@@ -38,12 +39,14 @@ from sami_plugin.migration.decision import (
     PurgeLate,
     Resync,
     Say,
+    SayAgain,
     SayOffer,
     StartExport,
     TimePassed,
     WakeAt,
 )
 from sami_plugin.model.migration import (
+    PROTOCOL_VERSION,
     VERSIONS,
     Answer,
     Arrived,
@@ -105,6 +108,51 @@ class Source:
 
 
 Decision = tuple[Source, list[Action]]
+
+
+def recovered(
+    limits: Limits, now: float, state: str, *, is_suspended: bool, is_gone: bool, has_arrived: bool
+) -> tuple[Source, list[Action]]:
+    """What is known after this host's agent was started anew, and what is done then.
+
+    `state` is the one in which the journal has the session. What was being purged is purged, which may be repeated; as
+    for all else, the destination is asked to ask again.
+    """
+    session = Source(
+        limits,
+        now + limits.session_seconds,
+        is_outgoing=True,
+        is_suspended=is_suspended,
+        is_gone=is_gone,
+        purge_at=now + limits.arrival_seconds if is_gone else math.inf,
+        has_arrived=has_arrived,
+        reason="this host's agent was started anew",
+    )
+    if state == State.PURGING.value:
+        return replace(session, state=State.PURGING), [Purge()]
+    if state == State.WATCHING.value:
+        return replace(session, state=State.WATCHING), [PurgeLate()]
+    session = replace(session, state=State.ABANDONED)
+    return session, [SayAgain(), _next_wake(session)]
+
+
+def continuing(limits: Limits, now: float, *, has_all: bool, is_suspended: bool, is_gone: bool) -> Source:
+    """What is known when the destination goes on with another session; `has_all`: it needs nothing more."""
+    return Source(
+        limits,
+        now + limits.session_seconds,
+        state=State.DRAINED if has_all else State.WAITING,
+        is_outgoing=True,
+        is_suspended=is_suspended or is_gone,
+        has_complete=has_all,
+        is_gone=is_gone,
+        purge_at=now + limits.arrival_seconds if is_gone else math.inf,
+    )
+
+
+def may_be_continued(session: Source) -> bool:
+    """Whether all of the guest's flows are still here."""
+    return session.state not in (State.PURGING, State.WATCHING, State.ENDED)
 
 
 def step(session: Source, event: Event, now: float) -> Decision:
@@ -361,6 +409,19 @@ def _comes_here(session: Source, event: Event, now: float) -> Decision:
     return replace(session, state=State.PURGING, has_arrived=True, comes_back=True), [Purge()]
 
 
+def _opened_complete(session: Source, event: Event, now: float) -> Decision:
+    """By a destination that had all of it before its agent was started anew."""
+    assert isinstance(event, PeerSaid)
+    assert isinstance(event.message, Open)
+    if session.version or not event.message.has_all:
+        raise IllegalMessage("this session was opened before")
+    return replace(session, version=PROTOCOL_VERSION), [_next_wake(session)]
+
+
+def _continued(session: Source, event: Event, now: float) -> Decision:
+    return replace(session, state=State.ENDED), [HandOver()]
+
+
 def _ignore(session: Source, event: Event, now: float) -> Decision:
     return session, []
 
@@ -371,6 +432,7 @@ _WHEN_IT_FAILS: dict[decision.Cause, decision.Handler[Source]] = {
     GivesUp: _failed,
     Stays: _peer_says_it_stays,
     "Superseded": _superseded,
+    "Continued": _continued,
 }
 
 TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
@@ -386,6 +448,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         GivesUp: _nothing_sent_yet,
         Stays: _peer_says_it_stays,
         "Superseded": _superseded,
+        "Continued": _continued,
     },
     State.OFFERED: {
         Answer: _answered,
@@ -418,6 +481,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         **_WHEN_IT_FAILS,
     },
     State.DRAINED: {
+        Open: _opened_complete,
         Room: _ignore,
         "ExportChanges": _drained,
         Complete: _complete,
@@ -463,6 +527,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         GivesUp: _ignore,
         Stays: _peer_says_it_stays,
         "Superseded": _superseded,
+        "Continued": _continued,
     },
     State.ENDED: {
         Answer: _ignore,

@@ -71,6 +71,8 @@ class Outcome(enum.Enum):
     """The guest has left the source, and nobody said that it arrived."""
     FAILED = "failed"
     """The guest moved and its flows, or some of them, did not."""
+    CONTINUED = "continued"
+    """An agent was started anew; another session goes on with this one."""
     UNCLEAR = "unclear"
     """Nobody said where the guest is: every flow was kept. The operator decides."""
 
@@ -90,6 +92,10 @@ class Open:
     free: int | None
     token: str = field(default="", repr=False)
     """What the guest's description says (`Origin`), as proof that it came with the guest; empty: it says nothing."""
+    continues: str = ""
+    """The session with which this one goes on: an agent was started anew meanwhile."""
+    has_all: bool = False
+    """Nothing more is asked for: all that there was is in the kernel here, and was before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +195,13 @@ class Stays:
 
 
 @dataclass(frozen=True, slots=True)
+class AskAgain:
+    """Source to destination: my agent was started anew and cannot go on with this session. Open another one."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class GivesUp:
     """Either way: I cannot go on carrying flows. Where the guest goes is another matter."""
 
@@ -196,5 +209,18 @@ class GivesUp:
 
 
 Message = (
-    Open | Offer | Answer | Room | Check | Flows | InSync | FlowChanges | Complete | Arrived | Purged | Stays | GivesUp
+    Open
+    | Offer
+    | Answer
+    | Room
+    | Check
+    | Flows
+    | InSync
+    | FlowChanges
+    | Complete
+    | Arrived
+    | Purged
+    | Stays
+    | GivesUp
+    | AskAgain
 )

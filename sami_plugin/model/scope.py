@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
+
+import netaddr
 
 from sami_plugin.model.flows import Addresses, ZoneRole
 
@@ -25,3 +28,26 @@ class Scope:
     """Path of the network namespace that holds the firewall; None is the agent's own."""
     is_shared: bool = False
     neighbours: Addresses = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the journal, which only this host reads; without the neighbours, who come and go."""
+        return {
+            "port": self.port,
+            "guest": self.guest,
+            "zones": {int(role): zone for role, zone in self.zones.items()},
+            "addresses": [str(address) for address in self.addresses],
+            "namespace": self.namespace,
+            "is_shared": self.is_shared,
+        }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Self:
+        """What `as_dict` made."""
+        return cls(
+            told["port"],
+            told["guest"],
+            {ZoneRole(int(role)): zone for role, zone in told["zones"].items()},
+            tuple(netaddr.IPAddress(address) for address in told["addresses"]),
+            told["namespace"],
+            told["is_shared"],
+        )

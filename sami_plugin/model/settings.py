@@ -66,6 +66,7 @@ class Settings:
     message_seconds: float = 120.0
     started_seconds: float = 2.0
     headroom_percent: float = 5.0
+    late_import_seconds: float = 30.0
     enterprise: int = 32473
 
 

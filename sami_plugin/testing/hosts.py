@@ -50,9 +50,8 @@ class Hosts:
         self.drivers = {name: make_driver(name) for name in names}
         self.agents: dict[str, Agent] = {}
         self.certificates = Certificates(folder / "certificates")
-        for name in names:
-            if scope_files is None:
-                self._write(name)
+
+        def make(name: str) -> Agent:
             host = host_of(
                 cfg.ConfigOpts(),
                 name=name,
@@ -64,7 +63,23 @@ class Hosts:
                 transport_url=transport_url,
                 domains=(domains or {}).get(name, ()),
             )
-            self.agents[name] = Agent(host, (hypervisors or {}).get(name))
+            return Agent(host, (hypervisors or {}).get(name))
+
+        self._make = make
+        for name in names:
+            if scope_files is None:
+                self._write(name)
+            self.agents[name] = make(name)
+
+    def kill(self, host: str) -> None:
+        """The host's agent ends in the middle of whatever it does, and says nothing to anybody."""
+        self.agents[host].stop()
+        self.agents[host].host.journal.close()
+
+    def start(self, host: str) -> None:
+        """A new agent runs on the host, with the journal and the firewall that are there."""
+        self.agents[host] = self._make(host)
+        self.agents[host].start()
 
     def __enter__(self) -> Hosts:
         for agent in self.agents.values():

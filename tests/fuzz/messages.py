@@ -13,6 +13,7 @@ from sami_plugin.errors import Malformed
 from sami_plugin.model.migration import (
     Answer,
     Arrived,
+    AskAgain,
     Check,
     Complete,
     FlowChanges,
@@ -32,6 +33,7 @@ from tests.fuzz.mutations import MUTATORS
 MESSAGES: tuple[Message, ...] = (
     Open("6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4", "host-b", (1, 2), ("tcp-ipv4", "udp-ipv6"), ("zstd", "zlib"), 250_000),
     Open("", "", (), (), (), None),
+    Open("", "", (2,), (), (), None, "", "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4", True),
     Offer(1, 3),
     Offer(2, 3, ("tcp-ipv4", "udp-ipv6"), (250_000, 7), ("marks",)),
     Answer(200_000, 600, ("tcp-ipv4",), ("there was no free place for it",), (50_007,), "ask"),
@@ -44,6 +46,7 @@ MESSAGES: tuple[Message, ...] = (
     Arrived(),
     Purged(99_999, 1),
     Stays("the guest runs here"),
+    AskAgain("6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4"),
     GivesUp("größer als erlaubt"),
 )
 STRANGE = (None, True, -1, 0, 1.5, 2**64 - 1, "", "Open", b"", (), (1,), ("a", b"b"), {}, {"a": (None,)}, "x" * 300)

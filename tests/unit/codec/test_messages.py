@@ -16,6 +16,7 @@ from sami_plugin.errors import Malformed
 from sami_plugin.model.migration import (
     Answer,
     Arrived,
+    AskAgain,
     Check,
     Complete,
     FlowChanges,
@@ -45,6 +46,7 @@ EVERY = (
     Arrived(),
     Purged(3, 0),
     Stays("the guest runs here"),
+    AskAgain("6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4"),
     GivesUp("größer"),
 )
 KINDS = {type(message).__name__: message for message in EVERY}

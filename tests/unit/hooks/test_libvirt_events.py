@@ -77,9 +77,9 @@ class Domain:
     def jobStats(self, flags: int) -> dict[str, int]:  # noqa: N802 - libvirt's names
         return self.job
 
-    def state(self, flags: int) -> tuple[int, int]:
+    def state(self, flags: int) -> list[int]:
         assert self.now is not None
-        return self.now
+        return list(self.now)
 
     def UUIDString(self) -> str:  # noqa: N802
         return GUEST
@@ -297,6 +297,37 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     wait_until(lambda: heard.events, "what had been missed")
     assert heard.words() == [(word, "destination")]
     assert libvirt.connections == 2
+
+
+def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(libvirt: Libvirt, heard: Heard) -> None:
+    libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+    libvirt.domain.setMetadata(
+        NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-z"), domain_xml.ORIGIN_PREFIX,
+        domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
+    )  # fmt: skip
+    libvirt.domain.may_write = False
+    host = LibvirtHost("qemu:///system", "host-a")
+    host.start(heard.tell, lambda: heard.underway)
+    wait_until(lambda: heard.events, "the guest's beginning")
+    host.stop()
+    assert heard.words() == [("started", "destination")]
+    assert heard.events[0].is_incoming
+
+
+def test_leaving_guest_that_is_paused_when_the_agent_starts_is_told(libvirt: Libvirt, heard: Heard) -> None:
+    libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+    libvirt.domain.job = {
+        "type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
+    }  # fmt: skip
+    libvirt.domain.setMetadata(
+        NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-a"), domain_xml.ORIGIN_PREFIX,
+        domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
+    )  # fmt: skip
+    host = LibvirtHost("qemu:///system", "host-a")
+    host.start(heard.tell, lambda: heard.underway)
+    wait_until(lambda: len(heard.events) == 2, "the pause")
+    host.stop()
+    assert heard.words() == [("outgoing", "source"), ("suspended", "source")]
 
 
 def test_incoming_guest_is_not_asked_for_while_the_connection_lasts(

@@ -15,6 +15,7 @@ from sami_plugin.migration.decision import (
     Event,
     FindScope,
     GuestDid,
+    HandOver,
     Negotiate,
     Negotiated,
     PeerSaid,
@@ -27,7 +28,7 @@ from sami_plugin.model.verdict import Verdict
 
 Step = Callable[[Any, Event, float], tuple[Any, list[Action]]]
 
-SAID = ("SayOffer", "Choose", "LapsePlaces")
+SAID = ("SayOffer", "SayAgain", "Choose", "LapsePlaces")
 """Actions of whose end nothing is told."""
 MAY_GO_ON = frozenset({"ExportNext", "Resync", "FindScope"})
 """Actions that may be done in part."""
@@ -84,7 +85,7 @@ class Shell:
             match action:
                 case WakeAt(when=when):
                     self.wake_at = when
-                case End():
+                case End() | HandOver():
                     self.is_over = True
                 case Say():
                     pass

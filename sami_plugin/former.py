@@ -1,0 +1,94 @@
+"""What is known of a session with which another one goes on: in memory, or from the journal of an agent that was ended.
+
+What the journal has of a guest's flows are the payloads that were sent or that came, in the source's names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sami_plugin.codec import compression, ipfix
+from sami_plugin.journal.journal import Journal
+from sami_plugin.model.domain import Domain
+from sami_plugin.model.flows import Batch, has_end_in
+from sami_plugin.model.keys import FlowTable
+from sami_plugin.model.scope import Scope
+from sami_plugin.model.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Former:
+    """A session that is over, and whose guest still moves."""
+
+    session: str
+    known_as: str
+    """The id by which the other host knows it."""
+    guest: str
+    role: str
+    peer: str
+    state: str
+    payloads: int
+    """The highest number of a payload that the journal has."""
+    heard: frozenset[str]
+    """What has happened to it so far, in the journal's words."""
+    ports: tuple[tuple[Scope, FlowTable], ...] = ()
+    """Where the guest's ports have their state here; and which flows the destination was told of (of a source), or may
+    have put in (of a destination)."""
+
+    def has(self, *words: str) -> bool:
+        """Whether any of these has happened."""
+        return not self.heard.isdisjoint(words)
+
+
+def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: Domain | None) -> Former:
+    """The session of a row of the journal. `domain` is the peer's, whose names a destination's payloads have.
+
+    :raises SamiError: the journal cannot be read, or holds what is no payload.
+    """
+    decisions = journal.decisions(row["session"])
+    scopes = [Scope.from_dict(told) for told in json.loads(row["ports"])]
+    here = domain if row["role"] == "destination" else None
+    return Former(
+        row["session"],
+        row["known_as"] or row["session"],
+        row["guest"],
+        row["role"],
+        row["peer"],
+        decisions[-1]["state"] if decisions else row["state"],
+        journal.payload_count(row["session"]),
+        frozenset({*json.loads(row["heard"]), *(one["event"] for one in decisions)}),
+        tuple(zip(scopes, _tables(_batches(journal.payloads(row["session"]), settings, here), scopes), strict=True)),
+    )
+
+
+def _batches(payloads: Iterable[bytes], settings: Settings, domain: Domain | None) -> Iterator[Batch]:
+    for payload in payloads:
+        octets = compression.decompress(payload, settings.bounds.unpacked_octets)
+        for batch in ipfix.decode(octets, enterprise=settings.enterprise).batches:
+            if domain is None:
+                yield batch
+            else:
+                named, is_ambiguous = domain.address_map.applied(batch)
+                yield named.take(~is_ambiguous)
+
+
+def _tables(batches: Iterable[Batch], scopes: list[Scope]) -> list[FlowTable]:
+    """Per port, the flows that were told and not taken back. What is no other port's is the first one's."""
+    tables = [FlowTable() for _ in scopes]
+    for batch in batches if scopes else ():
+        for scope, table in zip(scopes[1:], tables[1:], strict=True):
+            is_its = has_end_in(batch, scope.addresses)
+            _tell(table, batch.take(is_its))
+            batch = batch.take(~is_its)
+        _tell(tables[0], batch)
+    return tables
+
+
+def _tell(table: FlowTable, batch: Batch) -> None:
+    if batch.template.is_identity:
+        table.discard(batch)
+    else:
+        table.put(batch)

@@ -1,0 +1,277 @@
+"""An agent is killed and started anew, at any point: each flow is where its guest is, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import netaddr
+import pytest
+
+from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.model.flows import ZoneRole
+from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.scope import Scope
+from sami_plugin.model.settings import Settings
+from sami_plugin.testing.hosts import Hosts
+from tests.unit.handover.memory import (
+    GUEST_ADDRESS,
+    SETTINGS,
+    ZONES,
+    begin,
+    finish,
+    guest_with_flows,
+    held,
+    ports,
+    tcp_flows,
+    until,
+    until_idle,
+    zone_scope,
+)
+
+ALL = set(range(1000, 1100))
+
+
+@contextmanager
+def hosts_in(folder: Path, settings: Settings = SETTINGS) -> Iterator[Hosts]:
+    with Hosts(folder, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=settings) as hosts:
+        yield hosts
+
+
+def words(hosts: Hosts, guest: str, *phases: tuple[str, Phase]) -> None:
+    """What the host's hypervisor says when it is asked after the agent's start, as libvirt does."""
+    for host, phase in phases:
+        hosts.agents[host].note(MigrationEvent(guest, phase, source="host-a", destination="host-b"))
+
+
+STEPS = ("prepare", "started", "in sync", "suspended", "complete", "resumed", "arrived", "stopped")
+"""Up to which the migration goes before an agent is killed."""
+
+
+def go_to(hosts: Hosts, guest: str, step: str) -> Iterator[str]:
+    """The migration, step by step."""
+    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+    yield "prepare"
+    hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+    hosts.say("host-b", Phase.STARTED, guest)
+    yield "started"
+    until(lambda: hosts.has_step("host-b", guest, "in sync"))
+    yield "in sync"
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    yield "suspended"
+    until(lambda: all(one._state() == "complete" for one in hosts.agents["host-b"].sessions()))
+    yield "complete"
+    hosts.unplug("host-a", guest)
+    hosts.say("host-b", Phase.RESUMED, guest)
+    yield "resumed"
+    until(lambda: held(hosts, "host-a") == set())
+    yield "arrived"
+    hosts.say("host-a", Phase.STOPPED, guest)
+    yield "stopped"
+
+
+@pytest.mark.parametrize("killed", ["host-a", "host-b", "both"])
+@pytest.mark.parametrize("at", STEPS)
+def test_migration_goes_on_after_an_agent_was_killed(tmp_path: Path, killed: str, at: str) -> None:
+    """All words that come while it is away are lost. Afterwards the hypervisor is asked, as `LibvirtHost` does."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        foreign = tcp_flows(7, "192.0.2.200")
+        hosts.drivers["host-a"].insert(nobody_s(hosts, guest), foreign)
+        victims = ["host-a", "host-b"] if killed == "both" else [killed]
+        for step in go_to(hosts, guest, at):
+            if step == at:
+                for host in victims:
+                    hosts.kill(host)
+                for host in victims:
+                    hosts.start(host)
+                recall(hosts, guest, victims, step)
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == ALL
+        assert held(hosts, "host-a") == set()
+        assert len(held(hosts, "host-a", 999)) == 7
+
+
+def nobody_s(hosts: Hosts, guest: str) -> Scope:
+    """A zone on host-a that is no guest's."""
+    scope = hosts.scope("host-a", guest)
+    return replace(scope, zones={ZoneRole.PORT: 999}, addresses=(netaddr.IPAddress("192.0.2.200"),))
+
+
+def recall(hosts: Hosts, guest: str, victims: list[str], step: str) -> None:
+    """What an agent that was started anew is told by its hypervisor of a migration that is at this step."""
+    at = STEPS.index(step)
+    for host in victims:
+        if host == "host-a" and at < STEPS.index("stopped"):
+            words(hosts, guest, ("host-a", Phase.OUTGOING))
+            if at >= STEPS.index("suspended"):
+                words(hosts, guest, ("host-a", Phase.SUSPENDED))
+        if host == "host-a" and at >= STEPS.index("stopped"):
+            words(hosts, guest, ("host-a", Phase.STOPPED))
+        if host == "host-b" and at >= STEPS.index("resumed"):
+            words(hosts, guest, ("host-b", Phase.RESUMED))
+        elif host == "host-b" and at >= STEPS.index("started"):
+            words(hosts, guest, ("host-b", Phase.STARTED))
+
+
+@pytest.mark.parametrize("killed", ["host-a", "host-b", "both"])
+@pytest.mark.parametrize("at", STEPS[: STEPS.index("resumed")])
+def test_guest_that_stays_keeps_its_flows_after_an_agent_was_killed(tmp_path: Path, killed: str, at: str) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        victims = ["host-a", "host-b"] if killed == "both" else [killed]
+        for step in go_to(hosts, guest, at):
+            if step == at:
+                break
+        for host in victims:
+            hosts.kill(host)
+        for host in victims:
+            hosts.start(host)
+        recall(hosts, guest, victims, at)
+        words(hosts, guest, ("host-a", Phase.ROLLBACK), ("host-b", Phase.STOPPED))
+        until_idle(hosts)
+        assert ports(hosts, "host-a") == ALL
+        assert held(hosts, "host-b") == set()
+
+
+@pytest.mark.parametrize("at", STEPS)
+def test_what_a_reboot_took_away_is_missed_by_nobody(tmp_path: Path, at: str) -> None:
+    """The destination's kernel and guests are gone; a guest that did not run there yet is on the source."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        for step in go_to(hosts, guest, at):
+            if step == at:
+                break
+        hosts.kill("host-b")
+        scope = zone_scope("host-b")
+        hosts.drivers["host-b"].remove(scope, tcp_flows(100).identities)
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.STOPPED))
+        if STEPS.index(at) < STEPS.index("resumed"):
+            words(hosts, guest, ("host-a", Phase.ROLLBACK))
+        elif STEPS.index(at) < STEPS.index("stopped"):
+            words(hosts, guest, ("host-a", Phase.STOPPED))
+        until_idle(hosts)
+        assert held(hosts, "host-b") == set()
+        assert ports(hosts, "host-a") == (ALL if STEPS.index(at) < STEPS.index("resumed") else set())
+
+
+def limited(**seconds: float) -> Settings:
+    return replace(SETTINGS, limits=replace(SETTINGS.limits, **seconds))
+
+
+@pytest.mark.parametrize(("late_import_seconds", "is_late"), [(30.0, False), (0.0, True)])
+def test_agent_that_was_away_longer_than_the_arrival_limit_may_fetch_the_flows_for_a_while(
+    tmp_path: Path, late_import_seconds: float, is_late: bool
+) -> None:
+    with hosts_in(tmp_path, replace(SETTINGS, late_import_seconds=late_import_seconds)) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        until(lambda: hosts.has_step("host-a", guest, "export ended"))
+        hosts.kill("host-b")
+        finish_without(hosts, guest)
+        until(lambda: hosts.reports("host-a", guest))
+        assert hosts.reports("host-a", guest)[0]["outcome"] == "purged without arrival"
+        assert held(hosts, "host-a") == set()
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.RESUMED))
+        until(lambda: is_late or len(hosts.reports("host-a", guest)) == 2)
+        until_idle(hosts)
+        newest = hosts.reports("host-b", guest)[0]
+        if is_late:
+            assert held(hosts, "host-b") == set()
+            assert "too long to be imported (late_import_seconds)" in newest["reason"]
+        else:
+            assert ports(hosts, "host-b") == ALL
+            assert newest["outcome"] == "moved"
+            assert [one["outcome"] for one in hosts.reports("host-a", guest)] == ["moved", "purged without arrival"]
+
+
+def finish_without(hosts: Hosts, guest: str) -> None:
+    """The guest leaves while the destination's agent is away."""
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.unplug("host-a", guest)
+    hosts.say("host-a", Phase.STOPPED, guest)
+
+
+def test_what_the_source_lost_while_the_destination_s_agent_was_away_is_taken_out_there(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.kill("host-b")
+        hosts.drivers["host-a"].remove(hosts.scope("host-a", guest), tcp_flows(10).identities)
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.STARTED))
+        until(lambda: hosts.has_step("host-b", guest, "in sync"))
+        until(lambda: ports(hosts, "host-b") == set(range(1010, 1100)))
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == set(range(1010, 1100))
+        assert held(hosts, "host-a") == set()
+
+
+def test_what_the_guest_ended_while_its_host_s_agent_was_away_is_not_put_back(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.kill("host-b")
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.unplug("host-a", guest)
+        hosts.drivers["host-b"].remove(zone_scope("host-b"), tcp_flows(10).identities)  # it runs, and ends ten
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.RESUMED))
+        hosts.say("host-a", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == set(range(1010, 1100))
+        assert held(hosts, "host-a") == set()
+
+
+@pytest.mark.parametrize("lost", ["host-a", "host-b"])
+@pytest.mark.parametrize("at", ["started", "in sync", "complete", "arrived"])
+def test_journal_that_was_lost_loses_no_flow(tmp_path: Path, lost: str, at: str) -> None:
+    """What is not known is kept where it is; nothing is in two places that was not there before the guest was."""
+    with hosts_in(tmp_path, limited(open_seconds=1.0, session_seconds=10.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        for step in go_to(hosts, guest, at):
+            if step == at:
+                break
+        hosts.kill(lost)
+        for file in tmp_path.glob(f"{lost}-journal*"):
+            file.unlink()
+        hosts.start(lost)
+        on_source = ports(hosts, "host-a")
+        if STEPS.index(at) < STEPS.index("complete"):
+            words(hosts, guest, ("host-a", Phase.ROLLBACK), ("host-b", Phase.STOPPED))
+            until_idle(hosts)
+            assert ports(hosts, "host-a") == ALL
+        else:
+            hosts.unplug("host-a", guest)
+            words(hosts, guest, ("host-b", Phase.RESUMED), ("host-a", Phase.STOPPED))
+            assert ports(hosts, "host-b") == ALL
+            until_idle(hosts)
+            assert ports(hosts, "host-b") == ALL
+            assert ports(hosts, "host-a") in (on_source, set())
+
+
+@pytest.mark.parametrize("host", ["host-a", "host-b"])
+@pytest.mark.parametrize("at", STEPS[: STEPS.index("complete") + 1])
+def test_where_the_journal_does_not_work_the_guest_moves_and_nothing_is_purged(
+    tmp_path: Path, host: str, at: str
+) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        for step in go_to(hosts, guest, at):
+            if step == at:
+                journal = hosts.agents[host].host.journal
+                journal._db.execute("PRAGMA query_only=1")
+            if step == "resumed":
+                break
+        hosts.say("host-a", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == ALL
+        assert ports(hosts, "host-a") == (ALL if host == "host-a" else set())
