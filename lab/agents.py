@@ -94,11 +94,15 @@ class AgentProcess:
             )
         wait_until(self._listens, f"agent {self.name} to listen", START_SECONDS)
 
+    def has_died(self) -> bool:
+        """Whether it ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
     def stop(self, with_signal: int = signal.SIGTERM) -> None:
         """May be repeated, and followed by `start`."""
         process, self._process = self._process, None
         if process is not None:
-            process.send_signal(with_signal)
+            process.send_signal(with_signal)  # does nothing where it has ended
             process.wait(30)
 
     def tell(self, phase: Phase, guest: str, source: str | None = None, destination: str | None = None) -> None:

@@ -48,8 +48,10 @@ from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import Omitted, names
 from sami_plugin.model.migration import (
     Answer,
+    Arrived,
     AskAgain,
     Check,
+    Complete,
     GivesUp,
     Message,
     MigrationEvent,
@@ -57,6 +59,8 @@ from sami_plugin.model.migration import (
     Origin,
     Outcome,
     Phase,
+    Purged,
+    Room,
 )
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
@@ -433,7 +437,7 @@ class Agent:
                 return
             try:
                 said = messages.decode(heard[0])
-                if not isinstance(said, Open):
+                if not isinstance(said, Open) or self._has_purged(said, greeting.peer):
                     if (answer := self._answer(greeting, said)) is not None:
                         greeting.line.say(messages.encode(answer))
                     self._hang_up(greeting.id)
@@ -532,9 +536,11 @@ class Agent:
                     session.find(source)
 
     def _answer(self, greeting: _Greeting, said: Message) -> Message | None:
-        """What is said to a host that does not want to open a session."""
+        """What is said to a host that does not want a session of its own."""
         if isinstance(said, Check):
             return self._judge(said, greeting.peer)
+        if isinstance(said, Open):
+            return Purged(0, 0)  # how many there were was said, or noted, before
         if isinstance(said, AskAgain):
             for session in self.sessions():
                 is_it = isinstance(session, DestinationSession) and session.id == said.session
@@ -542,8 +548,21 @@ class Agent:
                     session.hear([messages.encode(said)])
                     return None
             return self._tell_arrival_again(said.session, greeting.peer)
-        # It is from the middle of a session that was another agent's, before this one was started.
-        return AskAgain(greeting.id)
+        if isinstance(said, Answer | Room | Complete | Arrived):  # from the middle of a session of an agent before this
+            return AskAgain(greeting.id)
+        return GivesUp("there is no such session here")
+
+    def _has_purged(self, said: Open, peer: str) -> bool:
+        """Whether the caller has all, and all is purged here: its former session needs nothing but to hear it."""
+        if not said.has_all:
+            return False
+        row = self.host.journal.known_as(said.continues, "source")
+        if row is None or row["peer"] != peer:
+            return False
+        under_way = self._sessions.get(row["session"])
+        if isinstance(under_way, SourceSession):
+            return under_way.has_purged
+        return row["outcome"] in (Outcome.MOVED.value, Outcome.LEFT_WITHOUT_ARRIVAL.value)
 
     def _tell_arrival_again(self, session_id: str, peer: str) -> Message | None:
         """Of a guest that has arrived here, while the source's agent was away; what is said if it is another one."""
@@ -574,7 +593,7 @@ class Agent:
         if said.continues and (continuing := self._continue(greeting, said, guest, heard)) is not None:
             return continuing
         if said.has_all:
-            raise NotAuthorised(f"there is no session {said.continues} of {guest} here, or its flows are purged")
+            raise NotAuthorised(f"there is no session {said.continues} of {guest} here")
         is_leaving = self._is_leaving(guest, sender)
         has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
         with self._lock:

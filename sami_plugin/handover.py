@@ -205,6 +205,11 @@ class SourceSession(Session):
     def _scopes_known(self) -> tuple[Scope, ...]:
         return tuple(port.scope for port in self._ports)
 
+    @property
+    def has_purged(self) -> bool:
+        """Whether what was exported is gone here."""
+        return self._known.state is source.State.WATCHING
+
     def may_be_continued_by(self, peer: str, session: str) -> bool:
         """Whether this is the session, by the id that the peer knows, and all of the guest's flows are still here."""
         return (self.peer, self.known_as) == (peer, session) and source.may_be_continued(self._known)

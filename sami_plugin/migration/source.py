@@ -129,9 +129,9 @@ def recovered(
         reason="this host's agent was started anew",
     )
     if state == State.PURGING.value:
-        return replace(session, state=State.PURGING), [Purge()]
+        return replace(session, state=State.PURGING), [Purge(), SayAgain()]
     if state == State.WATCHING.value:
-        return replace(session, state=State.WATCHING), [PurgeLate()]
+        return replace(session, state=State.WATCHING), [SayAgain(), PurgeLate()]
     session = replace(session, state=State.ABANDONED)
     return session, [SayAgain(), _next_wake(session)]
 

@@ -1,0 +1,75 @@
+"""An agent that ends as `kill -9` ends it, at a write of its journal that a test has chosen: ``python -m lab.mortal``.
+
+What is left to it stands in the file ``die-at`` beside its configuration: how many writes there are until then, and
+whether that one is still done (``after``) or not (``before``). Without the file it lives. All else is `sami-agent`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sami_plugin.cmd import agent
+from sami_plugin.journal.journal import Journal
+
+WRITES = ("begin", "know", "record", "keep_payload", "go_on", "end")
+
+
+def arm(folder: Path, writes: int, when: str) -> None:
+    """The agent whose configuration is in the folder ends at its write of this number, from now on; 0 is the next."""
+    new = folder / "die-at.new"
+    new.write_text(f"{writes} {when}")
+    new.rename(folder / "die-at")
+
+
+def disarm(folder: Path) -> bool:
+    """It lives on, whatever was chosen; whether it had not ended by then."""
+    try:
+        (folder / "die-at").unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def main() -> int:
+    """As sami-agent."""
+    file = Path(sys.argv[sys.argv.index("--config-file") + 1]).with_name("die-at")
+    for name in WRITES:
+        setattr(Journal, name, _mortal(getattr(Journal, name), file))
+    return agent.main()
+
+
+def _mortal(write: Callable[..., Any], file: Path) -> Callable[..., Any]:
+    def mortal(*arguments: Any, **named: Any) -> Any:
+        left, when = _left(file)
+        if left == 0 and when == "before":
+            _die(file)
+        result = write(*arguments, **named)
+        if left == 0:
+            _die(file)
+        return result
+
+    return mortal
+
+
+def _left(file: Path) -> tuple[int, str]:
+    try:
+        left, when = file.read_text().split()
+    except FileNotFoundError:
+        return -1, ""
+    if int(left) > 0:
+        file.write_text(f"{int(left) - 1} {when}")
+    return int(left), when
+
+
+def _die(file: Path) -> None:
+    file.unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
