@@ -8,6 +8,7 @@ from collections import Counter
 
 from sami_plugin.errors import JournalError, SamiError
 from sami_plugin.journal.journal import Journal
+from sami_plugin.model.printable import printable
 
 LOG = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class Refusals:
 
     def note(self, who: str, error: SamiError) -> None:
         """Counts it. `who` and the error may have words of somebody else in them."""
-        kind = _printable(who), _printable(f"{type(error).__name__}: {error}")
+        words = f"{type(error).__name__}: {error}"
+        kind = printable(who, MOST_CHARACTERS), printable(words, MOST_CHARACTERS)
         with self._lock:
             is_new = kind not in self._known
             if len(self._known) >= MOST_KINDS:
@@ -58,7 +60,3 @@ class Refusals:
         timer = threading.Timer(WRITE_SECONDS, self.write)
         timer.name, timer.daemon = "sami-refusals", True
         timer.start()
-
-
-def _printable(text: str) -> str:
-    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text[:MOST_CHARACTERS])
