@@ -19,6 +19,7 @@ from stevedore.exception import NoMatches
 
 from sami_plugin import conf as options
 from sami_plugin import former as formers
+from sami_plugin import notifications
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.codec import messages
 from sami_plugin.drivers import loader
@@ -198,6 +199,7 @@ class Agent:
         for session in self.sessions():
             session.stop()
         self.host.refusals.write()
+        self.host.notifications.stop()
 
     def tell(self, event: MigrationEvent) -> None:
         """As `note`, and waits where the teller can hold the migration up for a while.
@@ -768,8 +770,8 @@ def host_of(
         Way(_transport_to(conf, name, one) or own.transport, each, one)
         for one, each in zip(domains, trusted, strict=True)
     ]
-    refusals = Refusals(name, journal)
-    return Host(name, settings, driver, scopes, journal, Peers(own, others), refusals, policies or Policies())
+    peers, refusals, told = Peers(own, others), Refusals(name, journal), notifications.from_conf(conf, name)
+    return Host(name, settings, driver, scopes, journal, peers, refusals, policies or Policies(), told)
 
 
 def _transport_to(conf: cfg.ConfigOpts, name: str, domain: Domain) -> Transport | None:

@@ -104,6 +104,7 @@ from sami_plugin.model.results import MEND_NO_PLACE, Outcome, Reason
 from sami_plugin.model.risk import Risk, functions_of
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
+from sami_plugin.notifications import at_risk, started
 from sami_plugin.session import Host, Session
 
 Actions = Mapping[type[Action], Callable[[Any], Done | Negotiated | None]]
@@ -231,6 +232,7 @@ class SourceSession(Session):
     def _start_export(self, action: StartExport) -> Done:
         """Watches before it exports, so that no change falls between the two."""
         self.note("export began")
+        self.host.notifications.send(started(self.report, self.host.wall(), self._state(), is_held=False))
         if not self._ports:
             scopes = self._scopes if self._scopes is not None else self.host.scopes.find(self.guest)
             self._ports = [Leaving(scope, None) for scope in scopes]
@@ -647,6 +649,8 @@ class DestinationSession(Session):
     def _begin(self) -> None:
         self._known, actions = destination.begin(self._known, self.peer, self.host.monotonic())
         self._enact("guest prepare", actions)
+        is_held = self._known.verdict is None
+        self.host.notifications.send(started(self.report, self.host.wall(), self._state(), is_held=is_held))
 
     def _ask(self, action: Ask) -> Done:
         self.peer = self.report.peer = action.source
@@ -683,6 +687,8 @@ class DestinationSession(Session):
         }
         if not risk.is_none:
             self.report.remark(risk.words)
+        if not risk.is_none or verdict is not Verdict.PROCEED:
+            self.host.notifications.send(at_risk(self.report, self.host.wall(), risk, self.host.settings.limits))
         is_awaited = action.offer is not None and action.offer.version > 1
         said = risk.answered(verdict, self.host.settings.limits.reservation_seconds) if is_awaited else None
         return Negotiated(verdict, risk.words, said)

@@ -64,6 +64,7 @@ from sami_plugin.model.report import Report
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
+from sami_plugin.notifications import Notifications, ended
 from sami_plugin.peers import Peers
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.refusals import Refusals
@@ -90,6 +91,7 @@ class Host:
     peers: Peers
     refusals: Refusals
     policies: Policies = field(default_factory=Policies)
+    notifications: Notifications = field(default_factory=Notifications)
     leaving: Claims = field(default_factory=Claims)
     arriving: Claims = field(default_factory=Claims)
     arriving_guests: dict[str, str] = field(default_factory=dict)
@@ -580,6 +582,7 @@ class Session(abc.ABC):
     def _leave(self) -> None:
         """Nobody waits for the session any more, and nobody finds it."""
         self.is_over = True
+        self.host.notifications.send(ended(self.report, self.host.wall()))
         self._line.finish()
         self.has_verdict.set()
         self.has_caught_up.set()

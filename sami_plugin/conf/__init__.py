@@ -467,6 +467,28 @@ DOMAIN_OPTIONS: list[cfg.Opt] = [
 ]
 
 
+NOTIFICATIONS = cfg.OptGroup("oslo_messaging_notifications", title="What other programs are told of migrations")
+NOTIFICATION_OPTIONS: list[cfg.Opt] = [
+    cfg.MultiStrOpt(
+        "driver",
+        default=[],
+        help="How notifications of migrations are sent: `messagingv2` to the broker, `log` into the agent's log. "
+        "Nothing is sent without one. The group is oslo.messaging's, which has more options.",
+    ),
+    cfg.StrOpt(
+        "transport_url",
+        secret=True,
+        help="The broker to which they are sent. That of [DEFAULT] transport_url by default.",
+    ),
+    cfg.ListOpt(
+        "topics",
+        default=["notifications"],
+        help="Topics on which they are sent; a queue's name is a topic's with the priority, as notifications.info.",
+    ),
+]
+"""Told, and not registered: oslo.messaging does that."""
+
+
 def retention(conf: cfg.ConfigOpts) -> Retention:
     """The options of the journal's size and age."""
     return Retention(conf.agent.journal_days, conf.agent.journal_mebibytes * MEBIBYTE)
@@ -530,6 +552,7 @@ def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     return [
         *_GROUPS,
         (cfg.OptGroup("domain:name", title="A domain of [agent] domains; one such group each"), DOMAIN_OPTIONS),
+        (NOTIFICATIONS, NOTIFICATION_OPTIONS),
     ]
 
 

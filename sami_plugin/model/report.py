@@ -41,6 +41,14 @@ class Report:
         at = {name: monotonic for name, _, monotonic in self.steps}
         return (at[until] - at[since]) * 1000 if since in at and until in at else None
 
+    def spans(self) -> dict[str, float]:
+        """Milliseconds between the steps of `SPANS`, of those that happened."""
+        return {
+            f"{since} to {until}": round(took, 3)
+            for since, until in SPANS[self.role]
+            if (took := self.milliseconds(since, until)) is not None
+        }
+
     def remark(self, words: str) -> None:
         """Notes something for the operator, the same thing once, and only so much of it."""
         if words not in self.remarks and len(self.remarks) < MOST_REMARKS:
@@ -66,11 +74,7 @@ class Report:
             "named": self.named,
             "remarks": list(self.remarks),
             "steps": [{"step": name, "at": wall, "monotonic": monotonic} for name, wall, monotonic in self.steps],
-            "milliseconds": {
-                f"{since} to {until}": round(took, 3)
-                for since, until in SPANS[self.role]
-                if (took := self.milliseconds(since, until)) is not None
-            },
+            "milliseconds": self.spans(),
         }
 
 

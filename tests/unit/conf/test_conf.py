@@ -8,6 +8,7 @@ from pathlib import Path
 import netaddr
 import pytest
 from oslo_config import cfg
+from oslo_messaging.opts import list_opts
 
 from sami_plugin import conf as options
 from sami_plugin.errors import ConfigurationError
@@ -89,3 +90,13 @@ def test_bounds_are_read(read: Read) -> None:
 
 def test_defaults_are_those_of_the_plain_values(read: Read) -> None:
     assert options.settings(read("")) == Settings()
+
+
+def test_options_of_notifications_are_told_as_oslo_messaging_has_them() -> None:
+    (group,) = (found for name, found in list_opts() if name == options.NOTIFICATIONS.name)
+    theirs = {option.dest: option for option in group}
+    assert [type(theirs[ours.dest]) for ours in options.NOTIFICATION_OPTIONS] == [
+        type(ours) for ours in options.NOTIFICATION_OPTIONS
+    ]
+    for ours in options.NOTIFICATION_OPTIONS:
+        assert (ours.default, ours.secret) == (theirs[ours.dest].default, theirs[ours.dest].secret)
