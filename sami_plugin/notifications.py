@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ OTHER_REASONS = "other reasons"
 MOST_WAITING = 1000
 """Notifications that wait for the broker."""
 STOP_SECONDS = 1.0
+FOREVER = sys.maxsize
+"""Tries."""
 DRIVERS = "oslo.messaging.notify.drivers"
 
 
@@ -233,7 +236,10 @@ def from_conf(conf: cfg.ConfigOpts, host: str) -> Notifications:
             )
     if not drivers:
         return Notifications()
-    notifier = oslo_messaging.Notifier(transport, publisher_id=f"sami.{host}")
+    # -1 is to mean for ever. When oslo.messaging 18.3 first connects it hands that to kombu as it is, which then tries
+    # once: each notification that meets no broker would be lost.
+    retry = conf.oslo_messaging_notifications.retry
+    notifier = oslo_messaging.Notifier(transport, publisher_id=f"sami.{host}", retry=FOREVER if retry < 0 else retry)
 
     def hand_over(one: Notification) -> None:
         getattr(notifier, one.priority)({}, one.event_type, one.payload)
