@@ -19,7 +19,8 @@ COLUMNS = ("Part", "What", "Value", "Detail")
 class Report(Lister):
     """Reports one migration: what moved, what did not and why, and when each step was.
 
-    Part is `session`, `flows` (how many), `named` (which flows did not make it as they were, and why), `remark`,
+    Part is `session`, `verdict` (what the destination said before memory was copied, for how many flows it had places,
+    and why not for all), `flows` (how many), `named` (which flows did not make it as they were, and why), `remark`,
     `step` (milliseconds since the first step; the detail has the time of the day and the milliseconds since the former
     step) or `span` (milliseconds between two steps).
     """
@@ -75,6 +76,11 @@ def rows(report: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
         if report.get(name):
             yield "session", name, report[name], Lines([])
     yield "session", "outcome", report["outcome"], Lines([report["reason"]] if report.get("reason") else [])
+    for name, said in report.get("verdict", {}).items():
+        if name != "losses":
+            yield "verdict", name, Absent(said), Lines([])
+    for reason, count in report.get("verdict", {}).get("losses", {}).items():
+        yield "verdict", f"losses: {reason}", count, Lines([])
     for name, count in report.get("flows", {}).items():
         yield "flows", name.replace("_", " "), count, Lines([])
     for reason, entry in report.get("named", {}).items():

@@ -49,7 +49,20 @@ class SessionList(Lister):
         ]
 
 
-SHOWN = ("session", "guest", "role", "peer", "state", "outcome", "reason", "started", "ended", "flows", "decisions")
+SHOWN = (
+    "session",
+    "guest",
+    "role",
+    "peer",
+    "state",
+    "outcome",
+    "reason",
+    "started",
+    "ended",
+    "verdict",
+    "flows",
+    "decisions",
+)
 
 
 class SessionShow(ShowOne):
@@ -75,6 +88,7 @@ class SessionShow(ShowOne):
             Absent(report.get("reason") or None),
             Moment(row["started_at"]),
             Moment(row["ended_at"]),
+            _Verdict(report.get("verdict", {})),
             _Counts(report.get("flows", {})),
             _Decisions(journal.decisions(row["session"])),
         )
@@ -120,6 +134,22 @@ class SessionRefuse(_Decide):
 class _Counts(FormattableColumn):
     def human_readable(self) -> str:
         return ", ".join(f"{name} {count}" for name, count in self._value.items())
+
+    def machine_readable(self) -> Any:
+        return self._value
+
+
+class _Verdict(FormattableColumn):
+    """What was said before memory was copied, and to what; empty where nobody said anything."""
+
+    def human_readable(self) -> str:
+        said = self._value
+        if not said:
+            return ""
+        whose = f" ({said['policy']})" if "policy" in said else ""
+        flows = "an unknown number of" if said["flows"] is None else said["flows"]
+        losses = "".join(f"; {count}: {reason}" for reason, count in said["losses"].items())
+        return f"{said['verdict']}{whose}: {said['places']} of {flows} flows have a place{losses}"
 
     def machine_readable(self) -> Any:
         return self._value

@@ -28,6 +28,7 @@ def report(role: str, host: str, *steps: tuple[str, float]) -> dict[str, Any]:
         "peer": "host-b",
         "outcome": "moved",
         "reason": "",
+        "verdict": {"verdict": "ask", "policy": "AskOperator", "flows": 6, "places": 4, "losses": {"no room": 2}},
         "flows": {"exported": 100, "left_behind": 2},
         "named": {"refused: it is full": {"count": 25, "flows": ["tcp 192.0.2.7:1 > 198.51.100.1:443"]}},
         "remarks": ["skipped what is unknown here: element 9"],
@@ -123,6 +124,36 @@ def test_show_tells_every_decision(sami: CommandLine, path: Path) -> None:
     assert "peer said Open  ->  exporting: StartExport" in sami.out
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (SOURCE["verdict"], "ask (AskOperator): 4 of 6 flows have a place; 2: no room"),
+        (
+            {"verdict": "veto", "flows": None, "places": 0, "losses": {}},
+            "veto: 0 of an unknown number of flows have a place",
+        ),
+        ({}, ""),
+        (None, ""),
+    ],
+)
+def test_show_tells_what_was_said_before_memory_was_copied(
+    sami: CommandLine, tmp_path: Path, said: dict[str, Any] | None, shown: str
+) -> None:
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path)
+    journal.begin(FIRST, GUEST, "source", "host-b", "asked")
+    told = {name: value for name, value in SOURCE.items() if name != "verdict"}  # so are reports of before
+    journal.end(FIRST, "ended", "moved", told if said is None else {**told, "verdict": said})
+    journal.close()
+    assert sami("session", "show", FIRST, "--journal", path, "-c", "verdict") == 0
+    (line,) = (line for line in sami.out.splitlines() if "verdict" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["verdict", shown]
+    assert sami("session", "show", FIRST, "--journal", path, "-f", "json", "-c", "verdict") == 0
+    assert json.loads(sami.out) == {"verdict": said or {}}
+    assert sami("report", FIRST, "--journal", path) == 0
+    assert ("| verdict |" in sami.out) == bool(said)
+
+
 def test_guest_stands_for_its_newest_session(sami: CommandLine, path: Path) -> None:
     assert sami("session", "show", GUEST, "--journal", path, "-f", "value", "-c", "session") == 0
     assert sami.out.strip() == SECOND
@@ -146,6 +177,13 @@ def reported(sami: CommandLine, *arguments: object) -> dict[tuple[str, str], tup
 def test_report_tells_what_moved_what_did_not_and_when(sami: CommandLine, path: Path) -> None:
     rows = reported(sami, FIRST, "--journal", path)
     assert rows["session", "outcome"] == ("moved", [])
+    assert [rows["verdict", name][0] for name in ("verdict", "policy", "flows", "places", "losses: no room")] == [
+        "ask",
+        "AskOperator",
+        6,
+        4,
+        2,
+    ]
     assert rows["flows", "left behind"][0] == 2
     assert rows["named", "refused: it is full"] == (25, ["tcp 192.0.2.7:1 > 198.51.100.1:443", "... and 24 more"])
     assert ("remark", "skipped what is unknown here: element 9") in rows
