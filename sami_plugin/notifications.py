@@ -90,7 +90,7 @@ def at_risk(report: Report, at: float, risk: Risk, limits: Limits) -> Notificati
 
 def ended(report: Report, at: float) -> Notification:
     """A session is over. Where nobody has to look after it, this is END, else ERROR; the fields are the same."""
-    is_well = report.outcome in (Outcome.MOVED.value, Outcome.STAYED.value)
+    is_well = report.outcome in [one.value for one in (Outcome.MOVED, Outcome.STAYED, Outcome.CONTINUED)]
     return Notification(
         END if is_well else ERROR,
         {

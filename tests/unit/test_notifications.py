@@ -137,9 +137,10 @@ def test_page_tells_the_bounds() -> None:
 
 
 @pytest.mark.parametrize("outcome", Outcome)
-def test_only_a_guest_that_moved_or_stayed_ends_without_an_error(outcome: Outcome) -> None:
-    kind = notifications.END if outcome in (Outcome.MOVED, Outcome.STAYED) else notifications.ERROR
-    assert over(outcome).event_type == kind
+def test_end_is_an_error_where_somebody_has_to_look(outcome: Outcome) -> None:
+    is_well = outcome in (Outcome.MOVED, Outcome.STAYED, Outcome.CONTINUED)
+    assert over(outcome).event_type == (notifications.END if is_well else notifications.ERROR)
+    assert f"``{outcome.value}``" in PAGE
 
 
 def test_session_that_could_not_be_ended_in_order_is_an_error() -> None:

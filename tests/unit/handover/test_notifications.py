@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sami_plugin import notifications
 from sami_plugin.agent import Agent
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import Veto
@@ -165,6 +166,29 @@ def test_broker_that_takes_nothing_delays_neither_a_migration_nor_the_agents_end
             assert time.monotonic() - began < STOP_SECONDS + 3
     finally:
         is_back.set()
+
+
+def test_session_of_an_agent_that_is_started_anew_ends_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"host-a": Kept(), "host-b": Kept()}
+    monkeypatch.setattr(notifications, "from_conf", lambda _, host: kept[host])
+    with Hosts(tmp_path, tuple(kept), lambda name: MemoryDriver(MemoryDevice(name)), settings=SETTINGS) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.kill("host-b")
+        assert kept["host-b"].kinds == [START]
+        hosts.start("host-b")
+        hosts.say("host-b", Phase.STARTED, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+    for each in kept.values():
+        first, second = dict.fromkeys(one.payload["session"] for one in each.all)
+        told = {
+            one: [(t.event_type, t.payload) for t in each.all if t.payload["session"] == one] for one in (first, second)
+        }
+        assert [kind for kind, _ in told[first]] == [kind for kind, _ in told[second]] == [START, END]
+        assert [told[one][1][1]["outcome"] for one in (first, second)] == ["continued", "moved"]
+        assert second in told[first][1][1]["reason"]
 
 
 def test_host_with_the_default_options_sends_nothing(tmp_path: Path) -> None:
