@@ -176,10 +176,18 @@ class Queued(Notifications):
                 return
             self._waiting.append(notification)
             if self._thread is None:
-                # A daemon: oslo.messaging may wait for its broker for ever, and the agent ends all the same.
-                self._thread = threading.Thread(target=self._live, name="sami-notifications", daemon=True)
-                self._thread.start()
+                self._thread = self._begun()
             self._changed.notify()
+
+    def _begun(self) -> threading.Thread | None:
+        # A daemon: oslo.messaging may wait for its broker for ever, and the agent ends all the same.
+        thread = threading.Thread(target=self._live, name="sami-notifications", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the host has no more threads; the next one to be sent tries again
+            LOG.error("%s: notifications have to wait: %s", self._host, error)
+            return None
+        return thread
 
     def stop(self) -> None:
         with self._changed:

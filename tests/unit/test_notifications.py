@@ -242,6 +242,19 @@ def test_one_that_cannot_be_sent_does_not_keep_the_next_from_it(caplog: pytest.L
     assert "sami.migration.start could not be sent" in caplog.text
 
 
+def test_host_that_has_no_thread_to_spare_sends_later(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    queued = Queued("host-a", broker.take)
+    with monkeypatch.context() as poor:
+        poor.setattr(threading.Thread, "start", refuse)
+        queued.send(numbered(0))
+    queued.send(numbered(1))
+    queued.stop()
+    assert [one.payload["number"] for one in broker.took] == [0, 1]
+
+
 def test_those_that_are_too_many_are_dropped_and_counted_in_the_log_once(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
