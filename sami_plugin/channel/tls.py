@@ -20,7 +20,7 @@ import ssl
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from sami_plugin.channel.identity import host_of
 from sami_plugin.channel.ordering import Inbox
@@ -40,28 +40,103 @@ _REFUSALS = ("CERTIFICATE", "UNKNOWN_CA")
 """In OpenSSL's words for that our certificate, or the lack of one, does not do: another stream would not mend it."""
 
 
-class _Stream:
-    """One TLS connection."""
+class Connection(Protocol):
+    """What keeps a stream secret: octets of messages in, octets for packets out, and the other way round."""
 
-    def __init__(self, number: int, context: ssl.SSLContext, bounds: Bounds, *, is_server: bool) -> None:
-        self.number = number
-        self._bounds = bounds
-        self.is_broken = False
+    is_established: bool
+    """Both ends have shown who they are: messages may be written."""
+
+    def advance(self, arrived: bytes = b"") -> bytes:
+        """Takes what came, in order; returns what is readable now. A client's begins with an advance by nothing.
+
+        :raises StreamBroken: it is not what the other end wrote, or the other end has ended.
+        :raises NotAuthorised: the other end's certificate does not count here, or ours does not there.
+        """
+
+    def leaving(self) -> bytes:
+        """What is to be sent, and was not given out yet."""
+
+    def write(self, octets: bytes) -> None:
+        """Only once it is established."""
+
+    def peer(self) -> str:
+        """The host at the other end.
+
+        :raises NotAuthorised: it names no host.
+        """
+
+
+class Connect(Protocol):
+    """Makes a connection of what its stream is given."""
+
+    def __call__(self, context: Any, *, is_server: bool) -> Connection: ...
+
+
+class Tls:
+    """A `Connection` by TLS 1.3."""
+
+    def __init__(self, context: ssl.SSLContext, *, is_server: bool) -> None:
         self.is_established = False
-        self._inbox = Inbox()
-        self._sent = 0
         self._arrived, self._leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._arrived, self._leaving, server_side=is_server)
 
+    def advance(self, arrived: bytes = b"") -> bytes:
+        self._arrived.write(arrived)
+        plain = bytearray()
+        try:
+            if not self.is_established:
+                self._tls.do_handshake()
+                self.is_established = True
+            while octets := self._tls.read(_RECORD):
+                plain += octets
+        except ssl.SSLWantReadError:
+            return bytes(plain)
+        except ssl.SSLCertVerificationError as error:
+            raise NotAuthorised(f"the other host's certificate does not count: {error.verify_message}") from error
+        except ssl.SSLError as error:
+            said = error.reason or str(error)
+            # Before the handshake is over anybody may have said it.
+            if self.is_established and any(word in said for word in _REFUSALS):
+                raise NotAuthorised(f"the other host does not take our certificate: {_spoken(said)}") from error
+            raise StreamBroken(f"TLS: {_spoken(said)}") from error
+        raise StreamBroken("the other end ended the stream")
+
+    def leaving(self) -> bytes:
+        return self._leaving.read()
+
+    def write(self, octets: bytes) -> None:
+        self._tls.write(octets)
+
+    def peer(self) -> str:
+        names: Any = (self._tls.getpeercert() or {}).get("subjectAltName", ())
+        return host_of([value for kind, value in names if kind == "URI"])
+
+
+class _Stream:
+    """One connection, in numbered packets."""
+
+    def __init__(self, number: int, connection: Connection, bounds: Bounds) -> None:
+        self.number = number
+        self._bounds = bounds
+        self.is_broken = False
+        self._inbox = Inbox()
+        self._sent = 0
+        self._connection = connection
+
+    @property
+    def is_established(self) -> bool:
+        """Both ends have shown who they are."""
+        return self._connection.is_established
+
     def begin(self) -> Packet:
         """The client's first flight."""
-        self._advance()
+        self._connection.advance()
         (packet,) = self.packets()
         return packet
 
     def packets(self) -> list[Packet]:
-        """What TLS wants to be sent."""
-        octets = self._leaving.read()
+        """What the connection wants to be sent."""
+        octets = self._connection.leaving()
         return [self._numbered(octets)] if octets else []
 
     def farewell(self) -> Packet:
@@ -91,8 +166,7 @@ class _Stream:
             for octets in self._inbox.accept(packet.number, packet.octets):
                 if not octets:
                     raise StreamBroken("the other end says that the stream is broken")
-                self._arrived.write(octets)
-                plain += self._advance()
+                plain += self._connection.advance(octets)
         except IllegalMessage as error:
             self.is_broken = True
             raise StreamBroken(str(error)) from error
@@ -103,32 +177,11 @@ class _Stream:
 
     def write(self, octets: bytes) -> None:
         """Only once it is established. Makes packets."""
-        self._tls.write(octets)
+        self._connection.write(octets)
 
     def peer(self) -> str:
-        """:raises NotAuthorised: the certificate names no host."""
-        names: Any = (self._tls.getpeercert() or {}).get("subjectAltName", ())
-        return host_of([value for kind, value in names if kind == "URI"])
-
-    def _advance(self) -> bytes:
-        plain = bytearray()
-        try:
-            if not self.is_established:
-                self._tls.do_handshake()
-                self.is_established = True
-            while octets := self._tls.read(_RECORD):
-                plain += octets
-        except ssl.SSLWantReadError:
-            return bytes(plain)
-        except ssl.SSLCertVerificationError as error:
-            raise NotAuthorised(f"the other host's certificate does not count: {error.verify_message}") from error
-        except ssl.SSLError as error:
-            said = error.reason or str(error)
-            # Before the handshake is over anybody may have said it.
-            if self.is_established and any(word in said for word in _REFUSALS):
-                raise NotAuthorised(f"the other host does not take our certificate: {_spoken(said)}") from error
-            raise StreamBroken(f"TLS: {_spoken(said)}") from error
-        raise StreamBroken("the other end ended the stream")
+        """:raises NotAuthorised: as the connection says."""
+        return self._connection.peer()
 
 
 def _spoken(reason: str) -> str:
@@ -138,20 +191,23 @@ def _spoken(reason: str) -> str:
 class Channel:
     """One end of a session's channel. Not thread-safe.
 
-    `peer` is the host that has to be at the other end. `context` is asked for with each stream.
+    `peer` is the host that has to be at the other end. `context` is asked for with each stream, and `connect` makes
+    the stream's connection of it.
     """
 
     def __init__(
         self,
         peer: str,
-        context: Callable[[], ssl.SSLContext],
+        context: Callable[[], Any],
         *,
         is_server: bool,
         bounds: Bounds = Bounds(),  # noqa: B008, a frozen value
+        connect: Connect = Tls,
     ) -> None:
         self.peer = peer
         self._bounds = bounds
         self._context = context
+        self._connect = connect
         self._is_server = is_server
         self._current: _Stream | None = None
         self._begun: OrderedDict[int, _Stream] = OrderedDict()
@@ -237,13 +293,17 @@ class Channel:
             self._streams = packet.stream + 1
             if len(self._begun) == MOST_BEGUN:
                 self._begun.popitem(last=False)
-            self._begun[packet.stream] = _Stream(packet.stream, self._context(), self._bounds, is_server=True)
+            self._begun[packet.stream] = self._stream(packet.stream)
         return self._begun[packet.stream]
+
+    def _stream(self, number: int) -> _Stream:
+        connection = self._connect(self._context(), is_server=self._is_server)
+        return _Stream(number, connection, self._bounds)
 
     def _begin(self) -> None:
         if self._streams == self._bounds.streams:
             raise PeerUnreachable(f"{self._streams} streams with {self.peer} broke: somebody tampers with them")
-        self._current = _Stream(self._streams, self._context(), self._bounds, is_server=False)
+        self._current = self._stream(self._streams)
         self._streams += 1
         self._packets.append(self._current.begin())
 

@@ -61,9 +61,9 @@ def test_one_call_has_no_more_handshakes_than_streams(hosts: Hosts, monkeypatch:
     made: list[int] = []
     real = tls._Stream.__init__
 
-    def init(self: Any, number: int, *more: Any, is_server: bool) -> None:
+    def init(self: Any, number: int, *more: Any) -> None:
         made.append(number)
-        real(self, number, *more, is_server=is_server)
+        real(self, number, *more)
 
     monkeypatch.setattr(tls._Stream, "__init__", init)
     session = str(uuid.uuid4())
