@@ -164,7 +164,7 @@ class Agent:
                 former = formers.read(host.journal, row, host.settings, domain)
                 if former.role == "source":
                     session = SourceSession(
-                        host, str(uuid.uuid4()), guest, peer, self._forget, is_outgoing=True, is_recovered=True
+                        host, host.new_id(), guest, peer, self._forget, is_outgoing=True, is_recovered=True
                     )
                 else:
                     session = self._goes_on(guest, peer)
@@ -181,7 +181,7 @@ class Agent:
     def _goes_on(self, guest: str, peer: str, *, is_held: bool = False) -> DestinationSession:
         """A session that will go on with another one."""
         return DestinationSession(
-            self.host, str(uuid.uuid4()), guest, peer, self._forget, is_held=is_held, again=self._again
+            self.host, self.host.new_id(), guest, peer, self._forget, is_held=is_held, again=self._again
         )
 
     def _again(self, former: DestinationSession) -> DestinationSession:
@@ -292,7 +292,7 @@ class Agent:
         }
 
     def _ask(self, host: str, check: Check) -> Answer:
-        session = str(uuid.uuid4())
+        session = self.host.new_id()
         question = Question(self.host.line(session), host)
         with self._lock:
             self._questions[session] = question
@@ -395,7 +395,7 @@ class Agent:
             outgoing = self._outgoing.pop(event.guest, None)
             if outgoing is not None and outgoing.scopes and not self._sessions_of(event.guest, SourceSession):
                 LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
-                self._add(self._leaving(str(uuid.uuid4()), event.guest, "", outgoing))
+                self._add(self._leaving(self.host.new_id(), event.guest, "", outgoing))
         self._lead(event, SourceSession, DestinationSession)
         if not any(session.guest == event.guest for session in self.sessions()):
             self.host.scopes.learn(event.guest, ())  # it ended here, and its tap's name may be another guest's next
@@ -529,7 +529,7 @@ class Agent:
                     leaving.expect_return()
                 is_held = event.phase is Phase.PREPARE
                 session = DestinationSession(
-                    self.host, str(uuid.uuid4()), event.guest, source, self._forget, is_held=is_held, again=self._again
+                    self.host, self.host.new_id(), event.guest, source, self._forget, is_held=is_held, again=self._again
                 )
                 session.token = token
                 self._add(session)

@@ -38,16 +38,7 @@ class Line:
         self._is_server = bool(caller)
         self._lock = threading.Lock()
         self._channel: Channel | None = self._new_channel() if caller else None
-        self._sender = Sender(
-            lambda: peers.way_to(self.peer).transport,
-            lambda: self.peer,
-            session,
-            window=settings.window,
-            call_seconds=settings.call_seconds,
-            lifetime_seconds=settings.message_seconds,
-            refused=lambda reason: self.lost(reason),
-            broken=self._renew,
-        )
+        self._sender = self._new_sender(settings)
 
     def say(self, message: bytes) -> None:
         """Sends a message to `peer`, which has to be known by now."""
@@ -86,6 +77,20 @@ class Line:
     def finish(self) -> None:
         """Nothing more will be said. May be repeated."""
         self._sender.finish()
+
+    # What a simulated line has otherwise.
+
+    def _new_sender(self, settings: Settings) -> Sender:
+        return Sender(
+            lambda: self._peers.way_to(self.peer).transport,
+            lambda: self.peer,
+            self._session,
+            window=settings.window,
+            call_seconds=settings.call_seconds,
+            lifetime_seconds=settings.message_seconds,
+            refused=lambda reason: self.lost(reason),
+            broken=self._renew,
+        )
 
     def _new_channel(self) -> Channel:
         credentials, is_server = self._peers.way_to(self.peer).credentials, self._is_server

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -103,7 +104,7 @@ class Host:
     _received: set[str] = field(default_factory=set)
     _places: dict[str | None, Places] = field(default_factory=dict)
 
-    # What a simulated host has otherwise: time, threads and the network.
+    # What a simulated host has otherwise: time, chance, threads and the network.
 
     def monotonic(self) -> float:
         """Seconds, of which only the difference counts."""
@@ -112,6 +113,10 @@ class Host:
     def wall(self) -> float:
         """Seconds since 1970."""
         return time.time()
+
+    def new_id(self) -> str:
+        """A UUID for a session."""
+        return str(uuid.uuid4())
 
     def run(self, session: Session) -> None:
         """Lets the session live; returns at once."""
