@@ -46,7 +46,9 @@ class Faults:
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
+class Entry:
+    """One connection, as the device tracks it."""
+
     template: Template
     row: np.void
     """Its `zoneRole` and `remainingTimeoutSeconds` say nothing: they are made when the entry is told."""
@@ -55,17 +57,25 @@ class _Entry:
     original: Tuple
     reply: Tuple
 
+    @classmethod
+    def of(cls, template: Template, row: np.void, expires: float) -> Entry:
+        """That of a row, which it keeps; no device has it yet."""
+        return cls(template, row, 0, expires, _original(template, row), _reply(template, row))
+
 
 @dataclass(slots=True)
 class _Zone:
-    entries: dict[Tuple, _Entry] = field(default_factory=dict)
+    entries: dict[Tuple, Entry] = field(default_factory=dict)
     """By the tuple of the first packet."""
-    tuples: dict[Tuple, _Entry] = field(default_factory=dict)
+    tuples: dict[Tuple, Entry] = field(default_factory=dict)
     """By both tuples."""
 
 
-class _Event(enum.Enum):
+class Event(enum.Enum):
+    """What a device tells its watches of an entry."""
+
     CREATED = "created"
+    CHANGED = "changed"
     REMOVED = "removed"
 
 
@@ -100,7 +110,7 @@ class MemoryDevice:
             self.expire()
             return self.held
 
-    # What follows is for the driver and its watches, which hold the lock.
+    # What follows is for the driver, its watches, and who plays the traffic; they hold the lock.
 
     def zone(self, place: Place) -> _Zone:
         return self._zones.setdefault(place, _Zone())
@@ -112,22 +122,26 @@ class MemoryDevice:
             for entry in [entry for entry in zone.entries.values() if entry.expires <= now]:
                 self.drop(place, entry)
 
-    def create(self, place: Place, entry: _Entry) -> None:
+    def create(self, place: Place, entry: Entry) -> None:
         zone = self.zone(place)
         entry.flow_id = self._next_id
         self._next_id += 1
         self.held += 1
         zone.entries[entry.original] = entry
         zone.tuples[entry.original] = zone.tuples[entry.reply] = entry
-        self._tell(place, entry, _Event.CREATED)
+        self._tell(place, entry, Event.CREATED)
 
-    def drop(self, place: Place, entry: _Entry) -> None:
+    def drop(self, place: Place, entry: Entry) -> None:
         zone = self.zone(place)
         self.held -= 1
         del zone.entries[entry.original]
         for name in {entry.original, entry.reply}:
             del zone.tuples[name]
-        self._tell(place, entry, _Event.REMOVED)
+        self._tell(place, entry, Event.REMOVED)
+
+    def changed(self, place: Place, entry: Entry) -> None:
+        """Traffic has changed the entry's row."""
+        self._tell(place, entry, Event.CHANGED)
 
     def work(self) -> None:
         """Counts one insert or removal towards a failure that a test has asked for."""
@@ -144,7 +158,7 @@ class MemoryDevice:
         if watch in self._watches:
             self._watches.remove(watch)
 
-    def _tell(self, place: Place, entry: _Entry, event: _Event) -> None:
+    def _tell(self, place: Place, entry: Entry, event: Event) -> None:
         for watch in self._watches:
             watch.note(place, entry, event)
 
@@ -263,7 +277,7 @@ class MemoryDriver(FlowDriver):
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
         return made
 
-    def _find(self, scope: Scope, batch: Batch, position: int) -> tuple[Place | None, _Entry | None]:
+    def _find(self, scope: Scope, batch: Batch, position: int) -> tuple[Place | None, Entry | None]:
         place = _place(scope, batch.rows["zoneRole"][position])
         if place is None:
             return None, None
@@ -274,8 +288,10 @@ class MemoryDriver(FlowDriver):
         place = _place(scope, row["zoneRole"])
         assert place is not None
         zone = self.device.zone(place)
-        original, reply = _original(batch.template, row), _reply(batch.template, row)
-        in_the_way = {id(entry): entry for name in (original, reply) if (entry := zone.tuples.get(name)) is not None}
+        fresh = Entry.of(batch.template, row, self.device.clock() + int(row["remainingTimeoutSeconds"]))
+        in_the_way = {
+            id(entry): entry for name in (fresh.original, fresh.reply) if (entry := zone.tuples.get(name)) is not None
+        }
         if is_neighbours:
             if in_the_way:
                 return Outcome.PRESENT, Reason.NONE, 0
@@ -289,8 +305,7 @@ class MemoryDriver(FlowDriver):
             self.device.drop(place, entry)
         for name in self.device.faults.drop_fields & set(row.dtype.names or ()):
             row[name] = 0
-        expires = self.device.clock() + int(row["remainingTimeoutSeconds"])
-        self.device.create(place, _Entry(batch.template, row, 0, expires, original, reply))
+        self.device.create(place, fresh)
         return Outcome.IMPORTED, Reason.NONE, 0
 
 
@@ -302,11 +317,11 @@ class _MemoryWatch(Watch):
         self._scope = scope
         self._templates = templates
         self._roles = {place: role for role, place in _places(scope)}
-        self._gone: dict[tuple[Place, Tuple], dict[int, _Entry]] = {}
+        self._gone: dict[tuple[Place, Tuple], dict[int, Entry]] = {}
         self._lost = False
         self._closed = False
 
-    def note(self, place: Place, entry: _Entry, event: _Event) -> None:
+    def note(self, place: Place, entry: Entry, event: Event) -> None:
         """Called by the device, under its lock."""
         if place not in self._roles or entry.template.name not in self._templates:
             return
@@ -314,7 +329,7 @@ class _MemoryWatch(Watch):
             self._lost = True
             return
         gone = self._gone.setdefault((place, entry.original), {})
-        if event is _Event.REMOVED:
+        if event is Event.REMOVED:
             gone[entry.flow_id] = entry
 
     def collect(self) -> Changes:
@@ -366,7 +381,7 @@ def _has_neighbour(scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:
     return has_end_in(batch, neighbours)
 
 
-def _is_theirs(scope: Scope, entry: _Entry) -> bool:
+def _is_theirs(scope: Scope, entry: Entry) -> bool:
     """Whether an entry is not this port's to change: none of its ends is the port's, or one is a neighbour's."""
     if not scope.is_shared:
         return False
@@ -380,16 +395,16 @@ def _single(template: Template, row: np.void) -> Batch:
     return Batch(template, rows)
 
 
-def _row(device: MemoryDevice, entry: _Entry, role: int) -> np.void:
+def _row(device: MemoryDevice, entry: Entry, role: int) -> np.void:
     row = entry.row.copy()
     row["zoneRole"], row["flowId"] = role, entry.flow_id
     row["remainingTimeoutSeconds"] = max(0, int(entry.expires - device.clock()))
     return row
 
 
-def _batches(device: MemoryDevice, scope: Scope, told: list[tuple[str, ZoneRole, _Entry]]) -> list[Batch]:
+def _batches(device: MemoryDevice, scope: Scope, told: list[tuple[str, ZoneRole, Entry]]) -> list[Batch]:
     """Entries as batches, one per template, without those of a shared zone that are not the port's."""
-    kinds: dict[str, list[tuple[ZoneRole, _Entry]]] = {}
+    kinds: dict[str, list[tuple[ZoneRole, Entry]]] = {}
     for name, role, entry in told:
         kinds.setdefault(name, []).append((role, entry))
     made = []
