@@ -406,7 +406,9 @@ def _comes_here(session: Source, event: Event, now: float) -> Decision:
     """A guest can only come here because it has left: nothing has to be waited for."""
     if not session.is_gone:
         return session, []
-    return replace(session, state=State.PURGING, has_arrived=True, comes_back=True), [Purge()]
+    # Who said COMPLETE has had the flows, and the guest comes from there. Else they were nowhere but here.
+    is_moved = session.has_arrived or session.has_complete
+    return replace(session, state=State.PURGING, has_arrived=is_moved, comes_back=True), [Purge()]
 
 
 def _opened_complete(session: Source, event: Event, now: float) -> Decision:
