@@ -128,12 +128,12 @@ class SourceSession(Session):
         *,
         is_outgoing: bool,
         is_suspended: bool = False,
-        scopes: tuple[Scope, ...] | None = None,
+        scopes: tuple[Scope, ...] = (),
         line: Line | None = None,
         is_recovered: bool = False,
         has_all: bool = False,
     ) -> None:
-        """`scopes` are the guest's ports where it is gone already, and they with it.
+        """`scopes` are the guest's ports as they were noted before: it may be gone already, and they with it.
 
         Of a session that goes on with another one, `is_recovered` says that it is because this host's agent was started
         anew, and `has_all` that the destination needs nothing more.
@@ -234,7 +234,7 @@ class SourceSession(Session):
         self.note("export began")
         self.host.notifications.send(started(self.report, self.host.wall(), self._state(), is_held=False))
         if not self._ports:
-            scopes = self._scopes if self._scopes is not None else self.host.scopes.find(self.guest)
+            scopes = (self.host.scopes.find(self.guest) if self.peer else ()) or self._scopes
             self._ports = [Leaving(scope, None) for scope in scopes]
         for port in self._ports:
             if self.host.driver.capabilities(port.scope).can_watch:
@@ -574,6 +574,8 @@ class DestinationSession(Session):
         self._began_at = host.monotonic()
         self._known = destination.new(host.settings.limits, self._began_at, is_held=is_held)
         self._ports: list[Arriving] = []
+        self._unfilled: list[Arriving] = []
+        """Of these ports, those for which not all that waits has gone in."""
         self._waiting: list[bytes] = []
         """Payloads that may hold flows of ports that are not known yet."""
         self._unverified: list[Unverified] = []
@@ -728,10 +730,12 @@ class DestinationSession(Session):
             return Done("FindScope", len(self._ports), is_all=False)
         fresh = [Arriving(scope) for scope in found]
         self._ports += fresh
+        self._unfilled += fresh
         is_all = action.is_last or len(self._ports) >= (self._known.ports or 0)
-        if fresh or is_all:
+        if self._unfilled or is_all:
             for payload in self._waiting:
-                self._apply(payload, fresh, is_final=is_all)
+                self._apply(payload, self._unfilled, is_final=is_all)
+            self._unfilled = []  # only now: a device that fails is tried again, with all that came
         if is_all:
             self._waiting = []
             self.note("scope known")
@@ -905,9 +909,11 @@ class DestinationSession(Session):
         self._unverified = []
         for port in self._ports:
             with self.host.deciding(port.scope):
+                # A guest at the other end may have come to stay meanwhile, and its session be over: then it is its flow.
+                now = self._with_neighbours(port.scope)
                 for batch in port.held.batches():
-                    self._discarded += self._removed(port.scope, batch, by_id=not port.scope.is_shared)
-                for scope, batch in (*port.doubtful, *((port.scope, batch) for batch in port.former.batches())):
+                    self._discarded += self._removed(now, batch, by_id=not port.scope.is_shared)
+                for _, batch in (*port.doubtful, *((port.scope, batch) for batch in port.former.batches())):
                     self._discarded += self._removed(scope, batch, by_id=False)
                 self.host.arriving.release(self.id, port.scope)
             port.held, port.former, port.doubtful = FlowTable(), FlowTable(), []
