@@ -327,6 +327,7 @@ class Agent:
                 self._note_outgoing(event.guest, event.destination)
                 self._refuse_others(event)
                 self._lead(event, SourceSession)
+                self._note_ports(event.guest)
             case Phase.SUSPENDED:
                 self._pauses(event)
             case Phase.RESUMED:
@@ -358,8 +359,10 @@ class Agent:
 
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
         with self._lock:
-            if destination is not None or guest not in self._outgoing:
-                self._outgoing[guest] = _Outgoing(destination)
+            known = self._outgoing.get(guest)
+            if destination is not None or known is None:
+                # Its pause may have been told before; that it is paused still shows when it is gone.
+                self._outgoing[guest] = _Outgoing(destination, scopes=known.scopes if known is not None else ())
         self._look(guest)
 
     def _look(self, guest: str) -> Origin | None:
@@ -375,7 +378,6 @@ class Agent:
                 session.refuse(reason)
 
     def _pauses(self, event: MigrationEvent) -> None:
-        """Where no session knows of the guest, its ports are noted now: when it is gone, so are they."""
         if event.guest not in self._outgoing:
             self._note_outgoing(event.guest)
             self._lead(replace(event, phase=Phase.OUTGOING), SourceSession)
@@ -383,16 +385,20 @@ class Agent:
             if event.guest in self._outgoing:
                 self._outgoing[event.guest] = replace(self._outgoing[event.guest], is_suspended=True)
             self._lead(event, SourceSession)
-        if self._sessions_of(event.guest, SourceSession):
+        self._note_ports(event.guest)
+
+    def _note_ports(self, guest: str) -> None:
+        """Where no session knows of the guest, its ports are noted now: when it is gone, so are they."""
+        if self._sessions_of(guest, SourceSession):
             return
-        scopes = self.host.scopes.find(event.guest)
-        with self._lock:
-            if event.guest in self._outgoing:
-                self._outgoing[event.guest] = replace(self._outgoing[event.guest], scopes=scopes)
+        scopes = self.host.scopes.find(guest)
+        with self._lock:  # where a word is said again, they may be gone: what was known of them stays known
+            if scopes and guest in self._outgoing:
+                self._outgoing[guest] = replace(self._outgoing[guest], scopes=scopes)
 
     def _stops(self, event: MigrationEvent) -> None:
         with self._lock:
-            outgoing = self._outgoing.pop(event.guest, None)
+            outgoing = self._outgoing.pop(event.guest, None) if event.role != "destination" else None
             if outgoing is not None and outgoing.scopes and not self._sessions_of(event.guest, SourceSession):
                 LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
                 self._add(self._leaving(self.host.new_id(), event.guest, "", outgoing))
@@ -527,6 +533,7 @@ class Agent:
                 self._make_room(event.guest)
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
+                self._outgoing.pop(event.guest, None)  # it left, whether that was said or not
                 is_held = event.phase is Phase.PREPARE
                 session = DestinationSession(
                     self.host, self.host.new_id(), event.guest, source, self._forget, is_held=is_held, again=self._again
@@ -692,7 +699,7 @@ class Agent:
             self._forget,
             is_outgoing=outgoing is not None,
             is_suspended=outgoing is not None and outgoing.is_suspended,
-            scopes=outgoing.scopes if outgoing is not None and not peer else None,
+            scopes=outgoing.scopes if outgoing is not None else (),
             line=line,
         )
 
