@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 
 import msgpack
 
@@ -22,13 +22,21 @@ MOST_ENTRIES = 256
 """Of a text and of a list in a message: reasons and names go into logs and journals."""
 
 KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in typing.get_args(migration.Message)}
-_HINTS = {kind: typing.get_type_hints(kind) for kind in KINDS.values()}
+_FIELDS: dict[type[Message], tuple[tuple[str, bool, object], ...]] = {
+    kind: tuple(
+        (field.name, field.default is MISSING, typing.get_type_hints(kind)[field.name]) for field in fields(kind)
+    )
+    for kind in KINDS.values()
+}
+"""Name, whether it may not be left out, and type."""
 
 
 def encode(message: Message) -> bytes:
     """The message as bytes."""
     values = {
-        name: value[:MOST_CHARACTERS] if isinstance(value, str) else value for name, value in asdict(message).items()
+        name: value[:MOST_CHARACTERS] if isinstance(value, str) else value
+        for name, _, _ in _FIELDS[type(message)]
+        for value in (getattr(message, name),)
     }
     body = {"version": PROTOCOL_VERSION, "kind": type(message).__name__, **values}
     packed: bytes = msgpack.packb(body)
@@ -53,16 +61,15 @@ def decode(octets: bytes) -> Message:
     if kind is None:
         raise Malformed(f"unknown kind of message {_short(named)}; upgrade this host", "field kind")
     values = {}
-    for field in fields(kind):
-        place = f"{kind.__name__}.{field.name}"
-        if field.name not in body:
-            if field.default is MISSING:
-                raise Malformed("a field is missing", place)
+    for name, is_needed, hint in _FIELDS[kind]:
+        if name not in body:
+            if is_needed:
+                raise Malformed("a field is missing", f"{kind.__name__}.{name}")
             continue
-        value = body[field.name]
-        if not _fits(value, _HINTS[kind][field.name]):
-            raise Malformed(f"{_short(value)} is no {_HINTS[kind][field.name]}", place)
-        values[field.name] = value
+        value = body[name]
+        if not _fits(value, hint):
+            raise Malformed(f"{_short(value)} is no {hint}", f"{kind.__name__}.{name}")
+        values[name] = value
     return kind(**values)
 
 

@@ -273,7 +273,10 @@ class MemoryDriver(FlowDriver):
         made = results(len(batch))
         if batch.template.name not in self._templates:
             return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
-        _refuse(made, ~np.isin(batch.rows["zoneRole"], [int(role) for role in scope.zones]), Reason.INVALID)
+        is_zoned = np.zeros(len(batch), bool)
+        for role in scope.zones:
+            is_zoned |= batch.rows["zoneRole"] == role
+        _refuse(made, ~is_zoned, Reason.INVALID)
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
         return made
 

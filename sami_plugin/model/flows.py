@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import netaddr
 import numpy as np
@@ -89,26 +89,27 @@ class Template:
     key: tuple[Field, ...]
     state: tuple[Field, ...]
 
-    @property
-    def dtype(self) -> np.dtype[np.void]:
-        return _dtype(self.key + self.state)
+    # What follows from them is asked for with every batch, and computed once.
+    dtype: np.dtype[np.void] = field(init=False, compare=False, repr=False)
+    key_octets: int = field(init=False, compare=False, repr=False)
+    address_fields: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    """Wherever an address stands."""
+    is_ipv6: bool = field(init=False, compare=False, repr=False)
+    is_translated: bool = field(init=False, compare=False, repr=False)
+    """Whether it has room for a NAT."""
+    is_identity: bool = field(init=False, compare=False, repr=False)
 
-    @property
-    def key_octets(self) -> int:
-        return _dtype(self.key).itemsize
-
-    @property
-    def is_ipv6(self) -> bool:
-        return any(field[0] == "sourceIPv6Address" for field in self.key)
-
-    @property
-    def is_translated(self) -> bool:
-        """Whether it has room for a NAT."""
-        return any(field[0].startswith("postNAT") for field in self.state)
-
-    @property
-    def is_identity(self) -> bool:
-        return self.state == _IDENTITY
+    def __post_init__(self) -> None:
+        names = [one[0] for one in self.key + self.state]
+        for name, value in (
+            ("dtype", _dtype(self.key + self.state)),
+            ("key_octets", _dtype(self.key).itemsize),
+            ("address_fields", tuple(one for one in names if one.endswith("Address"))),
+            ("is_ipv6", "sourceIPv6Address" in names),
+            ("is_translated", any(one.startswith("postNAT") for one in names)),
+            ("is_identity", self.state == _IDENTITY),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def identity(self) -> Template:
@@ -211,14 +212,14 @@ class Batch:
         if self.template.is_identity:
             return self
         rows = self.template.identity.empty(len(self.rows))
-        for field in (*(field[0] for field in self.template.key), "flowId"):
-            rows[field] = self.rows[field]
+        for name in (*(one[0] for one in self.template.key), "flowId"):
+            rows[name] = self.rows[name]
         return Batch(self.template.identity, rows)
 
     @property
     def address_fields(self) -> tuple[str, ...]:
         """Wherever an address stands."""
-        return tuple(field[0] for field in self.template.key + self.template.state if field[0].endswith("Address"))
+        return self.template.address_fields
 
     @property
     def source_field(self) -> str:
@@ -261,8 +262,10 @@ def holds_any(column: npt.NDArray[np.generic], is_ipv6: bool, addresses: Address
 def has_end_in(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
     """Which flows have one of `addresses` at either end, before or behind a translation."""
     found = np.zeros(len(batch), bool)
-    for field in batch.address_fields:
-        found |= holds_any(batch.rows[field], batch.template.is_ipv6, addresses)
+    version = 6 if batch.template.is_ipv6 else 4
+    if any(address.version == version for address in addresses):
+        for name in batch.address_fields:
+            found |= holds_any(batch.rows[name], batch.template.is_ipv6, addresses)
     return found
 
 

@@ -40,10 +40,30 @@ def _hashes(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return hashes
 
 
+FEW = 16
+"""So many keys are looked up one by one: whole columns take longer."""
+
+
+def _keys(batch: Batch) -> list[bytes]:
+    octets, size, rows = batch.template.key_octets, batch.template.dtype.itemsize, batch.rows.tobytes()
+    return [rows[at : at + octets] for at in range(0, len(rows), size)]
+
+
 class KeyIndex:
     """Looks keys up among the rows of one template. Immutable; building it sorts once."""
 
     def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._few: dict[bytes, int] | None = None
+        if len(batch) <= FEW:
+            self._few = {}
+            for position, key in enumerate(_keys(batch)):
+                self._few.setdefault(key, position)
+        else:
+            self._sort()
+
+    def _sort(self) -> None:
+        batch = self._batch
         self._words = key_words(batch)
         hashes = _hashes(self._words)
         self._order = np.argsort(hashes, kind="stable")
@@ -51,6 +71,11 @@ class KeyIndex:
 
     def find(self, wanted: Batch) -> Positions:
         """Per row of `wanted`, the position of the row with the same key, or -1."""
+        if self._few is not None:
+            if len(wanted) <= FEW:
+                return np.array([self._few.get(key, -1) for key in _keys(wanted)], np.intp)
+            self._sort()
+            self._few = None
         found = np.full(len(wanted), -1, np.intp)
         if not len(self._sorted) or not len(wanted):
             return found
@@ -74,6 +99,8 @@ class KeyIndex:
 
 def last_of_each_key(batch: Batch) -> Positions:
     """The positions of the last row of each key, ascending."""
+    if len(batch) <= FEW:
+        return np.array(sorted({key: position for position, key in enumerate(_keys(batch))}.values()), np.intp)
     words = key_words(batch)
     order = np.lexsort((np.arange(len(words)), *words.T))
     ordered = words[order]
@@ -156,8 +183,10 @@ class _Kind:
 
     def discard(self, wanted: Batch) -> None:
         for _, index, valid in self.segments:
-            at = np.unique(index.find(wanted))
-            at = at[at >= 0]
+            at = index.find(wanted)
+            at = np.unique(at[at >= 0]) if len(at) > 1 else at[at >= 0]
+            if not len(at):
+                continue
             self.count -= int(valid[at].sum())
             valid[at] = False
 
