@@ -153,6 +153,11 @@ class SourceSession(Session):
         self._pieces: Iterator[Piece] = iter(())
         self._sweep: Sweep | None = None
         self._offered: Counter[str] = Counter()
+        self._is_answered = True
+        self._unsaid: list[Batch] = []
+        """What changed before the destination has answered."""
+        self._is_sent = False
+        """All that was exported at first is sent."""
         self._removed = self._late = self._left = self._kept_for_others = 0
         host.leaves(guest)
 
@@ -254,6 +259,7 @@ class SourceSession(Session):
                 counts[batch.template.name] += len(batch)
         self._offered = counts
         functions = functions_of(batch for _, batch in pieces)
+        self._is_answered = False
         self._say(Offer(self._known.version, action.ports, tuple(counts), tuple(counts.values()), functions))
         self.note("offered")
 
@@ -262,6 +268,9 @@ class SourceSession(Session):
 
     def _choose(self, action: Choose) -> None:
         """Keeps back what has no place there: the least important."""
+        self._is_answered = True
+        if self._unsaid:
+            self._say_changes(self._unsaid, is_last=False)
         if action.places >= sum(self._offered[kind] for kind in action.kinds):
             return
         pieces = list(self._pieces)
@@ -302,13 +311,15 @@ class SourceSession(Session):
             self._say(Flows(self._packed(some)))
         if is_all:
             self.note("export ended")
+            self._is_sent = True
         return Done("ExportNext", count, is_all=is_all)
 
     def _told(self, pieces: Iterable[Piece]) -> list[list[Batch]]:
         """These flows as what the other host is told of, in lists that make one message each."""
         told: list[Batch] = []
         for port, batch in merged(pieces):
-            self._tell(port, batch, told, [])  # the first time that anything is said of them
+            newest = batch.take(~port.overtaken.find(batch)[0])
+            self._tell(port, newest, told, [])  # the first time that anything is said of them
         return split(told, self.host.settings.batch_flows) if told else []
 
     def _export_changes(self, action: ExportChanges) -> Done:
@@ -327,7 +338,9 @@ class SourceSession(Session):
                 differences = sweep.difference()
             self._tell_differences(differences, gone, told, says_removals=action.says_removals)
         self._sweep = None
-        if gone or told or action.is_last:
+        if not self._is_answered:
+            self._unsaid += [*gone, *told]
+        elif gone or told or action.is_last:
             self._say_changes([*gone, *told], is_last=action.is_last)
         if action.is_last:
             # What is deleted here from now on says nothing, and the purge's own events would only cost time.
@@ -365,11 +378,18 @@ class SourceSession(Session):
         for port, removals, upserts in differences:
             for batch in removals:
                 if says_removals:
+                    self._overtake(port, batch)
                     self._tell_gone(port, batch, gone)
                 else:
                     self._name_unheard(port, batch)
             for batch in upserts:
+                self._overtake(port, batch)
                 self._tell(port, batch, told, gone)
+
+    def _overtake(self, port: Leaving, batch: Batch) -> None:
+        """What was exported of these flows, and waits to be sent, says nothing any more."""
+        if not self._is_sent:
+            port.overtaken.put(batch.identities)
 
     def _tell(self, port: Leaving, batch: Batch, told: list[Batch], gone: list[Batch]) -> None:
         """Puts flows among what is told, or keeps them from a domain that is not to have them."""
@@ -851,6 +871,9 @@ class DestinationSession(Session):
         granted = self.host.take_places(self.id, port.scope, wanted) if wanted else 0
         if granted == wanted:
             return batch
+        if self._unverified:  # what was put in a moment ago is known to be held only when it was looked at
+            self._settle()
+            return self._with_a_place(port, batch)
         if granted < promised:
             self._tell_room(f"traffic on {self.host.name} has taken the others")
         first = np.lexsort((-importance(batch), ~is_new))
@@ -909,12 +932,12 @@ class DestinationSession(Session):
         self._unverified = []
         for port in self._ports:
             with self.host.deciding(port.scope):
-                # A guest at the other end may have come to stay meanwhile, and its session be over: then it is its flow.
+                # A guest at the other end may have come to stay meanwhile, and its session be over: the flow is its.
                 now = self._with_neighbours(port.scope)
                 for batch in port.held.batches():
                     self._discarded += self._removed(now, batch, by_id=not port.scope.is_shared)
-                for _, batch in (*port.doubtful, *((port.scope, batch) for batch in port.former.batches())):
-                    self._discarded += self._removed(scope, batch, by_id=False)
+                for batch in (*(batch for _, batch in port.doubtful), *port.former.batches()):
+                    self._discarded += self._removed(now, batch, by_id=False)
                 self.host.arriving.release(self.id, port.scope)
             port.held, port.former, port.doubtful = FlowTable(), FlowTable(), []
         self.note("discarded")

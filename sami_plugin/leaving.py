@@ -32,6 +32,9 @@ class Leaving:
     unplaced: FlowTable = field(default_factory=FlowTable)
     """What it was not told of, for it has no place for it. It is purged all the same."""
 
+    overtaken: FlowTable = field(default_factory=FlowTable)
+    """Names of what changed since it was exported, and before it was sent: what was exported of it says nothing now."""
+
     def untold(self) -> tuple[FlowTable, FlowTable]:
         """What is the guest's, and the other host does not know of."""
         return self.withheld, self.unplaced

@@ -207,8 +207,10 @@ def _answered(session: Source, event: Event, now: float) -> Decision:
 
 
 def _paused_while_offered(session: Source, event: Event, now: float) -> Decision:
-    """What is deleted from here on says nothing."""
-    return replace(session, is_suspended=True, is_paused_early=True), []
+    """What changed up to here changed while the guest ran; what is deleted from here on says nothing."""
+    if session.is_suspended:
+        return session, []
+    return replace(session, is_suspended=True, is_paused_early=True), [ExportChanges(is_last=False)]
 
 
 def _copied(session: Source, event: Event, now: float) -> Decision:
