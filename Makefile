@@ -5,7 +5,7 @@ PYTHON_HERE := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench fuzz fuzz-properties lint docs clean run-tests run-lint lint-style lint-layers lint-types
+.PHONY: help demo test bench fuzz fuzz-properties soak lint docs clean run-tests run-lint lint-style lint-layers lint-types
 .PHONY: demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
 
 help: ## say what there is
@@ -36,6 +36,11 @@ fuzz: prepare-test ## spoiled inputs for all that reads what others wrote, SECON
 
 fuzz-properties: prepare-test ## the property tests with many more examples
 	$(PYTHON_HERE) -m pytest tests/unit -m hypothesis -p tools.fuzz_profile --timeout=0 $(ARGS)
+
+RUNS ?= 100000
+
+soak: prepare-test ## the simulator, RUNS=100000 of its runs: hosts in memory, and all that may go wrong between them
+	$(PYTHON_HERE) -m sami_plugin.testing.simulator --runs $(RUNS) $(ARGS)
 
 lint: prepare-test run-lint ## ruff, import-linter, mypy
 

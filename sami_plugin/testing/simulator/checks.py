@@ -1,0 +1,294 @@
+"""What SAMI promises, looked at while a run goes on (`Guard`) and when it is over (`final`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sami_plugin.model.flows import Batch, ZoneRole  # noqa: F401
+from sami_plugin.model.migration import Outcome
+from sami_plugin.model.scope import Scope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sami_plugin.drivers.memory import Entry, Place
+    from sami_plugin.session import Session
+    from sami_plugin.testing.simulator.firewall import GuardedDevice
+    from sami_plugin.testing.simulator.guests import Flow, Guest
+    from sami_plugin.testing.simulator.host import SimulatedHost
+    from sami_plugin.testing.simulator.world import World
+
+WHERE_THE_GUEST_IS = "each flow is where its guest is, or named as not carried"
+NOWHERE_ELSE = "each flow is nowhere else, or the report says so"
+NOTHING_FOREIGN = "no foreign flow is touched"
+NOT_WHILE_IT_MAY_RUN = "nothing is purged at the source while the guest may run there"
+NOT_BEFORE_ARRIVED = "nothing is purged before COMPLETE and ARRIVED, but after the arrival limit, which is reported"
+NOT_WHERE_IT_RUNS = "nothing is taken from a guest where it runs"
+RECORDED_FIRST = "what is done was recorded before"
+ENDS = "no session outlives its time"
+OWN_MESSAGES = "no session hears but its own peer, each message once and in order"
+RIGHT_PEER = "flows are given to the guest's destination alone"
+NO_MISTAKE = "nothing is raised but what is ours to raise"
+PLACES_ARE_GIVEN_BACK = "what was reserved is free again when the session is over"
+ENDS_WELL = "where nothing is in the way, the guest has moved or stayed, and the reports say so"
+
+WALL = 1.8e9
+"""Seconds since 1970 when a run begins."""
+UNSAID = "a word was not said"
+PAUSED_EARLY = "the guest was paused before its flows were sent"
+LATE_ANSWER = "the source did not answer in time"
+CARRIED = (Outcome.MOVED.value, Outcome.STAYED.value)
+
+
+UNARRIVED = (Outcome.LEFT_WITHOUT_ARRIVAL.value, Outcome.FAILED.value)
+"""The second one where the firewall failed in the midst of it."""
+
+
+@dataclass(slots=True)
+class _Taken:
+    device: GuardedDevice
+    place: Place
+    flow: Flow
+    guest: Guest
+
+
+class Guard:
+    """Looks at what sessions do, when they do it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._taken: list[_Taken] = []
+        self.unarrived: set[tuple[str, str]] = set()
+        """Sessions, by host and id, that purged though nobody had said that the guest arrived."""
+
+    def put_in(self, device: GuardedDevice, entry: Entry) -> None:
+        """A session made an entry."""
+        host, session = self._actor()
+        flow = self._world.flows.get(entry.original)
+        if flow is None or not flow.belongs_to(session.guest):
+            self._world.violated(NOTHING_FOREIGN, f"{host.name} puts in a flow that is not of {session.guest}")
+        elif host.name not in self._world.guests[session.guest].visited:
+            self._world.violated(
+                NOTHING_FOREIGN, f"{host.name} puts in {flow.conversation.name} of no guest of its own"
+            )
+        if session._journal_works and not host.memory.is_full and not host.memory.has_payloads(session.id):
+            self._world.violated(RECORDED_FIRST, f"{host.name} puts in flows that are not in its journal")
+
+    def taken_out(self, device: GuardedDevice, place: Place, entry: Entry) -> None:
+        """A session removed an entry, or replaces it."""
+        host, session = self._actor()
+        world = self._world
+        flow = world.flows.get(entry.original)
+        guest = world.guests[session.guest]
+        if flow is None or not flow.belongs_to(guest.id):
+            named = "an unknown one" if flow is None else flow.conversation.name
+            world.violated(NOTHING_FOREIGN, f"{host.name} removes {named} for {guest.name}")
+            return
+        for port in flow.owners:
+            if port.guest is not guest and port.guest.place == host.name and host.name in port.zones:
+                self._taken.append(_Taken(device, place, flow, port.guest))
+        if session.role == "source":
+            self._purged(host, session, guest, device, entry, flow)
+        elif guest.place == host.name and guest.told_at == host.name and self._is_decided(host, session, "Discard"):
+            world.violated(
+                NOT_WHERE_IT_RUNS, f"{host.name} discards {flow.conversation.name}, and {guest.name} runs there"
+            )
+
+    @staticmethod
+    def _is_decided(host: SimulatedHost, session: Session, action: str) -> bool:
+        decisions = host.memory.decisions(session.id)
+        return bool(decisions) and action in decisions[-1]["actions"]
+
+    def _purged(
+        self, host: SimulatedHost, session: Session, guest: Guest, device: GuardedDevice, entry: Entry, flow: Flow
+    ) -> None:
+        world, name = self._world, flow.conversation.name
+        decisions = host.memory.decisions(session.id)
+        if not decisions or not any(action.startswith("Purge") for action in decisions[-1]["actions"]):
+            world.violated(RECORDED_FIRST, f"{host.name} purges {name}, and its journal does not say so")
+        elif "Purge" in decisions[-1]["actions"] and not decisions[-1]["is_durable"]:
+            world.violated(RECORDED_FIRST, f"{host.name} purges {name}, and the disk does not have it")
+        if guest.place == host.name:
+            if device.born[entry.flow_id] >= guest.left_at.get(host.name, -1.0):
+                world.violated(NOT_WHILE_IT_MAY_RUN, f"{host.name} purges {name}, and {guest.name} is there")
+            return
+        if guest.place is None or host.name in guest.expected:
+            return
+        said = world.kinds_said.get((session.id, session.peer), set())
+        if {"Complete", "Arrived"} <= said:
+            return
+        limit = world.settings.limits.arrival_seconds
+        gone_at = guest.gone_at.get(host.name)
+        if gone_at is None or world.now < gone_at + limit - 0.001:
+            world.violated(NOT_BEFORE_ARRIVED, f"{host.name} purges {name}, and its peer has said {sorted(said)}")
+        self.unarrived.add((host.name, session.id))
+
+    def stepped(self) -> None:
+        """A session has done what there was to do for now: what it only replaced is there again."""
+        if not self._taken:
+            return
+        taken, self._taken = self._taken, []
+        for one in taken:
+            if one.flow.is_live and one.device.zone(one.place).entries.get(one.flow.conversation.original) is None:
+                self._world.violated(
+                    NOT_WHERE_IT_RUNS,
+                    f"{one.device.name} takes {one.flow.conversation.name} from {one.guest.name}, which is there",
+                )
+
+    def forgive(self, flow: Flow) -> None:
+        """It is not the session that takes the flow."""
+        self._taken = [one for one in self._taken if one.flow is not flow]
+
+    def said(self, host: str, peer: str, session: str, kind: str) -> None:
+        """A session says something."""
+        if kind not in ("Flows", "FlowChanges"):
+            return
+        (guest,) = {one.guest for _, one in self._world.sessions if one.id == session} or {""}
+        known = self._world.guests.get(guest)
+        # Where nobody can be asked, and OUTGOING was not said, the first who asks is believed.
+        if not self._world.is_asked and UNSAID in self._world.hindrances:
+            return
+        if known is None or peer not in known.visited:
+            self._world.violated(RIGHT_PEER, f"{host} sends flows of {guest} to {peer}")
+
+    def _actor(self) -> tuple[SimulatedHost, Session]:
+        assert self._world.acting is not None
+        return self._world.acting
+
+
+def final(world: World) -> None:
+    """Looks at all firewalls and reports when all is over."""
+    for host in world.hosts.values():
+        host.device.expire()
+    for host, session in world.sessions:
+        if session.is_over:
+            _check_outcome(world, host, session)
+    for guest in world.guests.values():
+        for flow in guest.flows:
+            _check_presence(world, guest, flow)
+    for name, device in world.devices.items():
+        for zone, entry in device.all_entries():
+            _check_leftover(world, name, device, zone, entry)
+    _check_places(world)
+
+
+def _check_outcome(world: World, host: SimulatedHost, session: Session) -> None:
+    outcome = session.report.outcome
+    if (host.name, session.id) in world.guard.unarrived and outcome not in UNARRIVED:
+        world.violated(NOT_BEFORE_ARRIVED, f"{host.name} purged without arrival and reports {outcome}")
+    guest = world.guests[session.guest]
+    if (
+        outcome not in CARRIED
+        and not world.hindrances
+        and guest.died_at is None
+        and not _was_interrupted(world, session)
+    ):
+        world.violated(ENDS_WELL, f"{host.name}: {session.role} of {guest.name}: {outcome} {session.report.reason}")
+
+
+def _was_interrupted(world: World, session: Session) -> bool:
+    """Whether another migration of the guest began before this session was over."""
+    others = [one for _, one in world.sessions if one.guest == session.guest and one.id != session.id]
+    return bool(others)
+
+
+def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
+    place = guest.place
+    if place is None or not flow.is_live or not flow.is_renewed or flow.expires_at <= world.now + 1.0:
+        return  # the destination cannot know when a silent one was renewed for the last time
+    port = next(port for port in flow.owners if port.guest is guest)
+    zone = port.zones.get(place)
+    entry = None if zone is None else world.devices[place].find(zone, flow.conversation.original)
+    if entry is not None and entry.row["flowMark"] == flow.mark:
+        return
+    what = "is not there" if entry is None else f"has mark {entry.row['flowMark']} and not {flow.mark}"
+    told = list(_tellers(world, guest, flow))
+    if flow.was_cleaned and (told or world.hindrances):
+        return  # it was gone before anybody at the source could see what it was
+    if not told:
+        world.violated(
+            WHERE_THE_GUEST_IS, f"{flow.conversation.name} of {guest.name} on {place} {what}; nobody says so"
+        )
+    elif not world.hindrances and not _may_be_refused(world):
+        world.violated(
+            WHERE_THE_GUEST_IS, f"{flow.conversation.name} of {guest.name} on {place} {what}; nothing was in the way"
+        )
+
+
+def _may_be_refused(world: World) -> bool:
+    return world.mix.capacity is not None or world.mix.is_shared > 0 or any(g.died_at for g in world.guests.values())
+
+
+def _tellers(world: World, guest: Guest, flow: Flow) -> Iterator[str]:
+    """The sessions whose reports say that the flow was not carried, or that the session failed."""
+    for _, session in world.sessions:
+        if session.guest != guest.id and not flow.belongs_to(session.guest):
+            continue
+        report = session.report
+        if not session.is_over or report.outcome not in CARRIED or _knew_no_port(session):
+            yield session.id
+        for told in report.named.values():
+            if flow.conversation.name in told["flows"] or told["count"] > len(told["flows"]):
+                yield session.id
+
+
+def _knew_no_port(session: Session) -> bool:
+    """Whether the report says that nothing was carried, for the ports were gone, or were never there."""
+    return any("knows no port" in remark for remark in session.report.remarks)
+
+
+def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, entry: Entry) -> None:
+    flow = world.flows.get(entry.original)
+    assert flow is not None
+    if not flow.owners:
+        return
+    if any(port.guest.place == name and port.zones.get(name) == zone for port in flow.owners):
+        if flow.is_live or not entry.row["flowMark"]:
+            return  # nobody but a late packet makes an entry without a mark
+        owner = next(port.guest for port in flow.owners if port.guest.place == name)
+        # Where nobody says that the guest is paused, what ends just before is not told from what ends in the pause.
+        if not {UNSAID, PAUSED_EARLY} & world.hindrances.keys() and not list(_tellers(world, owner, flow)):
+            world.violated(NOWHERE_ELSE, f"{flow.conversation.name} has ended, and is on {name} still")
+        return
+    if any(port.guest.died_at == name for port in flow.owners):
+        return
+    guests = [port.guest for port in flow.owners]
+    sessions = [
+        (host, one) for host, one in world.sessions if host.name == name and any(one.guest == g.id for g in guests)
+    ]
+    if entry.flow_id in device.by_packets and _nobody_looks_any_more(world, device, entry, sessions):
+        return
+    says_so = not sessions or any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
+    if says_so and (world.hindrances or any(guest.died_at for guest in guests) or len(sessions) > 1):
+        return
+    if any(one.report.flows.get("left_behind") for _, one in sessions):
+        return
+    if flow.is_between_guests and any(one.report.flows.get("kept for other guests") for _, one in sessions):
+        return
+    world.violated(NOWHERE_ELSE, f"{flow.conversation.name} of {guests[0].name} is on {name} still, in zone {zone}")
+
+
+def _nobody_looks_any_more(
+    world: World, device: GuardedDevice, entry: Entry, sessions: list[tuple[SimulatedHost, Session]]
+) -> bool:
+    """Whether a packet made the entry where no source watches for such, or not any more."""
+    born = device.born[entry.flow_id] + WALL
+    before = [one for _, one in sessions if one.role == "source" and one.report.steps[0][1] <= born]
+    if not before:
+        return True
+    looked = [when for step, when, _ in before[-1].report.steps if step == "watched"]
+    return not looked or looked[0] <= born
+
+
+def _check_places(world: World) -> None:
+    """Asks for more than there are: what is given has to be all that is free."""
+    for host in world.hosts.values():
+        capacity = host.device.capacity
+        if capacity is None or host.live:
+            continue
+        free = max(0, int(capacity * (1 - world.settings.headroom_percent / 100)) - host.device.held)
+        scope = Scope("any", "any", {}, ())
+        given = host.take_places("of the check", scope, capacity)
+        if given != free:
+            world.violated(PLACES_ARE_GIVEN_BACK, f"{host.name} has {free} free places and gives {given}")

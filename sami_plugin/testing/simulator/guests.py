@@ -1,0 +1,168 @@
+"""Guests, their ports, and what their connections ought to be: the truth that firewalls are compared with."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import netaddr
+import numpy as np
+
+from sami_plugin.drivers.memory import Entry, Tuple
+from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, FlowStatus, TcpState, Template, ZoneRole, names
+
+KINDS = ("tcp-ipv4", "udp-ipv4", "tcp-ipv6", "udp-ipv6", "icmp-ipv4", "tcp-ipv4", "icmp-ipv6")
+LIFETIMES = {"tcp": 432000, "udp": 8, "icmp": 7}
+"""Seconds without a packet after which a firewall forgets a connection."""
+_PROTOCOLS = {"tcp-ipv4": 6, "tcp-ipv6": 6, "udp-ipv4": 17, "udp-ipv6": 17, "icmp-ipv4": 1, "icmp-ipv6": 58}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conversation:
+    """What two ends say to each other, as a firewall tells it from others. The same in all runs."""
+
+    template: Template
+    row: np.void
+    original: Tuple
+    reply: Tuple
+    name: str
+    lifetime: int
+
+    def entry(self, expires: float, mark: int) -> Entry:
+        """What a firewall has of it then."""
+        row = self.row.copy()
+        row["flowMark"] = mark
+        return Entry(self.template, row, 0, expires, self.original, self.reply)
+
+
+@functools.lru_cache(maxsize=4096)
+def conversation(kind: str, source: str, destination: str, number: int) -> Conversation:
+    """The `number`-th one of this kind from one address to another."""
+    template = TEMPLATES[kind]
+    rows = template.empty(1)
+    rows["zoneRole"] = ZoneRole.PORT
+    rows["protocolIdentifier"] = _PROTOCOLS[kind]
+    family = "IPv6" if template.is_ipv6 else "IPv4"
+    for end, address in (("source", source), ("destination", destination)):
+        value = int(netaddr.IPAddress(address))
+        rows[f"{end}{family}Address"] = divmod(value, 1 << 64) if template.is_ipv6 else value
+    if "sourceTransportPort" in (rows.dtype.names or ()):
+        rows["sourceTransportPort"], rows["destinationTransportPort"] = 20000 + number, 443
+    else:
+        rows[f"icmpType{family}"], rows["icmpIdentifier"] = (128 if template.is_ipv6 else 8), number
+    rows["conntrackStatus"] = FlowStatus.CONFIRMED | FlowStatus.SEEN_REPLY | FlowStatus.ASSURED
+    if kind.startswith("tcp"):
+        rows["tcpConnectionState"] = TcpState.ESTABLISHED
+    entry = Entry.of(template, rows[0], 0.0)
+    (name,) = names(Batch(template, rows))
+    return Conversation(template, rows[0], entry.original, entry.reply, name, LIFETIMES[kind.partition("-")[0]])
+
+
+@functools.lru_cache(maxsize=4096)
+def turned(known: Conversation) -> Conversation | None:
+    """The same, as a firewall sees it that missed its first packet: the answerer begins. ICMP has no such thing."""
+    if known.template.name.startswith("icmp"):
+        return None
+    family = "IPv6" if known.template.is_ipv6 else "IPv4"
+    rows = known.template.empty(1)
+    rows[0] = known.row
+    for one, other in (
+        (f"source{family}Address", f"destination{family}Address"),
+        ("sourceTransportPort", "destinationTransportPort"),
+    ):
+        rows[one], rows[other] = known.row[other], known.row[one]
+    (name,) = names(Batch(known.template, rows))
+    return Conversation(known.template, rows[0], known.reply, known.original, name, known.lifetime)
+
+
+@functools.lru_cache(maxsize=256)
+def addresses_of(number: int) -> tuple[str, str]:
+    """The two addresses of the `number`-th port of a run."""
+    return f"192.0.2.{number + 1}", f"2001:db8::{number + 1:x}"
+
+
+@functools.lru_cache(maxsize=256)
+def parsed(number: int) -> Addresses:
+    """As `addresses_of`."""
+    return tuple(netaddr.IPAddress(text) for text in addresses_of(number))
+
+
+@dataclass(slots=True, eq=False)
+class Port:
+    """One network interface of a guest."""
+
+    guest: Guest
+    number: int
+    is_shared: bool
+    zones: dict[str, int] = field(default_factory=dict)
+    """By host, where its tap is and its zone is known."""
+    former: dict[str, int] = field(default_factory=dict)
+    """By host, the zone that it has, or had when it was there last."""
+
+    @property
+    def name(self) -> str:
+        return f"tap-{self.number}"
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """A connection as it ought to be. Foreign ones have no owners."""
+
+    conversation: Conversation
+    owners: tuple[Port, ...]
+    mark: int = 1
+    is_live: bool = True
+    is_renewed: bool = True
+    """Packets go on; else it runs out of time one day."""
+    expires_at: float = math.inf
+    """When it is forgotten if nothing more is said in it."""
+    is_cleaned: bool = False
+    """The network's own agent took it at the source, in the pause that is now."""
+    was_cleaned: bool = False
+    """The network's own agent took it at the source, in a pause."""
+
+    @property
+    def is_between_guests(self) -> bool:
+        return len(self.owners) > 1
+
+    def belongs_to(self, guest: str) -> bool:
+        return any(port.guest.id == guest for port in self.owners)
+
+
+@dataclass(slots=True, eq=False)
+class Guest:
+    """Where a guest is, and where its hosts think that it goes."""
+
+    id: str
+    name: str
+    place: str | None
+    """The host where it runs, or is paused; None: it was killed."""
+    is_paused: bool = False
+    is_paused_by_job: bool = False
+    """The migration has paused it, and its source's agent was told."""
+    ports: list[Port] = field(default_factory=list)
+    flows: list[Flow] = field(default_factory=list)
+    jobs: dict[str, str] = field(default_factory=dict)
+    """By host that it leaves, the host that it moves to, as long as the job is there."""
+    visited: set[str] = field(default_factory=set)
+    """Hosts that it was, or was to be, on."""
+    left_at: dict[str, float] = field(default_factory=dict)
+    """By host, when it ran there last."""
+    gone_at: dict[str, float] = field(default_factory=dict)
+    """By host, when that one's hypervisor first said that it is gone."""
+    expected: set[str] = field(default_factory=set)
+    """Hosts that it is about to come to, or is starting on."""
+    told_at: str | None = None
+    """The host whose agent was told last that it runs there."""
+    died_at: str | None = None
+    token: str = "0" * 64
+    owner: str = ""
+    """The host that its description names."""
+
+    @property
+    def runs(self) -> bool:
+        return self.place is not None and not self.is_paused
+
+    def may_run_at(self, host: str) -> bool:
+        return self.place == host

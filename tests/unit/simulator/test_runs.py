@@ -1,0 +1,86 @@
+"""Many runs of the simulator, and that a run can be told again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sami_plugin.testing.simulator import World
+from sami_plugin.testing.simulator.__main__ import main
+from sami_plugin.testing.simulator.soak import played
+from sami_plugin.testing.simulator.story import Story
+
+RUNS = 20_000
+PARTS = 40
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_promise_is_kept(part: int) -> None:
+    count = RUNS // PARTS
+    assert played(part * count, count).failed == {}
+
+
+def test_same_seed_gives_the_same_story() -> None:
+    for seed in range(40):
+        first, second = World(seed), World(seed)
+        first.run()
+        second.run()
+        assert first.story.drawn() == second.story.drawn()
+
+
+def test_same_seed_gives_the_same_story_in_another_process() -> None:
+    command = [sys.executable, "-m", "sami_plugin.testing.simulator", "--seed", "17"]
+    told = {
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": number}
+        ).stdout
+        for number in ("1", "2")
+    }
+    assert len(told) == 1
+
+
+def test_a_run_without_a_story_goes_as_the_one_with_it() -> None:
+    for seed in range(40):
+        told, untold = World(seed), World(seed, tells=False)
+        assert told.run() == untold.run()
+        assert told.now == untold.now
+        assert untold.story.lines == []
+
+
+def test_story_has_a_column_for_each_host() -> None:
+    story = Story(["host-a", "host-b"])
+    story.tell(1.0, "host-a", "begins")
+    story.tell(2.0, "host-b", "Open", "host-a")
+    story.tell(3.0, "host-a", "Offer", "host-b")
+    head, begins, there, back = story.drawn().splitlines()
+    assert head.split() == ["host-a", "host-b"]
+    assert begins.endswith("| begins")
+    assert "|-- Open --" in there
+    assert there.endswith(">|")
+    assert "|<-- Offer --" in back
+    assert back.endswith("-|")
+
+
+def test_command_line_says_how_many_runs_there_were(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--runs", "20", "--first", "100"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("20 runs in ")
+    assert "20 of 20 runs" in said.err
+
+
+def test_command_line_tells_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[0].split() == ["host-a", "host-b", "host-c"][: len(said.splitlines()[0].split())]
+    assert said.endswith("Every promise was kept.\n")
+
+
+@pytest.mark.parametrize("wrong", [["--runs", "0"], ["--runs", "many"], ["--unknown"]])
+def test_wrong_arguments_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(wrong)
+    assert ended.value.code == 2
