@@ -348,4 +348,9 @@ def test_guest_that_comes_back_has_left_and_nothing_is_waited_for(state: State) 
     assert "Purge" not in made.kinds(), "as far as this host's hypervisor says, it is still here"
     made.tell(STOPPED)
     made.tell(Returns())
+    assert made.kinds()[-3:] == ["Purge", "Purged", "end: purged without arrival"]
+
+
+def test_guest_that_comes_back_from_where_its_flows_were_has_moved() -> None:
+    made = shell(*IN_STATE[State.DRAINED], COMPLETE, STOPPED, Returns())
     assert made.kinds()[-3:] == ["Purge", "Purged", "end: moved"]
