@@ -35,6 +35,7 @@ ENDS_WELL = "where nothing is in the way, the guest has moved or stayed, and the
 
 WALL = 1.8e9
 """Seconds since 1970 when a run begins."""
+CRASHED = "an agent crashed"
 UNSAID = "a word was not said"
 PAUSED_EARLY = "the guest was paused before its flows were sent"
 LATE_ANSWER = "the source did not answer in time"
@@ -115,9 +116,13 @@ class Guard:
             return
         if guest.place is None or host.name in guest.expected:
             return
-        said = world.kinds_said.get((session.id, session.peer), set())
+        # Another session may go on with one; what was said to any of them counts.
+        same = {one.id for _, one in world.sessions if one.known_as == session.known_as} | {session.known_as}
+        said = set().union(*(world.kinds_said.get((one, session.peer), set()) for one in same))
         if {"Complete", "Arrived"} <= said:
             return
+        if CRASHED in world.hindrances and {"Open", "Arrived"} <= said:
+            return  # who goes on with a session says in Open that it has all
         limit = world.settings.limits.arrival_seconds
         gone_at = guest.gone_at.get(host.name)
         if gone_at is None or world.now < gone_at + limit - 0.001:
@@ -147,7 +152,7 @@ class Guard:
         (guest,) = {one.guest for _, one in self._world.sessions if one.id == session} or {""}
         known = self._world.guests.get(guest)
         # Where nobody can be asked, and OUTGOING was not said, the first who asks is believed.
-        if not self._world.is_asked and UNSAID in self._world.hindrances:
+        if not self._world.is_asked and {UNSAID, CRASHED} & self._world.hindrances.keys():
             return
         if known is None or peer not in known.visited:
             self._world.violated(RIGHT_PEER, f"{host} sends flows of {guest} to {peer}")
@@ -274,7 +279,9 @@ def _nobody_looks_any_more(
 ) -> bool:
     """Whether a packet made the entry where no source watches for such, or not any more."""
     born = device.born[entry.flow_id] + WALL
-    before = [one for _, one in sessions if one.role == "source" and one.report.steps[0][1] <= born]
+    before = [
+        one for _, one in sessions if one.role == "source" and one.report.steps and one.report.steps[0][1] <= born
+    ]
     if not before:
         return True
     looked = [when for step, when, _ in before[-1].report.steps if step == "watched"]

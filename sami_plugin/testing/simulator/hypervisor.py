@@ -351,6 +351,30 @@ class Migration:
         ][-1:]
 
 
+def settle(world: World, host: str) -> None:
+    """Tells an agent that has just started what it may have missed."""
+    for session in list(world.sessions_at(host)):
+        guest = world.guests.get(session.guest)
+        if guest is None:
+            continue
+        if session.role == SOURCE:
+            _tell_job(world, host, guest)
+        elif guest.place == host:
+            world.say_surely(host, MigrationEvent(guest.id, Phase.RESUMED, role=DESTINATION), f"{guest.name} (asked)")
+        elif host not in guest.jobs.values():
+            world.say_surely(host, MigrationEvent(guest.id, Phase.STOPPED, role=DESTINATION), f"{guest.name} (asked)")
+
+
+def _tell_job(world: World, host: str, guest: Guest) -> None:
+    phases = [Phase.ROLLBACK if guest.place == host else Phase.STOPPED]
+    if host in guest.jobs:
+        phases = [Phase.OUTGOING, Phase.SUSPENDED] if guest.is_paused_by_job else [Phase.OUTGOING]
+    elif guest.place != host:
+        guest.gone_at.setdefault(host, world.now)
+    for phase in phases:
+        world.say_surely(host, MigrationEvent(guest.id, phase, role=SOURCE), f"{guest.name} (asked)")
+
+
 def poll(world: World, host: str) -> Script:
     """Asks about guests that leave, as long as there is something to ask about."""
     while True:
@@ -360,13 +384,5 @@ def poll(world: World, host: str) -> Script:
             continue
         for session in list(known.live):
             guest = world.guests.get(session.guest)
-            if session.role != SOURCE or guest is None:
-                continue
-            if host in guest.jobs:
-                phase = Phase.OUTGOING
-            elif guest.place == host:
-                phase = Phase.ROLLBACK
-            else:
-                phase = Phase.STOPPED
-                guest.gone_at.setdefault(host, world.now)
-            world.say_surely(host, MigrationEvent(guest.id, phase, role=SOURCE), f"{guest.name} (asked)")
+            if session.role == SOURCE and guest is not None:
+                _tell_job(world, host, guest)

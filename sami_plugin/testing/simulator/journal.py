@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from sami_plugin.errors import JournalError
@@ -40,6 +41,9 @@ class MemoryJournal(Journal):
             "ended_at": None,
             "outcome": None,
             "report": None,
+            "known_as": session,
+            "heard": "[]",
+            "ports": "[]",
         }
         self._disturb("after beginning")
 
@@ -65,12 +69,45 @@ class MemoryJournal(Journal):
         self._payloads.setdefault(session, {})[number] = payload
         self._disturb("after a payload")
 
-    def end(self, session: str, state: str, outcome: str, report: dict[str, Any]) -> None:
+    def go_on(
+        self, former: str, session: str, known_as: str, state: str, heard: Iterable[str], report: dict[str, Any]
+    ) -> None:
+        self._before("going on")
+        now, known = self._clock(), self._sessions.get(former)
+        if known is not None:
+            begun = {"session": session, "known_as": known_as, "state": state, "heard": json.dumps(sorted(heard))}
+            self._sessions[session] = {**known, **begun, "started_at": now}
+            known.update(state="ended", outcome=report["outcome"], report=report, ended_at=now)
+        self._payloads[session] = self._payloads.pop(former, {})
+        self._disturb("after going on")
+
+    def know(self, session: str, *, peer: str, ports: list[dict[str, Any]]) -> None:
+        self._before("what is known")
+        if session in self._sessions:
+            self._sessions[session].update(peer=peer, ports=json.dumps(ports))
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        return [_told(row) for row in self._sessions.values() if row["ended_at"] is None]
+
+    def known_as(self, known_as: str, role: str) -> dict[str, Any] | None:
+        rows = [row for row in self._sessions.values() if (row["known_as"], row["role"]) == (known_as, role)]
+        return _told(rows[-1]) if rows else None
+
+    def newest(self, guest: str) -> str:
+        return next((name for name, row in reversed(self._sessions.items()) if row["guest"] == guest), "")
+
+    def payload_count(self, session: str) -> int:
+        return max(self._payloads.get(session, {0: b""}), default=0)
+
+    def end(
+        self, session: str, state: str, outcome: str, report: dict[str, Any], *, keep_payloads_seconds: float = 0.0
+    ) -> None:
         self._before("the end")
         known = self._sessions.get(session)
         if known is not None:
             known.update(state=state, outcome=outcome, report=report, ended_at=self._clock())
-        self._payloads.pop(session, None)
+        if not keep_payloads_seconds:
+            self._payloads.pop(session, None)
         self._disturb("after the end")
 
     def count_refusals(self, counts: Mapping[tuple[str, str], int]) -> None:
@@ -80,7 +117,7 @@ class MemoryJournal(Journal):
         return []
 
     def sessions(self) -> list[dict[str, Any]]:
-        return list(reversed(self._sessions.values()))
+        return [_told(row) for row in reversed(self._sessions.values())]
 
     def decisions(self, session: str) -> list[dict[str, Any]]:
         return self._decisions.get(session, [])
@@ -93,3 +130,7 @@ class MemoryJournal(Journal):
     def has_payloads(self, session: str) -> bool:
         """Whether flows of the session are kept."""
         return bool(self._payloads.get(session))
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "report": None if row["report"] is None else json.dumps(row["report"])}

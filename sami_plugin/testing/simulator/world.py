@@ -23,7 +23,7 @@ from sami_plugin.testing.simulator import checks
 from sami_plugin.testing.simulator.firewall import GuardedDevice
 from sami_plugin.testing.simulator.guests import Flow, Guest, Port
 from sami_plugin.testing.simulator.host import SimulatedHost
-from sami_plugin.testing.simulator.hypervisor import Script, SimulatedHypervisor, life, poll
+from sami_plugin.testing.simulator.hypervisor import Script, SimulatedHypervisor, life, poll, settle
 from sami_plugin.testing.simulator.journal import MemoryJournal
 from sami_plugin.testing.simulator.mix import drawn
 from sami_plugin.testing.simulator.network import Network, kind_of
@@ -148,7 +148,7 @@ class World:
         self.flows: dict[Tuple, Flow] = {}
         self.devices = {name: GuardedDevice(self, name, self.mix.capacity) for name in self.names}
         self.journals = {
-            name: MemoryJournal(lambda: self.now, lambda what, name=name: self._at_journal(name, what))  # type: ignore[misc]
+            name: MemoryJournal(lambda: checks.WALL + self.now, lambda what, name=name: self._at_journal(name, what))  # type: ignore[misc]
             for name in self.names
         }
         self.hosts: dict[str, SimulatedHost] = {}
@@ -166,8 +166,11 @@ class World:
         self.guard = checks.Guard(self)
         self._scripts = 0
         self._may_end_at = 0.0
-        self._crash_in = dict.fromkeys(self.names, 0)
-        self._crashes = bool(self.mix.crash)
+        self._crash_in = {
+            name: self.random.randint(1, 60) if self.mix.crash and self.random.random() < self.mix.crash else 0
+            for name in self.names
+        }
+        """By host, at how many more places it could crash before it does; 0 is never."""
 
     # What a run is.
 
@@ -413,7 +416,8 @@ class World:
         self._heard[session, host] = number + 1
         self.tell(host, kind_of(message), peer)
         said = self.said.get((session, peer), [])
-        if number >= len(said) or said[number] != message:
+        # After a crash a line of the same session begins anew.
+        if (number >= len(said) or said[number] != message) and checks.CRASHED not in self.hindrances:
             self.violated(checks.OWN_MESSAGES, f"{host} heard {kind_of(message)} of {peer}, as number {number}")
 
     # Words of the hypervisor.
@@ -534,7 +538,7 @@ class World:
 
     def may_crash(self, host: str, where: str) -> None:
         """:raises Crash: now is the time."""
-        if self._crashes and self._crash_in[host]:
+        if self._crash_in[host]:
             self._crash_in[host] -= 1
             if not self._crash_in[host]:
                 raise Crash(where)
@@ -544,7 +548,7 @@ class World:
 
     def _crash(self, host: SimulatedHost, where: str) -> None:
         self.tell(host.name, f"the agent crashes {where}")
-        self.hinder("an agent crashed")
+        self.hinder(checks.CRASHED)
         host.is_down = True
         host.live.clear()
         self.hosts.pop(host.name, None)
@@ -554,6 +558,7 @@ class World:
     def _restart(self, name: str) -> None:
         self.tell(name, "the agent starts again")
         self._start(name)
+        settle(self, name)
 
 
 def _nothing() -> None:
