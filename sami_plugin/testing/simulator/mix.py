@@ -77,6 +77,7 @@ class Mix:
     lost_events: float = 0.0
     full_journal: float = 0.0
     crash: float = 0.0
+    """Of a host, that its agent crashes once; off as long as what was found with it is open."""
     slow_sessions: float = 0.0
     """Seconds until a session handles what happened, at most."""
 
