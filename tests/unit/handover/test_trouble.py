@@ -239,6 +239,23 @@ def test_what_a_failed_insert_left_in_the_device_is_discarded(tmp_path: Path) ->
         assert len(held(hosts, "host-a")) == 100
 
 
+def test_flows_that_wait_for_the_zone_are_put_in_when_a_firewall_that_failed_works_again(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        wait_for_step(hosts, "host-b", guest, "in sync")
+        faults = hosts.drivers["host-b"].device.faults  # type: ignore[attr-defined]
+        faults.fail_after = 50
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        until(lambda: len(held(hosts, "host-b")) == 50)
+        faults.fail_after = None
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+
+
 def test_a_look_that_fails_leaves_nothing_behind_at_the_destination(tmp_path: Path) -> None:
     with hosts_in(tmp_path, driver=lambda name: FailsOnce(MemoryDevice(name))) as hosts:
         guest = guest_with_flows(hosts)
@@ -345,6 +362,22 @@ def test_a_guest_that_comes_back_before_anybody_said_that_it_arrived_has_its_flo
 
 def unreachable(*_: object) -> str:
     raise PeerUnreachable("the broker is away")
+
+
+@pytest.mark.parametrize("words", [(Phase.SUSPENDED, Phase.SUSPENDED), (Phase.SUSPENDED, Phase.OUTGOING), ()])
+def test_what_a_guest_leaves_goes_though_nobody_asked_and_its_ports_are_gone(
+    tmp_path: Path, words: tuple[Phase, ...]
+) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", words[0] if words else Phase.OUTGOING, guest)
+        hosts.unplug("host-a", guest)
+        for again in words[1:]:
+            hosts.say("host-a", again, guest)
+        hosts.say("host-a", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-a") == set()
+        assert report(hosts, "host-a", guest)["outcome"] == "purged without arrival"
 
 
 def test_resumed_alone_is_enough_to_look_for_the_scope(tmp_path: Path) -> None:
