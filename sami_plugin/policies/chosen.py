@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from stevedore import driver as stevedore_driver
@@ -40,12 +41,12 @@ class Policies:
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts, domains: Iterable[Domain]) -> Policies:
-        """:raises ConfigurationError: there is no such policy, or an option is wrong."""
+        """:raises ConfigurationError: there is no such policy, or an option is wrong; says which."""
         names = {_guest(guest): name for guest, name in conf.policy.guests.items()}
         return cls(
-            _load(conf.policy.default, conf),
-            {domain.name: _load(domain.policy, conf) for domain in domains if domain.policy},
-            {guest: _load(name, conf) for guest, name in names.items() if name != OFF},
+            _load(conf.policy.default, conf, "[policy] default"),
+            {one.name: _load(one.policy, conf, f"[domain:{one.name}] policy") for one in domains if one.policy},
+            {guest: _load(name, conf, "[policy] guests") for guest, name in names.items() if name != OFF},
             frozenset(guest for guest, name in names.items() if name == OFF),
         )
 
@@ -57,12 +58,15 @@ def _guest(text: str) -> str:
         raise ConfigurationError(f"[policy] guests: {text!r} is no guest's UUID; write UUID:POLICY") from error
 
 
-def _load(name: str, conf: cfg.ConfigOpts) -> Policy:
+def _load(name: str, conf: cfg.ConfigOpts, option: str) -> Policy:
+    if name == OFF:
+        raise ConfigurationError(f"{option}: {OFF!r} is for single guests ([policy] guests)")
     try:
         found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager(NAMESPACE, name)
     except NoMatches as error:
-        raise ConfigurationError(f"[policy] there is no policy {name!r}") from error
+        known = ", ".join(sorted({point.name for point in metadata.entry_points(group=NAMESPACE)}))
+        raise ConfigurationError(f"{option}: there is no policy {name!r}; there are {known}") from error
     policy: Any = found.driver
     if not (isinstance(policy, type) and issubclass(policy, Policy)):
-        raise ConfigurationError(f"[policy] {name!r} is no policy but {policy!r}")
+        raise ConfigurationError(f"{option}: {name!r} is no policy but {policy!r}")
     return policy.from_conf(conf)

@@ -1,0 +1,119 @@
+"""Which policy is a guest's, and what each says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oslo_config import cfg
+
+from sami_plugin import conf as options
+from sami_plugin.errors import ConfigurationError
+from sami_plugin.model.domain import Domain
+from sami_plugin.model.risk import Risk
+from sami_plugin.model.verdict import Verdict
+from sami_plugin.policies import chosen
+from sami_plugin.policies.base import Policy
+from sami_plugin.policies.chosen import Policies
+from sami_plugin.policies.policies import AskOperator, Partial, Proceed, Refuse
+
+GUEST, OTHER = "6ac30000-0000-4000-8000-000000000001", "6bd40000-0000-4000-8000-000000000002"
+DOMAINS = "[agent]\nhost = compute-1\ndomains = west, north\n" + "".join(
+    f"[domain:{name}]\nhosts = *.{name}.example\nauthorities = /etc/sami/tls/{name}.pem\n" for name in ("north", "west")
+)
+
+Read = Callable[[str], tuple[Policies, dict[str, Domain]]]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    def of(text: str) -> tuple[Policies, dict[str, Domain]]:
+        file = tmp_path / "agent.conf"
+        file.write_text(text)
+        conf = cfg.ConfigOpts()
+        options.register(conf)
+        conf(args=[], default_config_files=[str(file)], default_config_dirs=[])
+        domains = options.domains(conf)
+        return Policies.from_conf(conf, domains), {domain.name: domain for domain in domains}
+
+    return of
+
+
+def test_without_a_word_of_the_operator_every_guest_may_come(read: Read) -> None:
+    policies, domains = read(DOMAINS)
+    assert isinstance(policies.of(GUEST, None), Proceed)
+    assert isinstance(policies.of(GUEST, domains["west"]), Proceed)
+    assert policies.excluded == frozenset()
+
+
+def test_guest_s_own_policy_comes_before_its_domain_s_and_that_before_the_default(read: Read) -> None:
+    policies, domains = read(
+        f"{DOMAINS}policy = ask\n[policy]\ndefault = veto\nguests = {GUEST.upper()}:partial\npartial_percent = 75\n"
+    )
+    west, north = domains["west"], domains["north"]
+    assert [type(policies.of(OTHER, domain)) for domain in (None, north, west)] == [Refuse, Refuse, AskOperator]
+    assert [type(policies.of(GUEST, domain)) for domain in (None, north, west)] == [Partial, Partial, Partial]
+    assert policies.of(GUEST, None).judge(RISK) is Verdict.PROCEED
+    assert policies.of(GUEST, None).judge(replace(RISK, carried=2)) is Verdict.VETO
+
+
+def test_guest_that_is_off_has_no_policy_and_is_excluded(read: Read) -> None:
+    policies, _ = read(f"[policy]\nguests = {GUEST}:off, {OTHER}:veto\n")
+    assert policies.excluded == {GUEST}
+    assert list(policies.guests) == [OTHER]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[policy]\ndefault = maybe\n",
+            r"\[policy\] default: there is no policy 'maybe'; there are ask, partial, proceed, ",
+        ),
+        (f"[policy]\nguests = {GUEST}:maybe\n", r"\[policy\] guests: there is no policy 'maybe'"),
+        ("[policy]\nguests = web:veto\n", r"\[policy\] guests: 'web' is no guest's UUID; write UUID:POLICY"),
+        (f"{DOMAINS}policy = maybe\n", r"\[domain:west\] policy: there is no policy 'maybe'"),
+        ("[policy]\ndefault = off\n", r"\[policy\] default: 'off' is for single guests \(\[policy\] guests\)"),
+        (f"{DOMAINS}policy = off\n", r"\[domain:west\] policy: 'off' is for single guests"),
+    ],
+)
+def test_what_is_no_policy_is_told_with_its_option_and_what_to_write(read: Read, text: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{said}"):
+        read(text)
+
+
+def test_plugin_that_is_no_policy_is_named(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        driver = dict
+
+    monkeypatch.setattr(chosen.stevedore_driver, "DriverManager", lambda namespace, name: Found)
+    with pytest.raises(ConfigurationError, match=r"^\[policy\] default: 'proceed' is no policy but <class 'dict'>"):
+        read("")
+
+
+RISK = Risk(GUEST, "host-a", "host-b", 4, carried=3, losses={"no place": 1})
+NONE = replace(RISK, carried=4, losses={})
+DEGRADED = replace(NONE, degraded={"no marks": 4})
+UNKNOWN = Risk(GUEST, "host-a", "host-b", None, why_unknown="nobody said")
+NO_FLOWS = replace(NONE, flows=0, carried=0)
+PROCEED, VETO, ASK = Verdict.PROCEED, Verdict.VETO, Verdict.ASK
+
+
+@pytest.mark.parametrize(
+    ("policy", "verdicts"),
+    [
+        (Proceed(), [PROCEED, PROCEED, PROCEED, PROCEED, PROCEED]),
+        (Partial(75), [PROCEED, PROCEED, PROCEED, VETO, PROCEED]),
+        (Partial(75.1), [PROCEED, PROCEED, VETO, VETO, PROCEED]),
+        (Partial(100), [PROCEED, PROCEED, VETO, VETO, PROCEED]),
+        (Partial(0), [PROCEED, PROCEED, PROCEED, VETO, PROCEED]),
+        (Refuse(), [PROCEED, VETO, VETO, VETO, PROCEED]),
+        (AskOperator(), [PROCEED, ASK, ASK, ASK, PROCEED]),
+    ],
+    ids=lambda one: f"{type(one).__name__}{getattr(one, '_least_percent', '')}" if isinstance(one, Policy) else "",
+)
+def test_verdict_on_no_risk_a_degraded_one_a_loss_an_unknown_one_and_no_flows(policy: Any, verdicts: list[Any]) -> None:
+    assert [policy.judge(risk) for risk in (NONE, DEGRADED, RISK, UNKNOWN, NO_FLOWS)] == verdicts
