@@ -26,7 +26,7 @@ def test_spoiled_events_are_refused_or_are_events() -> None:
 
 def test_whatever_comes_over_the_socket_is_answered_line_by_line() -> None:
     counts = hunt(sockets.TARGET, 4000, seed=1)
-    assert min(counts["Refused"], counts["taken"]) > 500, counts
+    assert min(counts["Refused"], counts["taken"], counts["Asked"]) > 300, counts
 
 
 def test_hook_says_an_event_or_nothing_whatever_libvirt_gives() -> None:

@@ -11,8 +11,12 @@ from oslo_config import cfg
 from oslo_messaging.opts import list_opts
 
 from sami_plugin import conf as options
+from sami_plugin.drivers import loader
+from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import ConfigurationError
 from sami_plugin.model.settings import Bounds, Settings
+from sami_plugin.model.verdict import Verdict
+from sami_plugin.policies.chosen import Policies
 
 WEST = """
 [agent]
@@ -100,3 +104,53 @@ def test_options_of_notifications_are_told_as_oslo_messaging_has_them() -> None:
     ]
     for ours in options.NOTIFICATION_OPTIONS:
         assert (ours.default, ours.secret) == (theirs[ours.dest].default, theirs[ours.dest].secret)
+
+
+def test_policy_s_limits_are_read(read: Read) -> None:
+    policy = "[policy]\nask_seconds = 7.5\nsilence_means = veto\n"
+    limits = options.settings(read(f"{policy}[migration]\nverdict_seconds = 3\nreservation_seconds = 9\n")).limits
+    assert (limits.ask_seconds, limits.silence_means) == (7.5, Verdict.VETO)
+    assert (limits.verdict_seconds, limits.reservation_seconds) == (3, 9)
+
+
+def test_domain_has_a_policy_or_none(read: Read) -> None:
+    assert options.domains(read(WEST))[0].policy == ""
+    assert options.domains(read(f"{WEST}policy = ask\n"))[0].policy == "ask"
+
+
+def test_capacity_is_the_driver_s_only_where_it_is_said(read: Read) -> None:
+    assert options.driver_options(read("")) == {}
+    assert options.driver_options(read("[agent]\ncapacity = 1000\n")) == {"capacity": 1000}
+
+
+class Boundless(MemoryDriver):
+    """A driver that has no such option."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryDevice())
+
+
+def test_capacity_of_a_driver_that_takes_none_is_told_by_its_name(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        driver = Boundless
+
+    monkeypatch.setattr(loader.stevedore_driver, "DriverManager", lambda *arguments, **more: Found)
+    with pytest.raises(ConfigurationError, match=r"the driver .memory. does not take these options: .*capacity"):
+        loader.load_driver("memory", **options.driver_options(read("[agent]\ncapacity = 7\n")))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[policy]\nsilence_means = ask\n", "silence_means"),
+        ("[policy]\nask_seconds = 551\n", "ask_seconds"),
+        ("[policy]\ndefault = partial\npartial_percent = 101\n", "partial_percent"),
+        ("[policy]\nguests = veto\n", "guests"),
+        ("[agent]\ncapacity = 0\n", "capacity"),
+        ("[migration]\nverdict_seconds = -1\n", "verdict_seconds"),
+    ],
+)
+def test_value_that_is_none_is_refused_by_option(read: Read, text: str, said: str) -> None:
+    conf = read(text)
+    with pytest.raises((cfg.Error, ValueError), match=said):
+        options.settings(conf), options.driver_options(conf), Policies.from_conf(conf, ())

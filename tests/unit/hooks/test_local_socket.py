@@ -21,8 +21,11 @@ from sami_plugin.hooks.local_socket import (
     MOST_OCTETS,
     MOST_OCTETS_WITH_DOMAIN,
     LocalSocket,
+    ask,
+    guest_of,
     parse,
     send,
+    text_of,
 )
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.settings import Bounds
@@ -333,3 +336,125 @@ def test_user_that_is_none_is_refused_by_name_and_leaves_no_socket(tmp_path: Pat
     with pytest.raises(ConfigurationError, match="socket_users: there is no user 'nobody-here'"):
         LocalSocket(tmp_path / "agent.sock", lambda event: None, users=["nobody-here"])
     assert list(tmp_path.iterdir()) == []
+
+
+# requests
+
+
+class Asked:
+    """Answers requests, and keeps what was said with them."""
+
+    def __init__(self) -> None:
+        self.said: list[dict[str, object]] = []
+
+    def requests(self) -> dict[str, Any]:
+        return {"check": self.check, "approve": self.approve, "break": self.break_, "refuse": self.refuse}
+
+    def check(self, said: local_socket.Said) -> dict[str, object]:
+        self.said.append({"guest": guest_of(said), "to": text_of(said, "to")})
+        return {"verdict": "veto", "flows": 6}
+
+    def approve(self, said: local_socket.Said) -> None:
+        self.said.append({"session": text_of(said, "session")})
+
+    def refuse(self, said: local_socket.Said) -> None:
+        raise Veto("nobody may")
+
+    def break_(self, said: local_socket.Said) -> None:
+        raise ZeroDivisionError
+
+
+@contextlib.contextmanager
+def asking(path: Path, **options: Any) -> Iterator[Asked]:
+    asked = Asked()
+    with listening(path, lambda event: None, requests=asked.requests(), **options):
+        yield asked
+
+
+def request(name: object, **fields: object) -> bytes:
+    return json.dumps({"request": name, **fields}).encode() + b"\n"
+
+
+def test_request_is_answered_with_what_it_found_and_events_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    with asking(path) as asked:
+        check = request("check", guest=GUEST.upper(), to="host-b")
+        assert answers(path, said() + b"\n" + check + request("approve", session="01f3")) == [
+            {"answer": "ok"},
+            {"answer": "ok", "verdict": "veto", "flows": 6},
+            {"answer": "ok"},
+        ]
+        assert asked.said == [{"guest": GUEST, "to": "host-b"}, {"session": "01f3"}]
+        assert ask(path, {"request": "check", "guest": GUEST, "to": "host-b"})["flows"] == 6
+
+
+BAD_REQUESTS = [
+    (request("chek"), "request: 'chek' is none of check, approve"),
+    (request(None), "request: None is none of check"),
+    (request(["check"]), "request: ['check'] is none of check"),
+    (request({"check": 1}), "request: {'check': 1} is none of check"),
+    (request("x" * 3000), "request: 'xxx"),
+    (request("check", to="host-b"), "guest: has to be the guest's UUID"),
+    (request("check", guest="web", to="host-b"), "guest: has to be the guest's UUID"),
+    (request("check", guest=7, to="host-b"), "guest: has to be the guest's UUID"),
+    (request("check", guest=GUEST), "to: has to be a name"),
+    (request("check", guest=GUEST, to=""), "to: has to be a name"),
+    (request("check", guest=GUEST, to=7), "to: has to be a name"),
+    (request("check", guest=GUEST, to="a\nb"), "to: has to be a name"),
+    (request("check", guest=GUEST, to="a" * 256), "to: has to be a name"),
+    (request("approve"), "session: has to be a name"),
+    (request("approve", session=None), "session: has to be a name"),
+    (request("approve", session=["01f3"]), "session: has to be a name"),
+    (request("approve", session=""), "session: has to be a name"),
+    (request("approve", session="0" * 5000), "not an event: longer than 4096 octets without a domain"),
+]
+
+
+def test_bad_request_is_refused_by_field_counted_and_does_nothing(tmp_path: Path) -> None:
+    refused: list[str] = []
+    path = tmp_path / "agent.sock"
+    with asking(path, refused=lambda who, error: refused.append(str(error))) as asked:
+        found = answers(path, b"".join(line for line, _ in BAD_REQUESTS))
+    assert asked.said == []
+    assert refused == [answer["reason"] for answer in found]
+    for answer, (_, words) in zip(found, BAD_REQUESTS, strict=True):
+        assert answer["answer"] == "error"
+        assert answer["reason"].startswith(words)
+        assert len(answer["reason"]) < 300
+
+
+def test_socket_without_requests_answers_none(path: Path) -> None:
+    (found,) = answers(path, request("check", guest=GUEST, to="host-b"))
+    assert found["answer"] == "error"
+    assert found["reason"].startswith("request: 'check' is none of")
+
+
+def test_request_that_fails_as_nobody_foresaw_ends_its_connection_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "agent.sock"
+    with asking(path) as asked:
+        with pytest.raises(OperatorError, match="no answer"):
+            ask(path, {"request": "break"})
+        assert "ZeroDivisionError" in caplog.text
+        ask(path, {"request": "approve", "session": "01f3"})
+        assert len(asked.said) == 1
+
+
+def test_request_that_is_vetoed_raises_it(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    with asking(path), pytest.raises(Veto, match="nobody may"):
+        ask(path, {"request": "refuse"})
+
+
+def test_nobody_asks_but_those_who_may_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_socket, "_user_of", lambda connection: 12345)
+    path = tmp_path / "agent.sock"
+    question = {"request": "approve", "session": "01f3"}
+    with asking(path, users=[str(os.geteuid() + 4711)]) as asked:
+        with pytest.raises(OperatorError, match=r"only socket_users may|is sami-agent running"):
+            ask(path, question)
+        assert asked.said == []
+    with asking(path, users=["12345"]) as asked:
+        ask(path, question)
+        assert len(asked.said) == 1
