@@ -169,7 +169,8 @@ def _found_another(session: Destination, event: Event, now: float) -> Decision:
 
 def is_open(session: Destination) -> bool:
     """Whether the flows are still on their way: what is told of a migration now may be told of this one."""
-    return session.state in (State.LOOKING, State.ASKED, State.RECEIVING) and not session.runs_here
+    is_open = session.state in (State.LOOKING, State.ASKED, State.NEGOTIATING, State.RECEIVING)
+    return is_open and not session.runs_here
 
 
 def has_caught_up(session: Destination) -> bool:
@@ -185,13 +186,16 @@ def step(session: Destination, event: Event, now: float) -> Decision:
 def _offered(session: Destination, event: Event, now: float) -> Decision:
     assert isinstance(event, PeerSaid)
     assert isinstance(event.message, Offer)
-    offer, may_refuse = event.message, session.verdict is None
+    offer, may_refuse = event.message, session.verdict is not Verdict.PROCEED
+    if session.verdict is Verdict.ASK:  # about what was not known: the policy says anew, and nobody has more time
+        session = replace(session, verdict=None, reason="")
+    else:
+        session = replace(session, verdict_deadline=math.inf)
     session = replace(
         session,
         state=State.RECEIVING if offer.version == 1 else State.NEGOTIATING,
         version=offer.version,
         deadline=session.session_deadline,
-        verdict_deadline=math.inf,
         renew_at=now + session.limits.hold_seconds / 3,
         ports=offer.ports,
         has_scope=offer.ports == 0,
@@ -210,8 +214,10 @@ def _negotiated(session: Destination, event: Event, now: float) -> Decision:
     if event.verdict is Verdict.VETO:
         return _refuse(session, event.reason)
     if event.verdict is Verdict.ASK:
-        asked_until = now + session.limits.ask_seconds
+        asked_until = min(session.verdict_deadline, now + session.limits.ask_seconds)
         session = replace(session, verdict=Verdict.ASK, verdict_deadline=asked_until, reason=event.reason)
+        # Until then the source may be found, and answer.
+        session = replace(session, deadline=max(session.deadline, asked_until))
         return session, [_next_wake(session, now)]
     return _go_on(session, now)
 
@@ -327,7 +333,7 @@ def _tell_arrival(session: Destination, now: float) -> Decision:
 
 
 def _never_found(session: Destination, event: Event, now: float) -> Decision:
-    if now >= session.verdict_deadline:
+    if now >= session.verdict_deadline or (session.verdict is None and now >= session.deadline):
         return _verdict_is_due(session, now)
     if now < session.deadline:
         return session, [_next_wake(session, now)]
@@ -430,10 +436,11 @@ def _failed(session: Destination, event: Event, now: float) -> Decision:
 def _give_up(session: Destination, reason: str) -> Decision:
     if session.runs_here:
         return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
-    said: list[Action] = [Say(GivesUp(reason)), WakeAt(session.session_deadline)]
+    asked_until = session.verdict_deadline if session.verdict is Verdict.ASK else math.inf
+    session = replace(session, state=State.ORPHANED, reason=reason, verdict_deadline=asked_until)
+    said: list[Action] = [Say(GivesUp(reason)), WakeAt(min(session.session_deadline, asked_until))]
     if session.verdict is None:
         said.append(Negotiate(None, why_unknown=reason))
-    session = replace(session, state=State.ORPHANED, reason=reason, verdict_deadline=math.inf)
     # Discarding comes last: what stands behind an action that fails is not done.
     return session, [*said, Discard()]
 

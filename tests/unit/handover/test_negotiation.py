@@ -142,6 +142,21 @@ def test_operator_who_refuses_is_obeyed(tmp_path: Path) -> None:
         assert len(held(hosts, "host-a")) == 6
 
 
+def test_migration_that_two_tell_of_waits_for_one_answer_and_both_are_refused(tmp_path: Path) -> None:
+    with six_against_four(tmp_path, AskOperator()) as (hosts, guest), ThreadPoolExecutor(2) as pool:
+        first = pool.submit(prepare, hosts, guest)
+        until(lambda: any(getattr(one, "is_asking", False) for one in hosts.agents["host-b"].sessions()))
+        second = pool.submit(hosts.say, "host-b", Phase.PREPARE, guest, "host-a")
+        time.sleep(0.2)
+        assert not first.done()
+        approve(hosts.agents["host-b"], may_come=False)
+        for preparing in (first, second):
+            with pytest.raises(Veto, match="the operator refused"):
+                preparing.result()
+        until_idle(hosts)
+        assert len(held(hosts, "host-a")) == 6
+
+
 @pytest.mark.parametrize("silence_means", [Verdict.PROCEED, Verdict.VETO])
 def test_operator_who_says_nothing_is_waited_for_and_then_the_configuration_speaks(
     tmp_path: Path, silence_means: Verdict
