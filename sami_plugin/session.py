@@ -57,7 +57,7 @@ from sami_plugin.migration.decision import (
     WakeAt,
 )
 from sami_plugin.migration.negotiation import Demand, weigh
-from sami_plugin.migration.places import Places
+from sami_plugin.migration.places import Look, Places
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome
 from sami_plugin.model.packet import Packet
@@ -102,7 +102,11 @@ class Host:
     _promising: threading.Lock = field(default_factory=threading.Lock)
     _purging: set[str] = field(default_factory=set)
     _received: set[str] = field(default_factory=set)
-    _places: dict[str | None, Places] = field(default_factory=dict)
+    _places: Places = field(init=False)
+
+    def __post_init__(self) -> None:
+        # One for all namespaces: where a guest's ports will be may be known only when its places are promised already.
+        self._places = Places(self.settings.headroom_percent)
 
     # What a simulated host has otherwise: time, chance, threads and the network.
 
@@ -144,10 +148,9 @@ class Host:
 
         def promise(wanted: int) -> int:
             with self._promising:
-                places = self._places_of(scope.namespace)
-                granted = places.promise(session, wanted, lambda: (can.capacity, can.in_use))
+                granted = self._places.promise(session, wanted, self._look(scope))
                 if not is_kept:
-                    places.lapse(session)
+                    self._places.lapse(session)
                 return granted
 
         found = weigh(
@@ -162,25 +165,28 @@ class Host:
     def places_left(self, session: str) -> int:
         """What the session was promised and has not put in yet."""
         with self._promising:
-            return sum(places.left(session) for places in self._places.values())
+            return self._places.left(session)
 
     def take_places(self, session: str, scope: Scope, wanted: int) -> int:
         """How many new entries of `wanted` the session may put into the scope's device now; see Places."""
+        with self._promising:
+            return self._places.take(session, wanted, self._look(scope))
+
+    def _look(self, scope: Scope) -> Look:
+        """For Places, while nobody else takes or is promised any: what was seen before may be taken since."""
 
         def look() -> tuple[int | None, int]:
             capabilities = self.driver.capabilities(scope)
             return capabilities.capacity, capabilities.in_use
 
-        with self._promising:
-            return self._places_of(scope.namespace).take(session, wanted, look)
+        return look
 
     def lapse_places(self, session: str) -> int:
         """No more places are kept for the session; how many it had that it has put nothing in."""
-        left = self.places_left(session)
         with self._promising:
-            for places in self._places.values():
-                places.lapse(session)
-        return left
+            left = self._places.left(session)
+            self._places.lapse(session)
+            return left
 
     @property
     def _namespace(self) -> str | None:
@@ -188,20 +194,15 @@ class Host:
         namespaces = self.scopes.namespaces()
         return namespaces[0] if len(namespaces) == 1 else None
 
-    def _places_of(self, namespace: str | None) -> Places:
-        return self._places.setdefault(namespace, Places(self.settings.headroom_percent))
-
     def used_places(self, session: str) -> None:
         """What it took is in the device, or will never be."""
         with self._promising:
-            for places in self._places.values():
-                places.used(session)
+            self._places.used(session)
 
     def release_places(self, session: str) -> None:
         """It will put in nothing more."""
         with self._promising:
-            for places in self._places.values():
-                places.release(session)
+            self._places.release(session)
 
     def deciding(self, scope: Scope) -> AbstractContextManager[object]:
         """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""
