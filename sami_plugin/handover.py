@@ -926,6 +926,7 @@ class DestinationSession(Session):
 
     def _discard(self, action: Discard) -> Done:
         """The guest does not come: removes by name what this session put in and no other session claims."""
+        self.host.release_places(self.id)
         self._waiting = []
         for part in self._unverified:
             part.port.doubtful.append((part.scope, part.batch.take(part.made["outcome"] == Outcome.IMPORTED)))

@@ -316,6 +316,25 @@ def test_places_that_are_promised_are_nobody_else_s(tmp_path: Path) -> None:
         assert hosts.agents["host-a"].check(other, "host-b")["carried"] == 3
 
 
+@pytest.mark.parametrize("loss", ["the source is lost", "the guest is refused"])
+def test_promise_to_a_guest_whose_flows_will_not_come_is_kept_no_longer(tmp_path: Path, loss: str) -> None:
+    with six_against_four(tmp_path, AskOperator()) as (hosts, guest), ThreadPoolExecutor(1) as pool:
+        preparing = pool.submit(prepare, hosts, guest)
+        agent = hosts.agents["host-b"]
+        until(lambda: any(getattr(one, "is_asking", False) for one in agent.sessions()))
+        (session,) = agent.sessions()
+        assert agent.host.places_left(session.id) == 4
+        if loss == "the source is lost":
+            session.refuse("gone")
+            until(lambda: agent.host.places_left(session.id) == 0)
+            assert agent.sessions() == [session]
+        agent.decide(session.id, may_come=False)
+        with pytest.raises(Veto):
+            preparing.result()
+        until_idle(hosts)
+        assert agent.host.places_left(session.id) == 0
+
+
 def test_promise_that_lapsed_is_somebody_else_s_and_the_source_is_told(tmp_path: Path) -> None:
     with six_against_four(tmp_path, reservation_seconds=0.3) as (hosts, guest):
         prepare(hosts, guest)
