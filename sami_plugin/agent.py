@@ -260,6 +260,8 @@ class Agent:
         """
         if host == self.host.name:
             raise OperatorError(f"to: the guest is to move from {host} to another host")
+        if guest in self.host.policies.excluded:
+            raise OperatorError(self._words_of_exclusion(guest))
         self._look(guest)
         scopes = self.host.scopes.find(guest)
         if not scopes:
@@ -587,10 +589,18 @@ class Agent:
         return None
 
     def _judge(self, check: Check, sender: str) -> Answer:
-        """What would be said to these flows; nothing is kept for them."""
+        """What would be said to these flows; nothing is kept for them.
+
+        :raises NotAuthorised: the guest's flows are nobody's business here.
+        """
+        if check.guest in self.host.policies.excluded:
+            raise NotAuthorised(self._words_of_exclusion(check.guest))
         demand = Demand.of(check.kinds, check.counts, check.functions)
         risk = self.host.risk(demand, "", check.guest, sender, is_kept=False)
         return risk.answered(self.host.policies.of(check.guest, self.host.peers.way_to(sender).domain).judge(risk), 0)
+
+    def _words_of_exclusion(self, guest: str) -> str:
+        return f"the operator of {self.host.name} wants nothing done for {guest} ([policy] guests)"
 
     def _open(self, greeting: _Greeting, said: Open, heard: list[bytes]) -> Session:
         """The session that the caller asks for in the first message that was heard of it."""
@@ -599,7 +609,7 @@ class Agent:
             raise IllegalMessage("a guest is a UUID")
         guest = str(uuid.UUID(said.guest))
         if guest in self.host.policies.excluded:
-            raise NotAuthorised(f"the operator of {self.host.name} wants nothing done for {guest} ([policy] guests)")
+            raise NotAuthorised(self._words_of_exclusion(guest))
         if said.continues and (continuing := self._continue(greeting, said, guest, heard)) is not None:
             return continuing
         if said.has_all:

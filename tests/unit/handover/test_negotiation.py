@@ -243,6 +243,17 @@ def test_source_that_excluded_a_guest_gives_nothing(tmp_path: Path) -> None:
 # --- check
 
 
+def test_check_of_a_guest_that_the_operator_excluded_says_so(tmp_path: Path) -> None:
+    """Nothing of it would be carried, so nothing else may be said."""
+    with six_against_four(tmp_path) as (hosts, guest):
+        hosts.agents["host-b"].host.policies = Policies(excluded=frozenset({guest}))
+        with pytest.raises(PeerUnreachable, match=f"the operator of host-b wants nothing done for {guest}"):
+            hosts.agents["host-a"].check(guest, "host-b")
+        hosts.agents["host-a"].host.policies = Policies(excluded=frozenset({guest}))
+        with pytest.raises(OperatorError, match=f"the operator of host-a wants nothing done for {guest}"):
+            hosts.agents["host-a"].check(guest, "host-b")
+
+
 def test_check_says_what_would_fit_and_moves_and_keeps_nothing(tmp_path: Path) -> None:
     with six_against_four(tmp_path, Refuse()) as (hosts, guest):
         found = hosts.agents["host-a"].check(guest, "host-b")
