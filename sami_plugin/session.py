@@ -684,8 +684,8 @@ def _label(item: Event | Action) -> str:
             return f"peer lost: {reason}"
         case Found(source=source):
             return f"found: {source}"
-        case Negotiated(verdict=verdict):
-            return f"verdict: {verdict.value}"
+        case Negotiated(verdict=verdict, reason=reason):
+            return f"verdict: {verdict.value}: {reason}"
         case OperatorSaid(may_come=may_come):
             return f"operator said: {'approve' if may_come else 'refuse'}"
         case End(outcome=outcome):

@@ -119,7 +119,8 @@ class _Decide(Command):
 class SessionApprove(_Decide):
     """Lets a guest come although flows will be lost: the policy `ask` waits for this on the guest's destination.
 
-    `sami session list` shows those that wait as `negotiating`, `sami session show` what would be lost.
+    `sami session list` shows the sessions under way, `sami session show` which of them waits (`verdict: ask`) and what
+    would be lost.
     """
 
     request = "approve"

@@ -239,8 +239,13 @@ class Journal:
         return self._read("SELECT * FROM refusals ORDER BY last_at DESC", ())
 
     def sessions(self) -> list[dict[str, Any]]:
-        """All sessions, newest first."""
-        return self._read("SELECT * FROM sessions ORDER BY started_at DESC, rowid DESC", ())
+        """All sessions, newest first, each in the state to which its last decision led."""
+        last = "SELECT state FROM decisions WHERE session = sessions.session ORDER BY number DESC LIMIT 1"
+        rows = self._read(f"SELECT *, ({last}) AS last FROM sessions ORDER BY started_at DESC, rowid DESC", ())
+        for row in rows:
+            last = row.pop("last")
+            row["state"] = last if last is not None and row["ended_at"] is None else row["state"]
+        return rows
 
     def decisions(self, session: str) -> list[dict[str, Any]]:
         """What was decided in a session, in order."""

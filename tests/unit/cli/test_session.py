@@ -77,6 +77,16 @@ def test_list_has_the_newest_first_and_can_be_of_one_guest(sami: CommandLine, pa
     assert sami.out.split() == [SECOND, FIRST]
 
 
+def test_state_of_a_session_under_way_is_the_one_that_it_is_in_now(sami: CommandLine, path: Path) -> None:
+    journal = Journal(path)
+    journal.record(SECOND, 2, "peer said Answer", "copying", ["ExportNext"], is_durable=False)
+    journal.close()
+    assert sami("session", "list", "--journal", path, "-f", "json") == 0
+    assert [row["State"] for row in json.loads(sami.out)] == ["copying", "asked", "ended"]
+    assert sami("session", "show", SECOND, "--journal", path, "-f", "value", "-c", "state") == 0
+    assert sami.out.strip() == "copying"
+
+
 def test_journal_is_the_one_that_the_configuration_names(sami: CommandLine, path: Path, tmp_path: Path) -> None:
     file = tmp_path / "agent.conf"
     file.write_text(f"[agent]\njournal = {path}\n")

@@ -177,6 +177,22 @@ def test_operator_who_says_nothing_is_waited_for_and_then_the_configuration_spea
         until_idle(hosts)
 
 
+def test_journal_says_that_an_operator_is_waited_for_and_what_would_be_lost(tmp_path: Path) -> None:
+    """`sami session list` and `show` read it: whoever is to decide has to find it there."""
+    with six_against_four(tmp_path, AskOperator()) as (hosts, guest), ThreadPoolExecutor(1) as pool:
+        preparing = pool.submit(prepare, hosts, guest)
+        until(lambda: any(getattr(one, "is_asking", False) for one in hosts.agents["host-b"].sessions()))
+        journal = hosts.agents["host-b"].host.journal
+        (row,) = journal.sessions()
+        said = f"verdict: ask: 4 of 6 flows have a place on host-b; 2 lost: {NO_PLACE}"
+        until(lambda: journal.decisions(row["session"])[-1]["event"] == said)
+        assert row["state"] == "negotiating"
+        approve(hosts.agents["host-b"], may_come=True)
+        preparing.result()
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+
+
 def test_nobody_who_does_not_ask_can_be_answered(tmp_path: Path) -> None:
     with six_against_four(tmp_path) as (hosts, guest):
         prepare(hosts, guest)
