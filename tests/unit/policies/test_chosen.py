@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -117,3 +118,14 @@ PROCEED, VETO, ASK = Verdict.PROCEED, Verdict.VETO, Verdict.ASK
 )
 def test_verdict_on_no_risk_a_degraded_one_a_loss_an_unknown_one_and_no_flows(policy: Any, verdicts: list[Any]) -> None:
     assert [policy.judge(risk) for risk in (NONE, DEGRADED, RISK, UNKNOWN, NO_FLOWS)] == verdicts
+
+
+def test_policy_of_the_user_guide_works() -> None:
+    page = (Path(__file__).parents[3] / "doc/source/user/policies.rst").read_text()
+    _, _, begin = page.partition(".. code-block:: python\n")
+    code, _, _ = begin.partition("\nand an entry point")
+    defined: dict[str, Any] = {}
+    exec(textwrap.dedent(code), defined)  # noqa: S102, it is ours
+    policy: Policy = defined["FewLosses"]()
+    assert [policy.judge(risk) for risk in (NONE, RISK, UNKNOWN)] == [PROCEED, PROCEED, ASK]
+    assert policy.judge(replace(RISK, losses={"no place": 11})) is ASK
