@@ -227,10 +227,11 @@ class Agent:
     def _await_verdict(self, session: DestinationSession) -> None:
         """:raises Veto: the guest may not come here."""
         limits = self.host.settings.limits
-        has_spoken = session.has_verdict.wait(limits.verdict_seconds + VERDICT_MARGIN_SECONDS)
+        verdict = session.has_verdict  # the next session's, if one goes on with this one
+        has_spoken = verdict.wait(limits.verdict_seconds + VERDICT_MARGIN_SECONDS)
         if not has_spoken and session.is_asking:
             LOG.warning("%s: waits for `sami session approve` or `refuse`: %s", session.id, session.risk)
-            has_spoken = session.has_verdict.wait(limits.ask_seconds + VERDICT_MARGIN_SECONDS)
+            has_spoken = verdict.wait(limits.ask_seconds + VERDICT_MARGIN_SECONDS)
         newest = session.newest
         if isinstance(newest, DestinationSession) and newest.refusal is not None:
             raise Veto(f"{newest.refusal} (session {newest.id})")

@@ -458,3 +458,31 @@ def test_two_guests_that_ask_at_a_time_are_promised_no_place_twice(tmp_path: Pat
             assert len(held(hosts, "host-b", zone)) == told["flows"]["imported"] >= told["verdict"]["places"]
         assert devices["host-b"].count <= 30
         assert devices["host-a"].count == devices["host-c"].count == 0
+
+
+@pytest.mark.parametrize("verdict_seconds", [0.1, 2.0])
+def test_operator_is_waited_for_although_the_source_s_agent_is_started_anew(
+    tmp_path: Path, verdict_seconds: float
+) -> None:
+    """Sooner or later than the agent begins to say that an operator is waited for."""
+    with (
+        six_against_four(tmp_path, AskOperator(), verdict_seconds=verdict_seconds, ask_seconds=15.0) as (hosts, guest),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        preparing = pool.submit(prepare, hosts, guest)
+        there = hosts.agents["host-b"]
+        until(lambda: any(getattr(one, "is_asking", False) for one in there.sessions()))
+        (first,) = there.sessions()
+        time.sleep(1.0 if verdict_seconds < 1 else 0.0)
+        hosts.kill("host-a")
+        hosts.start("host-a")
+        hosts.agents["host-a"].note(MigrationEvent(guest, Phase.OUTGOING, source="host-a", destination="host-b"))
+        until(lambda: any(one is not first and getattr(one, "is_asking", False) for one in there.sessions()))
+        time.sleep(verdict_seconds + 1.0)
+        assert not preparing.done()
+        (asking,) = [one for one in there.sessions() if getattr(one, "is_asking", False)]
+        there.decide(asking.id, may_come=False)
+        with pytest.raises(Veto, match="the operator refused: 4 of 6 flows"):
+            preparing.result()
+        until_idle(hosts)
+        assert len(held(hosts, "host-a")) == 6
