@@ -598,7 +598,7 @@ class Agent:
             raise NotAuthorised(self._words_of_exclusion(check.guest))
         demand = Demand.of(check.kinds, check.counts, check.functions)
         risk = self.host.risk(demand, "", check.guest, sender, is_kept=False)
-        return risk.answered(self.host.policies.of(check.guest, self.host.peers.way_to(sender).domain).judge(risk), 0)
+        return risk.answered(self.host.policies.judge(risk, self.host.peers.way_to(sender).domain), 0)
 
     def _words_of_exclusion(self, guest: str) -> str:
         return f"the operator of {self.host.name} wants nothing done for {guest} ([policy] guests)"

@@ -698,11 +698,11 @@ class DestinationSession(Session):
         """Sees what can be taken, keeps places for it, and asks the guest's policy."""
         risk = self._risk(action)
         self.risk = risk.words
-        policy = self.host.policies.of(self.guest, self._domain)
-        verdict = policy.judge(risk) if action.may_refuse else Verdict.PROCEED
+        policies = self.host.policies
+        verdict = policies.judge(risk, self._domain) if action.may_refuse else Verdict.PROCEED
         self.report.verdict = {
             "verdict": verdict.value,
-            "policy": type(policy).__name__,
+            "policy": type(policies.of(self.guest, self._domain)).__name__,
             "flows": risk.flows,
             "places": risk.carried,
             "losses": {**risk.losses, **risk.degraded},

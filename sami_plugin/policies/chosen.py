@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,11 +14,15 @@ from stevedore.exception import NoMatches
 
 from sami_plugin.errors import ConfigurationError
 from sami_plugin.model.domain import Domain
+from sami_plugin.model.risk import Risk
+from sami_plugin.model.verdict import Verdict
 from sami_plugin.policies.base import Policy
 from sami_plugin.policies.policies import Proceed
 
 if TYPE_CHECKING:
     from oslo_config import cfg
+
+LOG = logging.getLogger(__name__)
 
 NAMESPACE = "sami.policies"
 OFF = "off"
@@ -38,6 +43,21 @@ class Policies:
         if guest in self.guests:
             return self.guests[guest]
         return self.default if domain is None else self.domains.get(domain.name, self.default)
+
+    def judge(self, risk: Risk, domain: Domain | None) -> Verdict:
+        """What the guest's policy says; `domain` is the source's, where it is not this host's own.
+
+        A policy that fails lets the guest come: that is its author's fault, and neither guest nor flows pay for it.
+        """
+        policy = self.of(risk.guest, domain)
+        try:
+            verdict = policy.judge(risk)
+            if not isinstance(verdict, Verdict):
+                raise TypeError(f"{verdict!r} is no Verdict")
+        except Exception:
+            LOG.exception("guest %s: the policy %s failed, so the guest may come", risk.guest, type(policy).__name__)
+            return Verdict.PROCEED
+        return verdict
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts, domains: Iterable[Domain]) -> Policies:

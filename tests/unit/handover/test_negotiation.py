@@ -20,7 +20,9 @@ from sami_plugin.errors import OperatorError, PeerUnreachable, Veto
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus
 from sami_plugin.model.migration import MigrationEvent, Offer, Phase
 from sami_plugin.model.results import WORDS, Reason
+from sami_plugin.model.risk import Risk
 from sami_plugin.model.verdict import Verdict
+from sami_plugin.policies.base import Policy
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.policies.policies import AskOperator, Partial, Proceed, Refuse
 from sami_plugin.testing.hosts import Hosts, new_guest
@@ -215,6 +217,23 @@ def test_source_that_does_not_answer_is_a_risk_that_nobody_knows(tmp_path: Path,
             with pytest.raises(Veto, match="is not known: the source has not answered yet"):
                 hosts.say("host-b", Phase.PREPARE, guest, "host-a")
         until_idle(hosts)
+
+
+@pytest.mark.parametrize("says", [None, "proceed", ZeroDivisionError("broken")])
+def test_policy_that_fails_costs_neither_the_move_nor_a_flow(
+    tmp_path: Path, says: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Policy):
+        def judge(self, risk: Risk) -> Any:
+            if isinstance(says, Exception):
+                raise says
+            return says
+
+    with six_against_four(tmp_path, Broken()) as (hosts, guest):
+        assert hosts.agents["host-a"].check(guest, "host-b")["verdict"] == "proceed"
+        move(hosts, guest)
+        assert ports(hosts, "host-b") == {1001, 1003, 1004, 1005}
+        assert "the policy Broken failed, so the guest may come" in caplog.text
 
 
 def test_source_that_refuses_is_a_risk_too(tmp_path: Path) -> None:
