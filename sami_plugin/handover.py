@@ -52,11 +52,13 @@ from sami_plugin.migration.decision import (
     ExportChanges,
     ExportNext,
     FindScope,
+    GuestDid,
     Import,
     Keep,
     LapsePlaces,
     Negotiate,
     Negotiated,
+    OperatorSaid,
     PeerSaid,
     Purge,
     PurgeLate,
@@ -65,6 +67,7 @@ from sami_plugin.migration.decision import (
     SayAgain,
     SayOffer,
     StartExport,
+    TimePassed,
     Verify,
 )
 from sami_plugin.migration.negotiation import Demand
@@ -985,14 +988,27 @@ class DestinationSession(Session):
         return self._known.state.value
 
     def _step(self, event: Event, now: float) -> list[Action]:
+        was_asking = self.is_asking
         self._known, actions = destination.step(self._known, event, now)
         if isinstance(event, PeerSaid):
             self._note_message(event.message)
+        if was_asking and not self.is_asking:
+            self._note_answer(event)
         if self._known.verdict in (Verdict.PROCEED, Verdict.VETO):
             self.has_verdict.set()
         if destination.has_caught_up(self._known):
             self.has_caught_up.set()
         return actions
+
+    def _note_answer(self, event: Event) -> None:
+        """What has become of the question to the operator."""
+        match event:
+            case OperatorSaid(may_come=may_come):
+                self.report.remark(f"an operator {'approved' if may_come else 'refused'}")
+            case TimePassed():
+                self.report.remark("no operator answered within ask_seconds")
+            case GuestDid(event=told) if told.phase in (Phase.STARTED, Phase.RESUMED):
+                self.report.remark("the guest came before an operator answered")
 
     def _note_message(self, message: Message) -> None:
         if isinstance(message, FlowChanges):

@@ -101,6 +101,7 @@ def test_of_six_flows_the_four_fit_that_matter_most_and_both_reports_name_the_re
         ]
         assert named["count"] == 2
         assert all(f"{GUEST_ADDRESS}:{port} " in " ".join(named["flows"]) for port in (1000, 1002))
+        assert ("an operator approved" in destination["remarks"]) is isinstance(policy, AskOperator)
         for told in (source, destination):
             verdict = told["verdict"]
             assert (verdict["flows"], verdict["places"], verdict["losses"]) == (6, 4, {NO_PLACE: 2})
@@ -142,6 +143,7 @@ def test_operator_who_refuses_is_obeyed(tmp_path: Path) -> None:
             preparing.result()
         until_idle(hosts)
         assert len(held(hosts, "host-a")) == 6
+        assert "an operator refused" in reports(hosts, guest)[1]["remarks"]
 
 
 def test_migration_that_two_tell_of_waits_for_one_answer_and_both_are_refused(tmp_path: Path) -> None:
@@ -177,6 +179,22 @@ def test_operator_who_says_nothing_is_waited_for_and_then_the_configuration_spea
             until(lambda: len(held(hosts, "host-b")) == 4)
         hosts.say("host-b", Phase.STOPPED, guest)
         until_idle(hosts)
+        assert "no operator answered within ask_seconds" in reports(hosts, guest)[1]["remarks"]
+
+
+def test_guest_that_comes_before_the_operator_has_answered_comes_with_what_has_a_place(tmp_path: Path) -> None:
+    """As where the hook waits for less than the agent."""
+    with six_against_four(tmp_path, AskOperator()) as (hosts, guest), ThreadPoolExecutor(1) as pool:
+        preparing = pool.submit(prepare, hosts, guest)
+        until(lambda: any(getattr(one, "is_asking", False) for one in hosts.agents["host-b"].sessions()))
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        preparing.result()
+        until(lambda: hosts.has_step("host-b", guest, "in sync"))
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == {1001, 1003, 1004, 1005}
+        assert "the guest came before an operator answered" in reports(hosts, guest)[1]["remarks"]
 
 
 def test_journal_says_that_an_operator_is_waited_for_and_what_would_be_lost(tmp_path: Path) -> None:
