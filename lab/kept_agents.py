@@ -37,6 +37,8 @@ class KeptAgents:
         """How often an agent died by now."""
         self._told: dict[tuple[str, str], list[str]] = defaultdict(list)
         """By host and guest, the phases of the migration that is under way or was the last."""
+        self._sources: dict[str, str] = {}
+        """By guest, which host it leaves or has left."""
         self._lock = threading.RLock()
         self._restarting = threading.Lock()
         self._has_stopped = threading.Event()
@@ -73,6 +75,8 @@ class KeptAgents:
         with self._lock:
             if phase in ("outgoing", "prepare"):
                 self._told[host.name, guest.uuid] = []
+            if phase == "prepare" and guest.host is not None:
+                self._sources[guest.uuid] = guest.host.name
             self._told[host.name, guest.uuid].append(phase)
         with contextlib.suppress(OperatorError):
             self.agents[host.name].tell_of(phase, guest)
@@ -93,7 +97,10 @@ class KeptAgents:
         for guest in self._lab.guests.values():
             for phase in _now(known.get(guest.uuid, [])):
                 with contextlib.suppress(OperatorError):
-                    agent.tell_of(phase, guest)
+                    if phase == "prepare":  # the guest may have come by now
+                        agent.tell(Phase.PREPARE, guest.uuid, self._sources[guest.uuid])
+                    else:
+                        agent.tell_of(phase, guest)
 
 
 def _now(told: list[str]) -> list[str]:

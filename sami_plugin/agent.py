@@ -85,6 +85,8 @@ ENDED_REMEMBERED = 1024
 """Sessions of which a late or repeated message is still taken, and dropped, after their end."""
 
 SessionT = TypeVar("SessionT", bound=Session)
+Older = SourceSession | tuple[Former, dict[str, Any]]
+"""A session with which another one goes on: under way, or what the journal has of it, and its report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class _Outgoing:
     is_suspended: bool = False
     scopes: tuple[Scope, ...] = ()
     """Its ports, where no session knows them."""
+    token: str = field(default="", repr=False)
+    """What its description said (`Origin`), which its destination is given."""
 
 
 @dataclass(slots=True)
@@ -361,12 +365,14 @@ class Agent:
             return None
 
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
+        origin = self._look(guest)
         with self._lock:
-            known = self._outgoing.get(guest)
-            if destination is not None or known is None:
+            known = self._outgoing.get(guest, _Outgoing(None))
+            if destination is not None or guest not in self._outgoing:
                 # Its pause may have been told before; that it is paused still shows when it is gone.
-                self._outgoing[guest] = _Outgoing(destination, scopes=known.scopes if known is not None else ())
-        self._look(guest)
+                known = replace(known, destination=destination, is_suspended=False)
+            token = origin.token if origin is not None and origin.host == self.host.name else known.token
+            self._outgoing[guest] = replace(known, token=token)
 
     def _look(self, guest: str) -> Origin | None:
         """Asks the hypervisor, where there is one, to describe the guest; as `_learn`."""
@@ -619,8 +625,11 @@ class Agent:
         has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
         with self._lock:
             outgoing = self._outgoing.get(guest)
-            if any(one.has_left for one in self._sessions_of(guest, SourceSession)):
+            left = next((one for one in self._sessions_of(guest, SourceSession) if one.has_left), None)
+            if left is not None and not left.may_be_fetched_by(sender, said.token):
                 raise NotAuthorised(f"{guest} has left this host already")
+            if left is not None:
+                return self._take_over(greeting, said, left, heard)
             if self._hypervisor is not None and not is_leaving and outgoing is not None and not outgoing.is_suspended:
                 del self._outgoing[guest]  # its job ended without a word
                 outgoing = None
@@ -642,26 +651,30 @@ class Agent:
             left = None if older else self._left_before(greeting.peer, said.continues, guest)
             if not older and left is None:
                 return None
-            session = SourceSession(
-                self.host,
-                greeting.id,
-                guest,
-                greeting.peer,
-                self._forget,
-                is_outgoing=True,
-                line=greeting.line,
-                has_all=said.has_all,
-            )
-            session.hear(heard)
-            self._sessions[session.id] = session
-        if left is None:
-            older[0].continue_with(session)
-        else:
-            go_on(session, *left)
+            return self._take_over(greeting, said, older[0] if older else left, heard)
+
+    def _take_over(self, greeting: _Greeting, said: Open, older: Older | None, heard: list[bytes]) -> Session:
+        """The session that goes on with that one, for the caller."""
+        session = SourceSession(
+            self.host,
+            greeting.id,
+            str(uuid.UUID(said.guest)),
+            greeting.peer,
+            self._forget,
+            is_outgoing=True,
+            line=greeting.line,
+            has_all=said.has_all,
+        )
+        session.hear(heard)
+        self._sessions[session.id] = session
+        if isinstance(older, SourceSession):
+            older.continue_with(session)
+        elif older is not None:
+            go_on(session, *older)
             self.host.run(session)
         return session
 
-    def _left_before(self, peer: str, session: str, guest: str) -> tuple[Former, dict[str, Any]] | None:
+    def _left_before(self, peer: str, session: str, guest: str) -> Older | None:
         """A session that purged without arrival, and its report, for as long as its flows may still be imported.
 
         :raises NotAuthorised: they may not be any more.
@@ -712,6 +725,8 @@ class Agent:
             is_suspended=outgoing is not None and outgoing.is_suspended,
             scopes=outgoing.scopes if outgoing is not None else (),
             line=line,
+            destination=outgoing.destination if outgoing is not None else None,
+            token=outgoing.token if outgoing is not None else "",
         )
 
     def _make_room(self, guest: str) -> None:

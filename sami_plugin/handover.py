@@ -26,6 +26,7 @@ What each role keeps of a port is in `leaving` and in `arriving`.
 from __future__ import annotations
 
 import contextlib
+import hmac
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -135,14 +136,18 @@ class SourceSession(Session):
         line: Line | None = None,
         is_recovered: bool = False,
         has_all: bool = False,
+        destination: str | None = None,
+        token: str = "",
     ) -> None:
         """`scopes` are the guest's ports as they were noted before: it may be gone already, and they with it.
 
         Of a session that goes on with another one, `is_recovered` says that it is because this host's agent was started
-        anew, and `has_all` that the destination needs nothing more.
+        anew, and `has_all` that the destination needs nothing more. `destination` and `token` are where the guest goes
+        to and what its description says, for a host that asks when it has left.
         """
         super().__init__(host, session, guest, peer, ended, line)
         self._is_recovered, self._has_all = is_recovered, has_all
+        self._destination, self._token = destination, token
         limits = host.settings.limits
         self._known = source.Source(
             limits, host.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
@@ -213,6 +218,13 @@ class SourceSession(Session):
 
     def _scopes_known(self) -> tuple[Scope, ...]:
         return tuple(port.scope for port in self._ports)
+
+    def may_be_fetched_by(self, host: str, token: str) -> bool:
+        """Whether the guest left to that host, as far as one knows here, and nobody has asked for its flows by now."""
+        is_its = host == self._destination or bool(
+            self._destination is None and self._token and hmac.compare_digest(self._token.encode(), token.encode())
+        )
+        return not self.peer and is_its and source.may_be_continued(self._known)
 
     @property
     def has_purged(self) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from sami_plugin.errors import NotAvailable, RepresentationError, SamiError
 from sami_plugin.hooks import domain_xml
-from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.migration import MigrationEvent, Origin, Phase
 
 LOG = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ class LibvirtHost:
             try:
                 self._settle()
                 for domain in self._connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                    self._say_what_was_missed(domain)
                     self._to_mark.put((domain.UUIDString(), False))
-                    self._say_pause(domain)
                 while not self._is_lost.wait(POLL_SECONDS):
                     self._poll()
             except Exception:  # as in `_say`
@@ -180,19 +180,20 @@ class LibvirtHost:
                 if phase is not None:
                     self._say(MigrationEvent(guest, phase, role=DESTINATION))
 
-    def _say_pause(self, domain: Any) -> None:
-        """Of a guest that is paused for a move when the connection is made, what has been said of it by then."""
+    def _say_what_was_missed(self, domain: Any) -> None:
+        """Of a guest that moves, or has come, when the connection is made, what would have been said of it by then."""
         libvirt, guest = self._libvirt, domain.UUIDString()
         try:
-            if domain.state(0) != [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]:
-                return
-            is_leaving = self._is_marked(domain.XMLDesc(0))
+            is_paused = domain.state(0) == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+            origin = self._origin(domain.XMLDesc(0))
         except libvirt.libvirtError as error:
             LOG.info("guest %s: libvirt does not say how it is: %s", guest, error)
             return
-        if not is_leaving:  # its description is that of another host
+        if origin is not None and origin.host != self._host:  # it has not been marked since it came
             self._say(MigrationEvent(guest, Phase.STARTED, role=DESTINATION, is_incoming=True))
-        elif self._job(guest) is Phase.OUTGOING:
+            if not is_paused:
+                self._say(MigrationEvent(guest, Phase.RESUMED, role=DESTINATION))
+        elif is_paused and self._job(guest) is Phase.OUTGOING:
             self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
             self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))
 
@@ -268,11 +269,14 @@ class LibvirtHost:
         LOG.debug("guest %s: its description says that it is on %s", guest, self._host)
 
     def _is_marked(self, xml: str) -> bool:
-        try:
-            origin = domain_xml.origin_of(xml)
-        except RepresentationError:
-            return False
+        origin = self._origin(xml)
         return origin is not None and origin.host == self._host
+
+    def _origin(self, xml: str) -> Origin | None:
+        try:
+            return domain_xml.origin_of(xml)
+        except RepresentationError:
+            return None
 
     # --- Events
 

@@ -192,6 +192,38 @@ def test_agent_that_was_away_longer_than_the_arrival_limit_may_fetch_the_flows_f
             assert [one["outcome"] for one in hosts.reports("host-a", guest)] == ["moved", "purged without arrival"]
 
 
+def test_agent_that_was_away_all_the_time_fetches_what_the_guest_left(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.kill("host-b")
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        finish_without(hosts, guest)
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.start("host-b")
+        for phase in (Phase.STARTED, Phase.RESUMED):
+            event = MigrationEvent(guest, phase, source="host-a", is_incoming=phase is Phase.STARTED)
+            hosts.agents["host-b"].note(event)
+        until(lambda: hosts.reports("host-b", guest))
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == ALL
+        assert held(hosts, "host-a") == set()
+        assert hosts.reports("host-b", guest)[0]["outcome"] == "moved"
+
+
+def test_what_a_guest_left_is_no_other_host_s_than_the_one_that_it_went_to(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        finish_without(hosts, guest)
+        hosts.plug("host-c", guest, ZONES["host-c"], GUEST_ADDRESS)
+        hosts.agents["host-c"].note(MigrationEvent(guest, Phase.STARTED, source="host-a", is_incoming=True))
+        until(lambda: any(one._state() == "orphaned" for one in hosts.agents["host-c"].sessions()))
+        hosts.say("host-c", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-c") == set()
+        assert f"{guest} has left this host already" in hosts.reports("host-c", guest)[0]["reason"]
+
+
 def finish_without(hosts: Hosts, guest: str) -> None:
     """The guest leaves while the destination's agent is away."""
     hosts.say("host-a", Phase.SUSPENDED, guest)
