@@ -908,6 +908,14 @@ class DestinationSession(Session):
         running = tuple(one for one in self.host.scopes.neighbours(scope) if one not in still_coming)
         return replace(scope, neighbours=running)
 
+    def _with_arrived(self, scope: Scope) -> Scope:
+        """The scope with the ports of guests that sessions have brought here: what is held for both is theirs now."""
+        arrived: list[object] = []
+        for guest in self.host.arrived_guests - {self.guest} if scope.is_shared else ():
+            with contextlib.suppress(SamiError):  # as above
+                arrived += [address for other in self.host.scopes.find(guest) for address in other.addresses]
+        return replace(scope, neighbours=tuple(arrived))
+
     def _verify(self, action: Verify) -> Done:
         """Compares what was put in since the last time with what the device kept of it."""
         self._settle()
@@ -949,7 +957,7 @@ class DestinationSession(Session):
         for port in self._ports:
             with self.host.deciding(port.scope):
                 # A guest at the other end may have come to stay meanwhile, and its session be over: the flow is its.
-                now = self._with_neighbours(port.scope)
+                now = self._with_arrived(port.scope)
                 for batch in port.held.batches():
                     self._discarded += self._removed(now, batch, by_id=not port.scope.is_shared)
                 for batch in (*(batch for _, batch in port.doubtful), *port.former.batches()):
@@ -1042,6 +1050,7 @@ class DestinationSession(Session):
         self.note(event.phase.value)
         if event.phase is Phase.RESUMED:
             self.host.arriving_guests.pop(self.id, None)
+            self.host.arrived_guests.add(self.guest)
 
     def _held_count(self) -> int:
         return sum(len(port.held) for port in self._ports)

@@ -97,6 +97,8 @@ class Host:
     arriving: Claims = field(default_factory=Claims)
     arriving_guests: dict[str, str] = field(default_factory=dict)
     """By session, guests that are being received and do not run here yet."""
+    arrived_guests: set[str] = field(default_factory=set)
+    """Guests that were received and have run here since."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _turns: threading.Lock = field(default_factory=threading.Lock)
     _promising: threading.Lock = field(default_factory=threading.Lock)
@@ -236,6 +238,7 @@ class Host:
         """What the guest has here now is what it leaves, and is purged when it has left."""
         with self._turns:
             self._received.discard(guest)
+            self.arrived_guests.discard(guest)
 
 
 class Session(abc.ABC):

@@ -125,9 +125,9 @@ def drawn(random: Random, **fixed: Any) -> Mix:
         mix.is_described = 1.0
     if dice() < 0.15:
         mix.abort, mix.goes_back = 0.5, 0.3
-    if dice() < 0.05:
+    if dice() < 0.02:
         mix.lost_zone = 0.5
-    if dice() < 0.1:
+    if dice() < 0.05:
         mix.zone_seconds = 1.0
     if dice() < 0.06:
         mix.capacity = random.choice((6, 10, 14))
