@@ -555,7 +555,9 @@ class SourceSession(Session):
         self.note(_SAID_TO_SOURCE.get(type(message), type(message).__name__))
 
     def _note_phase(self, event: MigrationEvent) -> None:
-        self.has_left |= event.phase is Phase.STOPPED
+        if event.phase is Phase.STOPPED:
+            self.has_left = True
+            self.host.arrived_guests.discard(self.guest)
         self.note(event.phase.value)
 
     def _exported_count(self) -> int:

@@ -238,7 +238,6 @@ class Host:
         """What the guest has here now is what it leaves, and is purged when it has left."""
         with self._turns:
             self._received.discard(guest)
-            self.arrived_guests.discard(guest)
 
 
 class Session(abc.ABC):
