@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -150,4 +151,5 @@ class AgentProcess:
         assert self._process is not None
         if self._process.poll() is not None:
             raise OperatorError(f"agent {self.name} ended: {self.log.read_text()[-2000:]}")
-        return self.socket.exists()
+        with socket.socket(socket.AF_UNIX) as probe:  # one that was killed has left its socket's file
+            return probe.connect_ex(str(self.socket)) == 0

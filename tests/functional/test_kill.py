@@ -98,7 +98,7 @@ def test_download_lives_whichever_write_an_agent_dies_at(broker: Broker, role: s
             try:
                 made.move("g", aborts=aborts)
             except DeadlinePassed as error:
-                logs = "".join(agent.log.read_text()[-6000:] for agent in made.agents.agents.values())
+                logs = "\n----\n".join(agent.log.read_text()[-4000:] for agent in made.agents.agents.values())
                 raise AssertionError(f"write {write}, {victim} dies: {error}\n{logs}") from error
             if made.agents.disarm(victim):
                 break
