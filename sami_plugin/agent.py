@@ -40,7 +40,7 @@ from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks import domain_xml
 from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket, guest_of, text_of
-from sami_plugin.journal.journal import Journal
+from sami_plugin.journal.journal import Journal, opened
 from sami_plugin.leaving import Leaving, foremost
 from sami_plugin.line import Line
 from sami_plugin.migration import destination
@@ -843,7 +843,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
             name=conf.agent.host,
             driver=loader.load_driver(conf.agent.driver, **options.driver_options(conf)),
             scopes=load_scopes(conf.agent.scopes, conf),
-            journal=Journal(conf.agent.journal, keep=options.retention(conf)),
+            journal=opened(conf.agent.journal, options.retention(conf)),
             settings=settings,
             credentials=Credentials(conf.agent.host, options.tls_files(conf)),
             domains=domains,

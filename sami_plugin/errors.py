@@ -21,6 +21,7 @@ SamiError
 │   └── Busy                      it is faster than this host; it sends the same again
 │       └── Crowded                   it is one of too many that call; it calls again
 └── JournalError              the disk's move: the journal cannot be read or written
+    └── JournalDamaged            its file holds what is no journal, or not any more
 """
 
 from __future__ import annotations
@@ -127,3 +128,7 @@ class Crowded(Busy):
 
 class JournalError(SamiError):
     """The journal cannot be read or written."""
+
+
+class JournalDamaged(JournalError):
+    """The journal's file holds what is no journal, or not any more."""

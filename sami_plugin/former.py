@@ -50,7 +50,9 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
     """
     decisions = journal.decisions(row["session"])
     scopes = [Scope.from_dict(told) for told in json.loads(row["ports"])]
-    here = domain if row["role"] == "destination" else None
+    batches = _batches(journal.payloads(row["session"]), settings)
+    if row["role"] == "destination":
+        batches = (_here(batch, domain) for batch in batches)
     return Former(
         row["session"],
         row["known_as"] or row["session"],
@@ -60,19 +62,24 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
         decisions[-1]["state"] if decisions else row["state"],
         journal.payload_count(row["session"]),
         frozenset({*json.loads(row["heard"]), *(one["event"] for one in decisions)}),
-        tuple(zip(scopes, _tables(_batches(journal.payloads(row["session"]), settings, here), scopes), strict=True)),
+        tuple(zip(scopes, _tables(batches, scopes), strict=True)),
     )
 
 
-def _batches(payloads: Iterable[bytes], settings: Settings, domain: Domain | None) -> Iterator[Batch]:
+def _batches(payloads: Iterable[bytes], settings: Settings) -> Iterator[Batch]:
     for payload in payloads:
         octets = compression.decompress(payload, settings.bounds.unpacked_octets)
-        for batch in ipfix.decode(octets, enterprise=settings.enterprise).batches:
-            if domain is None:
-                yield batch
-            else:
-                named, is_ambiguous = domain.address_map.applied(batch)
-                yield named.take(~is_ambiguous)
+        yield from ipfix.decode(octets, enterprise=settings.enterprise).batches
+
+
+def _here(batch: Batch, domain: Domain | None) -> Batch:
+    """As this host calls the flows of the source, whose ids mean nothing here."""
+    if domain is not None:
+        batch, is_ambiguous = domain.address_map.applied(batch)
+        batch = batch.take(~is_ambiguous)
+    rows = batch.rows.copy()
+    rows["flowId"] = 0
+    return Batch(batch.template, rows)
 
 
 def _tables(batches: Iterable[Batch], scopes: list[Scope]) -> list[FlowTable]:

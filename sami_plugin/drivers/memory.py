@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -97,7 +98,7 @@ class MemoryDevice:
         self.lock = threading.RLock()
         self._zones: dict[Place, _Zone] = {}
         self._watches: list[_MemoryWatch] = []
-        self._next_id = 1
+        self._next_id = 1 + zlib.crc32(name.encode())  # two devices do not call a flow by the same id
         self.held = 0
 
     def __repr__(self) -> str:

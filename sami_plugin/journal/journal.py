@@ -8,7 +8,9 @@ little later, because a disk takes longer than a guest is paused.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sqlite3
 import threading
@@ -17,8 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sami_plugin.errors import JournalError
+from sami_plugin.errors import JournalDamaged, JournalError
 from sami_plugin.model.settings import Retention
+
+LOG = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 
@@ -63,6 +67,8 @@ CREATE TABLE IF NOT EXISTS refusals (
 );
 """
 
+_DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
 _SINCE_FORMAT_2 = """
 ALTER TABLE sessions ADD COLUMN known_as TEXT NOT NULL DEFAULT '';
 ALTER TABLE sessions ADD COLUMN heard TEXT NOT NULL DEFAULT '[]';
@@ -72,6 +78,22 @@ ALTER TABLE sessions ADD COLUMN flows_until REAL NOT NULL DEFAULT 0;
 
 MOST_REFUSALS = 1000
 """Rows; those that were not seen for longest give way."""
+
+
+def opened(path: str | Path, keep: Retention) -> Journal:
+    """The journal for an agent. A file that is damaged is put aside, for somebody to look at, and another one begun.
+
+    :raises JournalError: it cannot be read or written; who mends that loses nothing.
+    """
+    try:
+        return Journal(path, keep=keep)
+    except JournalDamaged as error:
+        aside = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+        for ending in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{path}{ending}", f"{aside}{ending}")
+        LOG.error("%s; it is %s now, and a new one begins: what was under way is not gone on with", error, aside)
+        return Journal(path, keep=keep)
 
 
 class Journal:
@@ -101,12 +123,12 @@ class Journal:
             if version > FORMAT_VERSION or (read_only and version == 0):
                 raise JournalError(f"{self.path} is no journal of format {FORMAT_VERSION} (it says {version})")
             if not read_only:
-                self._db.executescript(_SCHEMA)
-                if version == 1:
-                    self._db.executescript(_SINCE_FORMAT_2)
-                self._db.execute(f"PRAGMA user_version={FORMAT_VERSION}")
+                later = _SINCE_FORMAT_2 if version == 1 else ""
+                self._db.executescript(f"BEGIN;{_SCHEMA}{later}PRAGMA user_version={FORMAT_VERSION};COMMIT")
         except (OSError, sqlite3.Error) as error:
-            raise JournalError(f"cannot use the journal {self.path}: {error}") from error
+            is_damaged = getattr(error, "sqlite_errorcode", None) in _DAMAGED
+            kind = JournalDamaged if is_damaged else JournalError
+            raise kind(f"cannot use the journal {self.path}: {error}") from error
 
     def close(self) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -290,20 +291,49 @@ def test_journal_that_was_lost_loses_no_flow(tmp_path: Path, lost: str, at: str)
             assert ports(hosts, "host-a") in (on_source, set())
 
 
+def spoil(path: Path, hosts: Hosts, host: str, how: str) -> None:
+    """The host's journal takes nothing any more."""
+    journal = hosts.agents[host].host.journal
+    if how == "read-only":
+        journal._db.execute("PRAGMA query_only=1")
+    elif how == "full":
+        journal._db.execute("PRAGMA max_page_count=1")  # as many as there are
+        for size in (2000, 10):
+            fill(journal._db, "INSERT INTO refusals VALUES (? || ?, 'x', 1, 0, 0)", "x" * size)
+        fill(journal._db, "INSERT INTO decisions VALUES (?, ?, 0, '', '', '')", "filler")
+        fill(journal._db, "INSERT INTO payloads VALUES (?, ?, '')", "filler")
+    else:
+        garbage = path / "garbage"
+        garbage.write_bytes(b"no database" * 1000)
+        journal._db = sqlite3.connect(garbage, check_same_thread=False, isolation_level=None)
+
+
+def fill(database: sqlite3.Connection, statement: str, text: str) -> None:
+    for number in range(10**6):
+        try:
+            database.execute(statement, (text, number))
+        except sqlite3.OperationalError as error:
+            if "full" not in str(error):
+                raise
+            return
+    raise AssertionError("it takes everything")
+
+
+@pytest.mark.parametrize("how", ["read-only", "full", "corrupt"])
 @pytest.mark.parametrize("host", ["host-a", "host-b"])
-@pytest.mark.parametrize("at", STEPS[: STEPS.index("complete") + 1])
+@pytest.mark.parametrize("at", ["prepare", "in sync", "complete"])
 def test_where_the_journal_does_not_work_the_guest_moves_and_nothing_is_purged(
-    tmp_path: Path, host: str, at: str
+    tmp_path: Path, host: str, at: str, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)
         for step in go_to(hosts, guest, at):
             if step == at:
-                journal = hosts.agents[host].host.journal
-                journal._db.execute("PRAGMA query_only=1")
+                spoil(tmp_path, hosts, host, how)
             if step == "resumed":
                 break
         hosts.say("host-a", Phase.STOPPED, guest)
         until_idle(hosts)
         assert ports(hosts, "host-b") == ALL
         assert ports(hosts, "host-a") == (ALL if host == "host-a" else set())
+        assert "flows are carried, nothing is purged" in caplog.text

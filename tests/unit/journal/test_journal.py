@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sami_plugin.errors import JournalError
+from sami_plugin.errors import JournalDamaged, JournalError
 from sami_plugin.journal import journal as journal_module
 from sami_plugin.journal.journal import FORMAT_VERSION, Journal
 from sami_plugin.model.settings import Retention
@@ -66,6 +67,72 @@ def test_payloads_are_kept_until_the_session_ends_and_the_report_after_it(journa
     (row,) = (row for row in journal.sessions() if row["session"] == ONE)
     assert (row["state"], row["outcome"], json.loads(row["report"])) == ("ended", "moved", {"flows": {"exported": 3}})
     assert row["ended_at"] >= row["started_at"]
+
+
+def test_damaged_file_is_put_aside_and_the_agent_works(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"this is no database" * 1000)
+    with pytest.raises(JournalDamaged, match="not a database"):
+        Journal(path)
+    journal = journal_module.opened(path, Retention())
+    begin(journal)
+    assert [row["session"] for row in journal.unfinished()] == [ONE]
+    journal.close()
+    (aside,) = path.parent.glob("*.damaged-*")
+    assert aside.read_bytes().startswith(b"this is no database")
+    assert "a new one begins" in caplog.text
+
+
+def test_file_that_may_not_be_opened_is_left_alone(path: Path) -> None:
+    path.mkdir(parents=True)
+    with pytest.raises(JournalError) as caught:
+        journal_module.opened(path, Retention())
+    assert not isinstance(caught.value, JournalDamaged)
+    assert path.is_dir()
+
+
+def test_journal_of_format_1_is_read_on(path: Path) -> None:
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.executescript(
+            "CREATE TABLE sessions (session TEXT PRIMARY KEY, guest TEXT NOT NULL, role TEXT NOT NULL, "
+            "peer TEXT NOT NULL, state TEXT NOT NULL, started_at REAL NOT NULL, ended_at REAL, outcome TEXT, "
+            "report TEXT);"
+            "INSERT INTO sessions VALUES ('old', 'guest', 'source', 'host-b', 'drained', 1.0, NULL, NULL, NULL);"
+            "PRAGMA user_version=1;"
+        )
+    for _ in range(2):
+        journal = Journal(path)
+        (row,) = journal.unfinished()
+        assert (row["session"], row["known_as"], row["heard"], row["ports"]) == ("old", "", "[]", "[]")
+        journal.close()
+
+
+def test_session_with_which_another_goes_on_leaves_it_everything(journal: Journal) -> None:
+    begin(journal)
+    journal.know(ONE, peer="host-c", ports=[{"port": "tap"}])
+    journal.keep_payload(ONE, 3, b"flows")
+    journal.go_on(ONE, TWO, ONE, "drained", {"guest suspended"}, {"outcome": "continued"})
+    assert (list(journal.payloads(ONE)), list(journal.payloads(TWO)), journal.payload_count(TWO)) == ([], [b"flows"], 3)
+    (row,) = journal.unfinished()
+    assert (row["session"], row["known_as"], row["peer"], row["state"]) == (TWO, ONE, "host-c", "drained")
+    assert (json.loads(row["heard"]), json.loads(row["ports"])) == (["guest suspended"], [{"port": "tap"}])
+    found = journal.known_as(ONE, "source")
+    assert found is not None
+    assert found["session"] == TWO
+    assert journal.newest("guest") == TWO
+
+
+def test_payloads_that_may_be_asked_for_late_outlive_their_session_for_a_while(journal: Journal) -> None:
+    begin(journal)
+    journal.keep_payload(ONE, 1, b"flows")
+    journal.end(ONE, "ended", "purged without arrival", {}, keep_payloads_seconds=60.0)
+    begin(journal, TWO)
+    journal.end(TWO, "ended", "moved", {})
+    assert list(journal.payloads(ONE)) == [b"flows"]
+    journal._db.execute("UPDATE sessions SET flows_until = 0")
+    journal.end(TWO, "ended", "moved", {})
+    assert list(journal.payloads(ONE)) == []
 
 
 def test_sessions_are_listed_newest_first(journal: Journal) -> None:
