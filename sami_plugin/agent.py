@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import uuid
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -41,7 +41,7 @@ from sami_plugin.hooks import domain_xml
 from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket, guest_of, text_of
 from sami_plugin.journal.journal import Journal, opened
-from sami_plugin.leaving import Leaving, foremost
+from sami_plugin.leaving import Inventory, Leaving, Piece, foremost
 from sami_plugin.line import Line
 from sami_plugin.migration import destination
 from sami_plugin.migration.negotiation import Demand
@@ -66,7 +66,6 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.report import NAMES_PER_REASON, Report
-from sami_plugin.model.risk import functions_of
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.peers import Peers, Way
@@ -139,6 +138,8 @@ class Agent:
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._greetings: dict[str, _Greeting] = {}
         self._questions: dict[str, Question] = {}
+        self._refused: dict[str, str] = {}
+        """Guests that were refused, and where from: if nobody stops their migration, they come all the same."""
         bounds = host.settings.bounds
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing: dict[str, _Outgoing] = {}
@@ -238,6 +239,8 @@ class Agent:
             has_spoken = verdict.wait(limits.ask_seconds + VERDICT_MARGIN_SECONDS)
         newest = session.newest
         if isinstance(newest, DestinationSession) and newest.refusal is not None:
+            with self._lock:
+                self._refused[newest.guest] = newest.peer
             raise Veto(f"{newest.refusal} (session {newest.id})")
         if not has_spoken:
             LOG.warning("%s: nothing is decided yet; the migration goes on", session.id)
@@ -271,18 +274,14 @@ class Agent:
         scopes = self.host.scopes.find(guest)
         if not scopes:
             raise OperatorError(f"guest: {self.host.name} knows no port of {guest}; is the guest here?")
-        there = self.host.peers.way_to(host).domain
-        pieces = [
-            (Leaving(scope, None), piece)
-            for scope in scopes
-            for piece in self.host.driver.export(scope)
-            if not isinstance(piece, Omitted) and (there is None or there.gives(piece.template.name))
-        ]
-        counts: Counter[str] = Counter()
-        for _, batch in pieces:
-            counts[batch.template.name] += len(batch)
-        functions = functions_of(batch for _, batch in pieces)
-        answer = self._ask(host, Check(guest, tuple(counts), tuple(counts.values()), functions))
+        there, found = self.host.peers.way_to(host).domain, Inventory()
+        pieces: list[Piece] = []
+        for scope in scopes:
+            for piece in self.host.driver.export(scope):
+                found.add(piece, there)
+                if not isinstance(piece, Omitted):
+                    pieces.append((Leaving(scope, None), piece))
+        answer = self._ask(host, Check(guest, *found.told()))
         _, rest = foremost((piece for piece in pieces if piece[1].template.name in answer.kinds), answer.places)
         refused = [batch for _, batch in pieces if batch.template.name not in answer.kinds]
         without = [*refused, *(batch for _, batch in rest)]
@@ -291,9 +290,9 @@ class Agent:
             "source": self.host.name,
             "destination": host,
             "verdict": answer.verdict,
-            "flows": counts.total(),
+            "flows": found.counts.total() + found.left_out.total(),
             "carried": answer.places,
-            "kinds": dict(counts),
+            "kinds": dict(found.counts),
             "losses": dict(zip(answer.reasons, answer.counts, strict=False)),
             "not_carried": [name for batch in without for name in names(batch)][:NAMES_PER_REASON],
         }
@@ -324,8 +323,10 @@ class Agent:
             case Phase.STARTED:
                 # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
                 if not self._sessions_of(event.guest, DestinationSession):
-                    if event.is_incoming:
-                        self._expect(event, origin or self._look(event.guest))
+                    refused_from = self._refused.pop(event.guest, "")
+                    if event.is_incoming or refused_from:  # who was to stop the migration has not done it
+                        known = event if event.source else replace(event, source=refused_from or None)
+                        self._expect(known, origin or self._look(event.guest))
                     else:  # it starts here: what it left before has to be gone before it speaks
                         for leaving in self._sessions_of(event.guest, SourceSession):
                             leaving.expect_return()
@@ -406,6 +407,7 @@ class Agent:
                 self._outgoing[guest] = replace(self._outgoing[guest], scopes=scopes)
 
     def _stops(self, event: MigrationEvent) -> None:
+        self._refused.pop(event.guest, None)
         with self._lock:
             outgoing = self._outgoing.pop(event.guest, None) if event.role != "destination" else None
             if outgoing is not None and outgoing.scopes and not self._sessions_of(event.guest, SourceSession):
@@ -602,7 +604,7 @@ class Agent:
         """
         if check.guest in self.host.policies.excluded:
             raise NotAuthorised(self._words_of_exclusion(check.guest))
-        demand = Demand.of(check.kinds, check.counts, check.functions)
+        demand = Demand.of(check)
         risk = self.host.risk(demand, "", check.guest, sender, is_kept=False)
         return risk.answered(self.host.policies.judge(risk, self.host.peers.way_to(sender).domain), 0)
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -40,7 +39,17 @@ from sami_plugin.arriving import Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import SamiError
 from sami_plugin.former import Former
-from sami_plugin.leaving import Leaving, Piece, Sweep, foremost, merged, split, taken
+from sami_plugin.leaving import (
+    NOT_FOR_THAT_DOMAIN,
+    Inventory,
+    Leaving,
+    Piece,
+    Sweep,
+    foremost,
+    merged,
+    split,
+    taken,
+)
 from sami_plugin.line import Line
 from sami_plugin.migration import destination, source
 from sami_plugin.migration.decision import (
@@ -105,7 +114,7 @@ from sami_plugin.model.migration import (
     Stays,
 )
 from sami_plugin.model.results import MEND_NO_PLACE, Outcome, Reason
-from sami_plugin.model.risk import Risk, functions_of
+from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
 from sami_plugin.notifications import at_risk, started
@@ -160,7 +169,7 @@ class SourceSession(Session):
         self._compression = "zlib"
         self._pieces: Iterator[Piece] = iter(())
         self._sweep: Sweep | None = None
-        self._offered: Counter[str] = Counter()
+        self._offered = Inventory()
         self._is_answered = True
         self._unsaid: list[Batch] = []
         """What changed before the destination has answered."""
@@ -268,14 +277,10 @@ class SourceSession(Session):
         """All is exported before, to know how much it is."""
         pieces = list(self._pieces)
         self._pieces = iter(pieces)
-        counts: Counter[str] = Counter()
         for _, batch in pieces:
-            if self._gives(batch):
-                counts[batch.template.name] += len(batch)
-        self._offered = counts
-        functions = functions_of(batch for _, batch in pieces)
+            self._offered.add(batch, self._domain)
         self._is_answered = False
-        self._say(Offer(self._known.version, action.ports, tuple(counts), tuple(counts.values()), functions))
+        self._say(Offer(self._known.version, action.ports, *self._offered.told()))
         self.note("offered")
 
     def _say_again(self, action: SayAgain) -> None:
@@ -286,7 +291,7 @@ class SourceSession(Session):
         self._is_answered = True
         if self._unsaid:
             self._say_changes(self._unsaid, is_last=False)
-        if action.places >= sum(self._offered[kind] for kind in action.kinds):
+        if action.places >= sum(self._offered.counts[kind] for kind in action.kinds):
             return
         pieces = list(self._pieces)
         others = [piece for piece in pieces if piece[1].template.name not in action.kinds]
@@ -311,6 +316,7 @@ class SourceSession(Session):
         for port in self._ports:
             for piece in self.host.driver.export(port.scope):
                 if isinstance(piece, Omitted):
+                    self._offered.add(piece, self._domain)
                     self.report.name(f"not exported: {piece.reason}", piece.count, piece.examples)
                 else:
                     port.former.discard(piece)
@@ -544,7 +550,7 @@ class SourceSession(Session):
                 losses = dict(zip(message.reasons, message.counts, strict=False))
                 self.report.verdict = {
                     "verdict": message.verdict,
-                    "flows": self._offered.total(),
+                    "flows": self._offered.counts.total() + self._offered.left_out.total(),
                     "places": message.places,
                     "losses": losses,
                 }
@@ -566,7 +572,7 @@ class SourceSession(Session):
     def _counts(self) -> dict[str, int]:
         for port in self._ports:
             for table, why in (
-                (port.withheld, "this kind may not go to that domain (kinds_out)"),
+                (port.withheld, NOT_FOR_THAT_DOMAIN),
                 (port.unplaced, f"there was no place for it at the destination; {MEND_NO_PLACE}"),
             ):
                 for batch in table.batches():
@@ -737,8 +743,7 @@ class DestinationSession(Session):
         if offer is None or offer.version == 1:
             why = action.why_unknown or "the source speaks version 1, which says no counts; upgrade it"
             return Risk(guest, self.peer, self.host.name, None, why_unknown=why)
-        demand = Demand.of(offer.kinds, offer.counts, offer.functions)
-        return self.host.risk(demand, self.id, guest, self.peer)
+        return self.host.risk(Demand.of(offer), self.id, guest, self.peer)
 
     def _lapse_places(self, action: LapsePlaces) -> None:
         if self.host.lapse_places(self.id):
@@ -855,8 +860,9 @@ class DestinationSession(Session):
                 except SamiError:
                     port.doubtful.append((scope, mine))
                     raise
+                finally:
+                    self.host.used_places(self.id)
                 self.host.arriving.claim(self.id, port.scope, mine.take(made["outcome"] == Outcome.IMPORTED))
-            self.host.used_places(self.id)
             look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
             self._unverified.append(Unverified(port, scope, mine, made, look))
 

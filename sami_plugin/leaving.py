@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -9,9 +10,11 @@ from itertools import chain
 import numpy as np
 
 from sami_plugin.drivers.base import Changes, FlowDriver, Watch
+from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import Batch, Omitted, importance
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.results import lost_fields
+from sami_plugin.model.risk import functions_of
 from sami_plugin.model.scope import Scope
 
 
@@ -57,6 +60,40 @@ class Leaving:
 
 Piece = tuple[Leaving, Batch]
 """Some flows of one port."""
+
+
+NOT_FOR_THAT_DOMAIN = "this kind may not go to that domain (kinds_out)"
+
+
+@dataclass(slots=True)
+class Inventory:
+    """What a guest has, counted for another host."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Flows by kind, of those that the other host may have."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """By reason, those that it will not be given."""
+    functions: set[str] = field(default_factory=set)
+
+    def add(self, piece: Batch | Omitted, domain: Domain | None) -> None:
+        """Counts what a driver has exported; `domain` is the other host's."""
+        if isinstance(piece, Omitted):
+            self.left_out[piece.reason] += piece.count
+        elif domain is not None and not domain.gives(piece.template.name):
+            self.left_out[NOT_FOR_THAT_DOMAIN] += len(piece)
+        else:
+            self.counts[piece.template.name] += len(piece)
+            self.functions |= functions_of(piece)
+
+    def told(self) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+        """As the messages have it: kinds and counts, functions, reasons and how many are left out by each."""
+        return (
+            tuple(self.counts),
+            tuple(self.counts.values()),
+            tuple(sorted(self.functions)),
+            tuple(self.left_out),
+            tuple(self.left_out.values()),
+        )
 
 
 class Sweep:

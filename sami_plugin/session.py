@@ -76,6 +76,9 @@ LOG = logging.getLogger(__name__)
 BULK = (ExportNext, ExportChanges, Resync)
 """Actions that send much: the next of them waits until the sender has room."""
 
+PUT_IN_SECONDS = 2.0
+"""For so long a session waits at most until others have put in what they are putting in, to know what room is left."""
+
 ROUTINE = (*BULK, WakeAt, FindScope, Import, Verify, Renew)
 """Actions that may be decided upon many times a second."""
 
@@ -101,7 +104,7 @@ class Host:
     """Guests that were received and have run here since."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _turns: threading.Lock = field(default_factory=threading.Lock)
-    _promising: threading.Lock = field(default_factory=threading.Lock)
+    _promising: threading.Condition = field(default_factory=threading.Condition)
     _purging: set[str] = field(default_factory=set)
     _received: set[str] = field(default_factory=set)
     _places: Places = field(init=False)
@@ -171,8 +174,10 @@ class Host:
 
     def take_places(self, session: str, scope: Scope, wanted: int) -> int:
         """How many new entries of `wanted` the session may put into the scope's device now; see Places."""
+        look = self._look(scope)
         with self._promising:
-            return self._places.take(session, wanted, self._look(scope))
+            self._promising.wait_for(lambda: not self._places.needs_to_wait(session, wanted, look), PUT_IN_SECONDS)
+            return self._places.take(session, wanted, look)
 
     def _look(self, scope: Scope) -> Look:
         """For Places, while nobody else takes or is promised any: what was seen before may be taken since."""
@@ -200,11 +205,13 @@ class Host:
         """What it took is in the device, or will never be."""
         with self._promising:
             self._places.used(session)
+            self._promising.notify_all()
 
     def release_places(self, session: str) -> None:
         """It will put in nothing more."""
         with self._promising:
             self._places.release(session)
+            self._promising.notify_all()
 
     def deciding(self, scope: Scope) -> AbstractContextManager[object]:
         """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""

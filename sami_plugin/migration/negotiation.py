@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sami_plugin.model.migration import Check, Offer
 from sami_plugin.model.results import WORDS, Reason
 
 NOT_KEPT = "the driver of that host does not keep {function}, which some of them use"
@@ -18,15 +19,18 @@ class Demand:
     counts: Mapping[str, int]
     """Flows by kind (`Template.name`)."""
     functions: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """By reason, flows that the source does not give, which are not among the counts."""
 
     @property
     def flows(self) -> int:
-        return sum(self.counts.values())
+        return sum(self.counts.values()) + sum(self.left_out.values())
 
     @classmethod
-    def of(cls, kinds: tuple[str, ...], counts: tuple[int, ...], functions: tuple[str, ...]) -> Demand:
+    def of(cls, said: Offer | Check) -> Demand:
         """What a message says, in which a list may be shorter than the other."""
-        return cls(dict(zip(kinds, counts, strict=False)), functions)
+        counts, left_out = zip(said.kinds, said.counts, strict=False), zip(said.reasons, said.left_out, strict=False)
+        return cls(dict(counts), said.functions, dict(left_out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +71,5 @@ def weigh(
     places = promise(wanted) if wanted else 0
     losses[Reason.NO_PLACE] = wanted - places
     degraded = {NOT_KEPT.format(function=one): places for one in demand.functions if one not in functions and places}
-    return Weighed(places, tuple(taken), {WORDS[reason]: count for reason, count in losses.items() if count}, degraded)
+    named = {WORDS[reason]: count for reason, count in losses.items() if count}
+    return Weighed(places, tuple(taken), {**demand.left_out, **named}, degraded)

@@ -61,6 +61,17 @@ class Places:
         self._taken[session] = granted
         return granted
 
+    def needs_to_wait(self, session: str, wanted: int, look: Look) -> bool:
+        """Whether there may be more room when those that are putting in now have said `used`.
+
+        Until then what they took is counted, whether the device has it already or not.
+        """
+        is_anybody_at_it = any(count for one, count in self._taken.items() if one != session)
+        if not is_anybody_at_it or wanted <= self._unasked.get(session, 0):
+            return False
+        free = self._free(session, look)
+        return free is not None and free < wanted
+
     def _free(self, session: str, look: Look) -> int | None:
         """What no other session was promised; None where there is no limit."""
         capacity, in_use = look()

@@ -109,6 +109,9 @@ class Offer:
     counts: tuple[int, ...] = ()
     functions: tuple[str, ...] = ()
     """What of a firewall's abilities they use (`model.risk`)."""
+    reasons: tuple[str, ...] = ()
+    """Why the source leaves some out, which are not among the counts; and in the same order how many each concerns."""
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,8 @@ class Check:
     kinds: tuple[str, ...]
     counts: tuple[int, ...]
     functions: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

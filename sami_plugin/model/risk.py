@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sami_plugin.model.flows import Batch, FlowStatus
@@ -58,12 +58,11 @@ class Risk:
         return Answer(self.carried, int(kept_seconds), self.kinds, *told, verdict=verdict.value)
 
 
-def functions_of(batches: Iterable[Batch]) -> tuple[str, ...]:
-    """The functions that any of these flows uses, sorted."""
+def functions_of(batch: Batch) -> set[str]:
+    """The functions that any of these flows uses."""
     found = set()
-    for batch in batches:
-        if batch.rows["flowMark"].any():
-            found.add(MARKS)
-        if (batch.rows["conntrackStatus"] & int(FlowStatus.HELPER)).any():
-            found.add(HELPERS)
-    return tuple(sorted(found))
+    if batch.rows["flowMark"].any():
+        found.add(MARKS)
+    if (batch.rows["conntrackStatus"] & int(FlowStatus.HELPER)).any():
+        found.add(HELPERS)
+    return found

@@ -38,6 +38,7 @@ from tests.unit.handover.memory import (
     until,
     until_idle,
 )
+from tests.unit.handover.regions import regions
 
 NO_PLACE = WORDS[Reason.NO_PLACE]
 LIMITS = replace(SETTINGS.limits, verdict_seconds=2.0, ask_seconds=5.0)
@@ -525,3 +526,45 @@ def test_operator_is_waited_for_although_the_source_s_agent_is_started_anew(
             preparing.result()
         until_idle(hosts)
         assert len(held(hosts, "host-a")) == 6
+
+
+# --- what a veto does not see, or does not stop
+
+
+def test_guest_that_goes_on_against_a_veto_does_not_lose_what_has_a_place(tmp_path: Path) -> None:
+    """The hook's default is veto = no: libvirt goes on, and says STARTED through the same hook."""
+    with six_against_four(tmp_path, Refuse()) as (hosts, guest):
+        with pytest.raises(Veto):
+            prepare(hosts, guest)
+        until_idle(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")  # as who asks libvirt finds out
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        until(lambda: len(held(hosts, "host-b")) == 4)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 4
+        assert [told["outcome"] for told in hosts.reports("host-b", guest)] == ["moved", "stayed"]
+
+
+def test_kind_that_may_not_go_out_is_a_loss_to_the_policy_veto(tmp_path: Path) -> None:
+    with regions(tmp_path, east={"kinds_out": ("udp-*",)}) as (hosts, _):
+        hosts.agents["host-b"].host.policies = Policies(Refuse())
+        guest = guest_with_flows(hosts)  # a hundred, of TCP
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        with pytest.raises(Veto):
+            hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+
+
+def test_flow_that_the_source_s_driver_cannot_express_is_a_loss_to_the_policy_veto(tmp_path: Path) -> None:
+    with six_against_four(tmp_path, Refuse()) as (hosts, guest):
+        scope = hosts.scope("host-a", guest)
+        hosts.drivers["host-a"].remove(scope, tcp_flows(6).identities)
+        hosts.drivers["host-a"].insert(scope, tcp_flows(2))
+        udp = TEMPLATES["udp-ipv4"].empty(1)
+        udp["zoneRole"], udp["protocolIdentifier"], udp["remainingTimeoutSeconds"] = 1, 17, 90
+        udp["sourceIPv4Address"], udp["destinationIPv4Address"] = 0xC0000207, 0xC6336401
+        hosts.drivers["host-a"].insert(scope, Batch(TEMPLATES["udp-ipv4"], udp))
+        hosts.drivers["host-a"]._templates = frozenset({"tcp-ipv4"})  # type: ignore[attr-defined]
+        with pytest.raises(Veto):
+            prepare(hosts, guest)

@@ -67,3 +67,15 @@ def test_device_never_has_more_than_it_may(life: list[tuple[str, int, str]], cap
         if how == "end":
             places.release(session)
         assert in_use + sum(waiting.values()) <= max(0, int(capacity * (1 - headroom / 100)))
+
+
+def test_who_was_promised_a_place_waits_for_it_while_another_session_puts_in_its_own() -> None:
+    places = Places(0.0)
+    assert places.promise("one", 3, lambda: (8, 4)) == 3
+    assert places.promise("other", 1, lambda: (8, 4)) == 1
+    assert places.take("one", 3, lambda: (8, 4)) == 3
+    # The device has the three by now, and "one" has not come to say `used`: they are counted twice.
+    assert places.needs_to_wait("other", 1, lambda: (8, 7))
+    places.used("one")
+    assert not places.needs_to_wait("other", 1, lambda: (8, 7))
+    assert places.take("other", 1, lambda: (8, 7)) == 1
