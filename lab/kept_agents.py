@@ -22,7 +22,7 @@ from lab.lab import Lab
 from sami_plugin.errors import OperatorError
 from sami_plugin.model.migration import Phase
 
-MORTAL = (sys.executable, "-W", "ignore", "-m", "lab.mortal")
+MORTAL = (sys.executable, "-P", "-W", "ignore", mortal.__file__)
 LOOK_SECONDS = 0.02
 
 

@@ -1,4 +1,4 @@
-"""An agent that ends as `kill -9` ends it, at a write of its journal that a test has chosen: ``python -m lab.mortal``.
+"""An agent that ends as `kill -9` ends it, at a write of its journal that a test has chosen.
 
 What is left to it stands in the file ``die-at`` beside its configuration: how many writes there are until then, and
 whether that one is still done (``after``) or not (``before``). Without the file it lives. All else is `sami-agent`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from sami_plugin.cmd import agent
 from sami_plugin.journal.journal import Journal
 
+_ONE = threading.Lock()
 WRITES = ("begin", "know", "record", "keep_payload", "go_on", "end")
 
 
@@ -45,7 +47,8 @@ def main() -> int:
 
 def _mortal(write: Callable[..., Any], file: Path) -> Callable[..., Any]:
     def mortal(*arguments: Any, **named: Any) -> Any:
-        left, when = _left(file)
+        with _ONE:
+            left, when = _left(file)
         if left == 0 and when == "before":
             _die(file)
         result = write(*arguments, **named)
@@ -62,7 +65,7 @@ def _left(file: Path) -> tuple[int, str]:
     except FileNotFoundError:
         return -1, ""
     if int(left) > 0:
-        file.write_text(f"{int(left) - 1} {when}")
+        arm(file.parent, int(left) - 1, when)
     return int(left), when
 
 

@@ -317,6 +317,8 @@ class Agent:
         if event.guest in self.host.policies.excluded:
             return
         origin = self._learn(event.guest, event.domain)
+        if event.domain is None and event.phase in (Phase.STARTED, Phase.RESUMED):
+            self._look_for_ports(event.guest)
         match event.phase:
             case Phase.PREPARE:
                 self._expect(event, origin)
@@ -374,6 +376,12 @@ class Agent:
                 known = replace(known, destination=destination, is_suspended=False)
             token = origin.token if origin is not None and origin.host == self.host.name else known.token
             self._outgoing[guest] = replace(known, token=token)
+
+    def _look_for_ports(self, guest: str) -> None:
+        """Of a guest that comes: an agent that was started anew was not told of them."""
+        coming = self._sessions_of(guest, DestinationSession)
+        if coming and not coming[0].knows_ports:
+            self._look(guest)
 
     def _look(self, guest: str) -> Origin | None:
         """Asks the hypervisor, where there is one, to describe the guest; as `_learn`."""

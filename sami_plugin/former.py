@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sami_plugin.codec import compression, ipfix
@@ -30,6 +30,8 @@ class Former:
     role: str
     peer: str
     state: str
+    destination: str
+    token: str = field(repr=False)
     payloads: int
     """The highest number of a payload that the journal has."""
     heard: frozenset[str]
@@ -60,6 +62,8 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
         row["role"],
         row["peer"],
         decisions[-1]["state"] if decisions else row["state"],
+        row["destination"],
+        row["token"],
         journal.payload_count(row["session"]),
         frozenset({*json.loads(row["heard"]), *(one["event"] for one in decisions)}),
         tuple(zip(scopes, _tables(batches, scopes), strict=True)),

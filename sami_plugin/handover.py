@@ -156,7 +156,7 @@ class SourceSession(Session):
         """
         super().__init__(host, session, guest, peer, ended, line)
         self._is_recovered, self._has_all = is_recovered, has_all
-        self._destination, self._token = destination, token
+        self.destination, self.token = destination or "", token
         limits = host.settings.limits
         self._known = source.Source(
             limits, host.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
@@ -217,6 +217,8 @@ class SourceSession(Session):
             self.role,
             self.peer,
             self._state_before,
+            self.destination,
+            self.token,
             self._payloads,
             frozenset(self._heard_of),
             tuple((port.scope, port.told()) for port in self._ports),
@@ -230,8 +232,8 @@ class SourceSession(Session):
 
     def may_be_fetched_by(self, host: str, token: str) -> bool:
         """Whether the guest left to that host, as far as one knows here, and nobody has asked for its flows by now."""
-        is_its = host == self._destination or bool(
-            self._destination is None and self._token and hmac.compare_digest(self._token.encode(), token.encode())
+        is_its = host == self.destination or bool(
+            not self.destination and self.token and hmac.compare_digest(self.token.encode(), token.encode())
         )
         return not self.peer and is_its and source.may_be_continued(self._known)
 
@@ -628,8 +630,6 @@ class DestinationSession(Session):
         self._declared: Collection[str] = ()
         self.risk = ""
         """What would be lost, in one line, as far as it is known."""
-        self.token = ""
-        """See Origin."""
         host.arriving_guests[session] = guest
 
     def take_over(self, former: Former) -> None:
@@ -667,6 +667,8 @@ class DestinationSession(Session):
             self.role,
             self.peer,
             self._state_before,
+            self.destination,
+            self.token,
             self._payloads,
             frozenset(self._heard_of),
             tuple((port.scope, port.put_in()) for port in self._ports),
@@ -773,6 +775,8 @@ class DestinationSession(Session):
         fresh = [Arriving(scope) for scope in found]
         self._ports += fresh
         self._unfilled += fresh
+        if fresh:
+            self.note_knowledge()  # before anything is put in, or a later start could not find it
         is_all = action.is_last or len(self._ports) >= (self._known.ports or 0)
         if self._unfilled or is_all:
             for payload in self._waiting:
@@ -989,6 +993,11 @@ class DestinationSession(Session):
         Either may be unknown yet, and is the same then.
         """
         return destination.is_open(self._known) and (source == self.peer or not source or not self.peer)
+
+    @property
+    def knows_ports(self) -> bool:
+        """Whether any of the guest's ports has been found here."""
+        return bool(self._ports)
 
     @property
     def is_held_up(self) -> bool:

@@ -268,6 +268,10 @@ class Session(abc.ABC):
         """The id by which the other host knows this session: that of the first one, where another goes on with it."""
         self.guest = guest
         self.peer = peer
+        self.destination = ""
+        """Where the guest goes to, as far as this host's hypervisor has said."""
+        self.token = ""
+        """What the guest's description says: see Origin."""
         self.report = Report(session, guest, self.role, host.name, peer or "not known")
         self._ended = ended
         self._former: Former | None = None
@@ -402,11 +406,19 @@ class Session(abc.ABC):
         """First of all."""
         if self._former is None:
             try:
-                self.host.journal.begin(self.id, self.guest, self.role, self.peer, self._state())
+                self.host.journal.begin(
+                    self.id,
+                    self.guest,
+                    self.role,
+                    self.peer,
+                    self._state(),
+                    destination=self.destination,
+                    token=self.token,
+                )
             except JournalError as error:
                 self.lose_journal(error)
         self._begin()
-        self._note_knowledge()
+        self.note_knowledge()
 
     def take_over(self, former: Former) -> None:
         """This session goes on with another one. Called before it begins; the journal has it by then."""
@@ -414,6 +426,7 @@ class Session(abc.ABC):
         self.report.remark(f"it goes on with session {former.session}")
         self._heard_of |= former.heard
         self._payloads = former.payloads
+        self.destination, self.token = former.destination, former.token
 
     def next_event(self, *, waits: bool = True) -> Event | None:
         """What happens next; None where it has been stopped, or where nothing has happened and nobody waits for it."""
@@ -450,16 +463,17 @@ class Session(abc.ABC):
             LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, self._state(), _label(event))
         if actions:
             self._enact(_label(event), actions, self._state() != before or not _is_routine(event, actions))
-        self._note_knowledge()
+        self.note_knowledge()
 
-    def _note_knowledge(self) -> None:
+    def note_knowledge(self) -> None:
         """What a later start needs to know besides decisions and flows goes into the journal when it has changed."""
-        known = self.peer, self._scopes_known()
+        known = self.peer, self.destination, self.token, self._scopes_known()
         if known == self._known_peer_and_ports or not self._journal_works:
             return
         self._known_peer_and_ports = known
+        ports = [scope.as_dict() for scope in known[-1]]
         try:
-            self.host.journal.know(self.id, peer=self.peer, ports=[scope.as_dict() for scope in known[1]])
+            self.host.journal.know(self.id, peer=self.peer, ports=ports, destination=self.destination, token=self.token)
         except JournalError as error:
             self.lose_journal(error)
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lab.agents import AgentProcess
+from lab.agents import AGENT, AgentProcess
 from lab.broker import Broker
 from lab.deadline import wait_until
 from lab.libvirt.guest import Guest
@@ -30,14 +30,16 @@ HEARS_LIBVIRT = "tells of migrations from now on"
 class HostAgent(AgentProcess):
     """The agent of one host. Its socket, journal and log are seen at the same path from the world and in the host."""
 
-    def __init__(self, host: LibvirtHost, broker: Broker, migration: Mapping[str, object]) -> None:
+    def __init__(
+        self, host: LibvirtHost, broker: Broker, migration: Mapping[str, object], program: Sequence[str] = AGENT
+    ) -> None:
         options: dict[str, dict[str, object]] = {
             "DEFAULT": {"transport_url": broker.url},
             "agent": {"scopes": "bridge_iptables", "socket": SOCKET},
             "libvirt": {"uri": "qemu:///system"},
             "migration": dict(migration),
         }
-        super().__init__(host.lab_folder, host.name, options, start=self._start_in_host)
+        super().__init__(host.lab_folder, host.name, options, start=self._start_in_host, program=program)
         self._host = host
         self._words: list[str] = []
         self.socket = host.path(SOCKET)
@@ -78,9 +80,15 @@ class Sami:
     """A context manager: agents and hooks on these hosts of a lab, or on all. `agents` and `relays` are by host."""
 
     def __init__(
-        self, lab: LibvirtLab, broker: Broker, hosts: Iterable[str] | None = None, **migration: object
+        self,
+        lab: LibvirtLab,
+        broker: Broker,
+        hosts: Iterable[str] | None = None,
+        program: Sequence[str] = AGENT,
+        **migration: object,
     ) -> None:
-        """`migration` are options of the group [migration]."""
+        """`migration` are options of the group [migration]; `program` is what is run as the agent."""
+        self._program = program
         self._lab = lab
         self._broker = broker
         self._names = list(lab.hosts) if hosts is None else list(hosts)
@@ -95,7 +103,7 @@ class Sami:
                 host = self._lab.hosts[name]
                 self.relays[name] = host.relay(self._broker.port)
                 stack.callback(self.relays[name].cut)
-                self.agents[name] = stack.enter_context(HostAgent(host, self._broker, self._migration))
+                self.agents[name] = stack.enter_context(HostAgent(host, self._broker, self._migration, self._program))
                 host.install_hook(libvirt_hook.__file__, HOOK)
                 stack.callback(host.remove_hook, HOOK)
             self._stack = stack.pop_all()

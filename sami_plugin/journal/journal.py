@@ -40,7 +40,9 @@ CREATE TABLE IF NOT EXISTS sessions (
     known_as    TEXT NOT NULL DEFAULT '',
     heard       TEXT NOT NULL DEFAULT '[]',
     ports       TEXT NOT NULL DEFAULT '[]',
-    flows_until REAL NOT NULL DEFAULT 0
+    flows_until REAL NOT NULL DEFAULT 0,
+    destination TEXT NOT NULL DEFAULT '',
+    token       TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE IF NOT EXISTS decisions (
     session     TEXT NOT NULL,
@@ -74,6 +76,8 @@ ALTER TABLE sessions ADD COLUMN known_as TEXT NOT NULL DEFAULT '';
 ALTER TABLE sessions ADD COLUMN heard TEXT NOT NULL DEFAULT '[]';
 ALTER TABLE sessions ADD COLUMN ports TEXT NOT NULL DEFAULT '[]';
 ALTER TABLE sessions ADD COLUMN flows_until REAL NOT NULL DEFAULT 0;
+ALTER TABLE sessions ADD COLUMN destination TEXT NOT NULL DEFAULT '';
+ALTER TABLE sessions ADD COLUMN token TEXT NOT NULL DEFAULT '';
 """
 
 MOST_REFUSALS = 1000
@@ -134,11 +138,14 @@ class Journal:
         with self._lock:
             self._db.close()
 
-    def begin(self, session: str, guest: str, role: str, peer: str, state: str) -> None:
+    def begin(
+        self, session: str, guest: str, role: str, peer: str, state: str, *, destination: str = "", token: str = ""
+    ) -> None:
+        """`destination` is where the guest goes to, `token` what its description says (`Origin`), if that is known."""
         self._write(
-            "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (session, guest, role, peer, state, time.time(), session),
+            "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, destination, token) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (session, guest, role, peer, state, time.time(), session, destination, token),
         )
 
     def go_on(
@@ -155,19 +162,27 @@ class Journal:
             self._db.execute("BEGIN IMMEDIATE")
             with self._db:  # commits, or rolls back
                 self._db.execute(
-                    "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, heard, ports) "
-                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports FROM sessions WHERE session = ?",
+                    "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, heard, ports, "
+                    "destination, token) "
+                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports, destination, token "
+                    "FROM sessions WHERE session = ?",
                     (session, state, now, known_as, json.dumps(sorted(heard)), former),
                 )
                 self._db.execute("UPDATE payloads SET session = ? WHERE session = ?", (session, former))
                 self._db.execute(
-                    "UPDATE sessions SET state = 'ended', outcome = ?, report = ?, ended_at = ? WHERE session = ?",
+                    "UPDATE sessions SET state = 'ended', outcome = ?, report = ?, ended_at = ?, token = '' "
+                    "WHERE session = ?",
                     (report["outcome"], told, now, former),
                 )
 
-    def know(self, session: str, *, peer: str, ports: list[dict[str, Any]]) -> None:
+    def know(
+        self, session: str, *, peer: str, ports: list[dict[str, Any]], destination: str = "", token: str = ""
+    ) -> None:
         """Who the other host is, and where the guest's ports have their state here: as much as is known by now."""
-        self._write("UPDATE sessions SET peer = ?, ports = ? WHERE session = ?", (peer, json.dumps(ports), session))
+        self._write(
+            "UPDATE sessions SET peer = ?, ports = ?, destination = ?, token = ? WHERE session = ?",
+            (peer, json.dumps(ports), destination, token, session),
+        )
 
     def unfinished(self) -> list[dict[str, Any]]:
         """Sessions that have begun and not ended, oldest first."""
@@ -206,7 +221,7 @@ class Journal:
             self._db.execute("BEGIN IMMEDIATE")
             with self._db:  # commits, or rolls back
                 self._db.execute(
-                    "UPDATE sessions SET state = ?, outcome = ?, report = ?, ended_at = ?, flows_until = ? "
+                    "UPDATE sessions SET state = ?, outcome = ?, report = ?, ended_at = ?, flows_until = ?, token = '' "
                     "WHERE session = ?",
                     (state, outcome, told, now, now + keep_payloads_seconds, session),
                 )

@@ -29,7 +29,9 @@ class MemoryJournal(Journal):
         if self.is_full:
             raise JournalError("cannot use the journal: the disk is full")
 
-    def begin(self, session: str, guest: str, role: str, peer: str, state: str) -> None:
+    def begin(
+        self, session: str, guest: str, role: str, peer: str, state: str, *, destination: str = "", token: str = ""
+    ) -> None:
         self._before("beginning")
         self._sessions[session] = {
             "session": session,
@@ -44,6 +46,8 @@ class MemoryJournal(Journal):
             "known_as": session,
             "heard": "[]",
             "ports": "[]",
+            "destination": destination,
+            "token": token,
         }
         self._disturb("after beginning")
 
@@ -81,10 +85,12 @@ class MemoryJournal(Journal):
         self._payloads[session] = self._payloads.pop(former, {})
         self._disturb("after going on")
 
-    def know(self, session: str, *, peer: str, ports: list[dict[str, Any]]) -> None:
+    def know(
+        self, session: str, *, peer: str, ports: list[dict[str, Any]], destination: str = "", token: str = ""
+    ) -> None:
         self._before("what is known")
         if session in self._sessions:
-            self._sessions[session].update(peer=peer, ports=json.dumps(ports))
+            self._sessions[session].update(peer=peer, ports=json.dumps(ports), destination=destination, token=token)
 
     def unfinished(self) -> list[dict[str, Any]]:
         return [_told(row) for row in self._sessions.values() if row["ended_at"] is None]

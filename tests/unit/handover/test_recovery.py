@@ -12,8 +12,10 @@ import netaddr
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.model.flows import ZoneRole
+from sami_plugin.journal.journal import Journal
+from sami_plugin.model.flows import Batch, ZoneRole
 from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.testing.hosts import Hosts
@@ -116,6 +118,28 @@ def recall(hosts: Hosts, guest: str, victims: list[str], step: str) -> None:
             words(hosts, guest, ("host-b", Phase.RESUMED))
         elif host == "host-b" and at >= STEPS.index("started"):
             words(hosts, guest, ("host-b", Phase.STARTED))
+
+
+def test_where_the_ports_are_is_in_the_journal_before_anything_is_put_in(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Watched(MemoryDriver):
+        def insert(self, scope: Scope, batch: Batch) -> Results:
+            journal = Journal(tmp_path / "host-b-journal.sqlite", read_only=True)
+            seen.extend(row["ports"] for row in journal.unfinished())
+            journal.close()
+            return super().insert(scope, batch)
+
+    def driver(name: str) -> MemoryDriver:
+        return (Watched if name == "host-b" else MemoryDriver)(MemoryDevice(name))
+
+    with Hosts(tmp_path, tuple(ZONES), driver, settings=SETTINGS) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+    assert seen
+    assert all("tap" in ports for ports in seen)
 
 
 @pytest.mark.parametrize("killed", ["host-a", "host-b", "both"])
