@@ -88,9 +88,9 @@ class Findings:
         part.port.held.discard(batch)
         part.port.held.put(found.take(is_ours))
         self._present.put(batch.take(made["outcome"] == Outcome.PRESENT))
-        for code in np.unique(made["reason"][made["outcome"] == Outcome.REFUSED]):
-            self.refuse(batch.take(made["reason"] == code), Reason(int(code)))
-        for position, state_field in enumerate(batch.template.state):
+        for code in sorted({*made["reason"][made["outcome"] == Outcome.REFUSED].tolist()}):
+            self.refuse(batch.take(made["reason"] == code), Reason(code))
+        for position, state_field in enumerate(batch.template.state if made["lost"].any() else ()):
             is_lost = (made["lost"] >> position) & 1 == 1
             if is_lost.any():
                 self._degraded.setdefault(state_field[0], FlowTable()).put(batch.take(is_lost))

@@ -1031,9 +1031,9 @@ class DestinationSession(Session):
             self._note_message(event.message)
         if was_asking and not self.is_asking:
             self._note_answer(event)
-        if self._known.verdict in (Verdict.PROCEED, Verdict.VETO):
+        if not self.has_verdict.is_set() and self._known.verdict in (Verdict.PROCEED, Verdict.VETO):
             self.has_verdict.set()
-        if destination.has_caught_up(self._known):
+        if not self.has_caught_up.is_set() and destination.has_caught_up(self._known):
             self.has_caught_up.set()
         return actions
 

@@ -459,10 +459,13 @@ class Session(abc.ABC):
         if isinstance(event, GuestDid | PeerSaid):
             self._heard_of.add(_label(event))
         actions = self._step(event, self.host.monotonic())
-        if self._state() != before:
-            LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, self._state(), _label(event))
-        if actions:
-            self._enact(_label(event), actions, self._state() != before or not _is_routine(event, actions))
+        has_moved = (after := self._state()) != before
+        if has_moved:
+            LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, after, _label(event))
+        if has_moved or (actions and not _is_routine(event, actions)):
+            self._enact(_label(event), actions)
+        else:
+            self._do(actions)
         self.note_knowledge()
 
     def note_knowledge(self) -> None:
@@ -477,10 +480,14 @@ class Session(abc.ABC):
         except JournalError as error:
             self.lose_journal(error)
 
-    def _enact(self, label: str, actions: list[Action], is_kept: bool = True) -> None:
-        """Records a decision, then does it, in order."""
-        if is_kept:
+    def _enact(self, label: str, actions: list[Action]) -> None:
+        """Records a decision, then does it."""
+        if actions:
             self._record(label, actions)
+            self._do(actions)
+
+    def _do(self, actions: list[Action]) -> None:
+        """All of it, in order, up to what fails."""
         for action in actions:
             if not self._act_safely(action):
                 break

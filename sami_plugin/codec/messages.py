@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 
 import msgpack
@@ -22,20 +23,41 @@ MOST_ENTRIES = 256
 """Of a text and of a list in a message: reasons and names go into logs and journals."""
 
 KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in typing.get_args(migration.Message)}
-_FIELDS: dict[type[Message], tuple[tuple[str, bool, object], ...]] = {
+_Check = Callable[[object], bool]
+
+
+def _check(hint: object) -> _Check:
+    """Whether a value is of that type, and no longer than it may be."""
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        some = [_check(one) for one in typing.get_args(hint)]
+        return lambda value: any(fits(value) for fits in some)
+    if origin is tuple:
+        entry = _check(typing.get_args(hint)[0])
+        return lambda value: isinstance(value, tuple) and len(value) <= MOST_ENTRIES and all(map(entry, value))
+    if hint is str:
+        return lambda value: isinstance(value, str) and len(value) <= MOST_CHARACTERS
+    if hint is int:
+        return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return lambda value: isinstance(value, hint)  # type: ignore[arg-type]
+
+
+_FIELDS: dict[type[Message], tuple[tuple[str, bool, object, _Check], ...]] = {
     kind: tuple(
-        (field.name, field.default is MISSING, typing.get_type_hints(kind)[field.name]) for field in fields(kind)
+        (field.name, field.default is MISSING, hint, _check(hint))
+        for field in fields(kind)
+        for hint in (typing.get_type_hints(kind)[field.name],)
     )
     for kind in KINDS.values()
 }
-"""Name, whether it may not be left out, and type."""
+"""Name, whether it may not be left out, type, and whether a value is of it."""
 
 
 def encode(message: Message) -> bytes:
     """The message as bytes."""
     values = {
         name: value[:MOST_CHARACTERS] if isinstance(value, str) else value
-        for name, _, _ in _FIELDS[type(message)]
+        for name, *_ in _FIELDS[type(message)]
         for value in (getattr(message, name),)
     }
     body = {"version": PROTOCOL_VERSION, "kind": type(message).__name__, **values}
@@ -61,13 +83,13 @@ def decode(octets: bytes) -> Message:
     if kind is None:
         raise Malformed(f"unknown kind of message {_short(named)}; upgrade this host", "field kind")
     values = {}
-    for name, is_needed, hint in _FIELDS[kind]:
+    for name, is_needed, hint, fits in _FIELDS[kind]:
         if name not in body:
             if is_needed:
                 raise Malformed("a field is missing", f"{kind.__name__}.{name}")
             continue
         value = body[name]
-        if not _fits(value, hint):
+        if not fits(value):
             raise Malformed(f"{_short(value)} is no {hint}", f"{kind.__name__}.{name}")
         values[name] = value
     return kind(**values)
@@ -79,17 +101,3 @@ def _short(value: object) -> str:
         return "a list" if isinstance(value, tuple) else "a map"
     text = ascii(value[:60] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _fits(value: object, hint: object) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType or origin is typing.Union:
-        return any(_fits(value, one) for one in typing.get_args(hint))
-    if origin is tuple:
-        entry = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and len(value) <= MOST_ENTRIES and all(_fits(one, entry) for one in value)
-    if hint is str:
-        return isinstance(value, str) and len(value) <= MOST_CHARACTERS
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return isinstance(value, hint)  # type: ignore[arg-type]

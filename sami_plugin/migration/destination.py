@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sami_plugin.migration import decision
 from sami_plugin.migration.decision import (
@@ -44,6 +44,7 @@ from sami_plugin.migration.decision import (
     TimePassed,
     Verify,
     WakeAt,
+    replace,
 )
 from sami_plugin.model.migration import (
     Answer,

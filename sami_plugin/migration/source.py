@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sami_plugin.errors import IllegalMessage
 from sami_plugin.migration import decision
@@ -44,6 +44,7 @@ from sami_plugin.migration.decision import (
     StartExport,
     TimePassed,
     WakeAt,
+    replace,
 )
 from sami_plugin.model.migration import (
     PROTOCOL_VERSION,

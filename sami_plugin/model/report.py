@@ -33,20 +33,25 @@ class Report:
 
     def step(self, name: str, wall: float, monotonic: float) -> None:
         """Notes when something happened; of what happens again and again, the first time."""
-        if all(name != known for known, _, _ in self.steps):
+        if name not in self._moments():
             self.steps.append((name, wall, monotonic))
 
     def milliseconds(self, since: str, until: str) -> float | None:
         """Between two steps; None where one of them did not happen."""
-        at = {name: monotonic for name, _, monotonic in self.steps}
+        at = self._moments()
         return (at[until] - at[since]) * 1000 if since in at and until in at else None
+
+    def _moments(self) -> dict[str, float]:
+        """By step, when it happened, on the monotonic clock."""
+        return {name: monotonic for name, _, monotonic in self.steps}
 
     def spans(self) -> dict[str, float]:
         """Milliseconds between the steps of `SPANS`, of those that happened."""
+        at = self._moments()
         return {
-            f"{since} to {until}": round(took, 3)
+            f"{since} to {until}": round((at[until] - at[since]) * 1000, 3)
             for since, until in SPANS[self.role]
-            if (took := self.milliseconds(since, until)) is not None
+            if since in at and until in at
         }
 
     def remark(self, words: str) -> None:
