@@ -64,13 +64,18 @@ def _replay(seed: int) -> int:
 def _soak(first: int, runs: int, jobs: int) -> int:
     began = time.monotonic()
     failed: dict[int, list[str]] = {}
-    done = 0
+    done, cpu_seconds = 0, 0.0
     for part in _parts(first, runs, jobs):
         done += part.runs
+        cpu_seconds += part.cpu_seconds
         failed |= part.failed
         rate = done / (time.monotonic() - began)
         print(
-            f"\r{done} of {runs} runs, {rate:.0f} a second, {len(failed)} failed ", end="", file=sys.stderr, flush=True
+            f"\r{done} of {runs} runs, {rate:.0f} a second, {done / cpu_seconds:.0f} per CPU second, "
+            f"{len(failed)} failed ",
+            end="",
+            file=sys.stderr,
+            flush=True,
         )
     print(file=sys.stderr)
     for seed, violations in sorted(failed.items())[:MOST_TOLD]:
@@ -79,7 +84,10 @@ def _soak(first: int, runs: int, jobs: int) -> int:
             print(f"    {violation}")
     if len(failed) > MOST_TOLD:
         print(f"and {len(failed) - MOST_TOLD} seeds more")
-    print(f"{done} runs in {time.monotonic() - began:.0f} s, {len(failed)} broke a promise")
+    print(
+        f"{done} runs in {time.monotonic() - began:.0f} s, "
+        f"{done / cpu_seconds:.0f} per CPU second, {len(failed)} broke a promise"
+    )
     return 1 if failed else 0
 
 

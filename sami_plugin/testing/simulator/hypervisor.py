@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Script = Iterator[float]
 """What somebody does; in between it waits for so many seconds."""
 
-POLL_SECONDS = 0.7
+POLL_SECONDS = 1.3
 SOURCE, DESTINATION = "source", "destination"
 
 
@@ -76,7 +76,7 @@ def life(world: World, guest: Guest, moves: int) -> Script:
             continue
         if random.random() >= mix.haste:
             while any(one.guest == guest.id and one.role == DESTINATION for one in world.sessions_at(source)):
-                yield 0.5
+                yield 1.0
         if guest.place != source:
             continue
         yield from Migration(world, guest, source, destination).script()
@@ -328,10 +328,10 @@ class Migration:
     def _until(self, condition: Callable[[], bool], seconds: float) -> Script:
         """As a hook waits, so many seconds at most."""
         end = self._world.now + seconds
-        wait = 0.005
+        wait = 0.01
         while not condition() and self._world.now < end:
             yield wait
-            wait = min(wait * 3, 0.3)
+            wait = min(wait * 4, 0.3)
 
     def _has_verdict(self) -> bool:
         return all(one.has_verdict.is_set() for one in self._coming())

@@ -44,8 +44,8 @@ class MemoryJournal(Journal):
             "outcome": None,
             "report": None,
             "known_as": session,
-            "heard": "[]",
-            "ports": "[]",
+            "heard": [],
+            "ports": [],
             "destination": destination,
             "token": token,
         }
@@ -79,7 +79,7 @@ class MemoryJournal(Journal):
         self._before("going on")
         now, known = self._clock(), self._sessions.get(former)
         if known is not None:
-            begun = {"session": session, "known_as": known_as, "state": state, "heard": json.dumps(sorted(heard))}
+            begun = {"session": session, "known_as": known_as, "state": state, "heard": sorted(heard)}
             self._sessions[session] = {**known, **begun, "started_at": now}
             known.update(state="ended", outcome=report["outcome"], report=report, ended_at=now)
         self._payloads[session] = self._payloads.pop(former, {})
@@ -90,7 +90,7 @@ class MemoryJournal(Journal):
     ) -> None:
         self._before("what is known")
         if session in self._sessions:
-            self._sessions[session].update(peer=peer, ports=json.dumps(ports), destination=destination, token=token)
+            self._sessions[session].update(peer=peer, ports=ports, destination=destination, token=token)
 
     def unfinished(self) -> list[dict[str, Any]]:
         return [_told(row) for row in self._sessions.values() if row["ended_at"] is None]
@@ -139,4 +139,5 @@ class MemoryJournal(Journal):
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "report": None if row["report"] is None else json.dumps(row["report"])}
+    told = {name: json.dumps(row[name]) for name in ("heard", "ports", "report") if row[name] is not None}
+    return {**row, **told}

@@ -18,13 +18,13 @@ class Mix:
     """Migrations of each guest, one after another."""
     flows: int = 3
     """At most so many of each port at first."""
-    foreign: int = 2
+    foreign: int = 1
     """Flows of nobody on each host."""
     is_shared: float = 0.0
     """Of a port, that its zone is that of others too."""
     residents: int = 0
     """Guests in the shared zones that never move."""
-    traffic: int = 3
+    traffic: int = 2
     """Things that flows do during each migration, about."""
     copy_seconds: float = 1.0
     """Longest copy of a guest's memory."""
@@ -38,7 +38,7 @@ class Mix:
     """Of a packet, that a forged one comes before it."""
     stranger: float = 0.0
     """Of a migration, that a host that the guest does not move to asks for its flows."""
-    twice: float = 0.3
+    twice: float = 0.08
     """Of a word of the hypervisor, that it is said twice."""
     mute: float = 0.0
     """Of a word, that it is not said at all."""
@@ -52,24 +52,24 @@ class Mix:
     """Of a run, that the guests' descriptions say where they come from, and nobody else does."""
     no_hook: float = 0.1
     """Of a migration of described guests, that no hook announces it."""
-    polls: float = 0.5
+    polls: float = 0.2
     """Of a run, that the hypervisor is asked about guests that leave."""
-    abort: float = 0.1
+    abort: float = 0.15
     kill: float = 0.02
-    goes_back: float = 0.1
+    goes_back: float = 0.03
     """Of a migration, that the guest returns at once."""
     haste: float = 0.0
     """Of a migration, that it begins before the last one's flows have all come."""
     post_copy: float = 0.1
     paused: float = 0.05
     """Of a migration, that its guest's user has paused it."""
-    late_zone: float = 0.2
-    zone_seconds: float = 0.2
+    late_zone: float = 0.1
+    zone_seconds: float = 0.1
     lost_zone: float = 0.0
     """Of a port, that its zone never appears."""
     cleaning: float = 0.2
     """Of a migration, that the network's own agent deletes the port's entries in the pause."""
-    late_packets: float = 0.2
+    late_packets: float = 0.15
     capacity: int | None = None
     failing_device: float = 0.0
     forgetful_device: float = 0.0
@@ -86,49 +86,49 @@ def drawn(random: Random, **fixed: Any) -> Mix:
     """A mix for one run; `fixed` fields are as they are given."""
     mix = Mix()
     dice = random.random
-    mix.flows = random.choice((0, 1, 1, 2, 2, 4))
-    if dice() < 0.1:
+    mix.flows = random.choice((0, 0, 1, 1, 1, 1, 2, 4))
+    if dice() < 0.06:
         mix.ports = 2
-    if dice() < 0.08:
-        mix.hosts, mix.moves = 3, random.choice((1, 2, 3))
-    elif dice() < 0.07:
+    if dice() < 0.04:
+        mix.hosts, mix.moves = 3, random.choice((1, 2, 2, 3))
+    elif dice() < 0.03:
         mix.moves = 2
-    if dice() < 0.1:
+    if dice() < 0.05:
         mix.is_shared, mix.residents = 1.0, random.choice((0, 0, 1))
         mix.guests = random.choice((1, 2, 2))
-    elif dice() < 0.05:
+    elif dice() < 0.02:
         mix.guests = random.choice((2, 2, 3))
     if dice() < 0.15:
-        mix.copy_seconds = random.choice((0.0, 4.0, 12.0))
+        mix.copy_seconds = random.choice((0.0, 0.0, 4.0, 12.0))
     if dice() < 0.25:
-        mix.traffic = random.choice((0, 8))
-    if dice() < 0.25:
+        mix.traffic = random.choice((0, 0, 6))
+    if dice() < 0.12:
         mix.loss, mix.repetition = random.choice((0.0, 0.05, 0.2)), random.choice((0.0, 0.1, 0.4))
         mix.delay_seconds = random.choice((0.01, 0.1, 0.5))
     if dice() < 0.03:
         mix.outage = 1.0
     if dice() < 0.06:
         mix.forgery = 0.1
-    if dice() < 0.08:
+    if dice() < 0.05:
         mix.stranger = 1.0
     if dice() < 0.05:
         mix.mute = 0.2
     if dice() < 0.2:
         mix.late_words = 0.1
-    if dice() < 0.2:
+    if dice() < 0.08:
         mix.slow_sessions = random.choice((0.002, 0.01, 0.03))
     if dice() < 0.1:
         mix.policy = 0.7
     if dice() < 0.1:
         mix.old_version = 0.5
-    if dice() < 0.3:
-        mix.is_described = 1.0
     if dice() < 0.15:
+        mix.is_described = 1.0
+    if dice() < 0.08:
         mix.abort, mix.goes_back = 0.5, 0.3
-    if dice() < 0.02:
+    if dice() < 0.01:
         mix.lost_zone = 0.5
-    if dice() < 0.05:
-        mix.zone_seconds = 1.0
+    if dice() < 0.03:
+        mix.late_zone, mix.zone_seconds = 0.5, random.choice((0.3, 1.0))
     if dice() < 0.06:
         mix.capacity = random.choice((6, 10, 14))
     if dice() < 0.04:

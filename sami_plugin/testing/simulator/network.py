@@ -7,6 +7,7 @@ shown, and what was forged breaks the stream. It costs next to nothing.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 import threading
@@ -141,6 +142,7 @@ def connect(context: Any, *, is_server: bool) -> Connection:
     return Plain(context, is_server=is_server)
 
 
+@functools.lru_cache(maxsize=64)
 def kind_of(message: bytes) -> str:
     """The kind of a message between agents."""
     return str(msgpack.unpackb(message)["kind"])

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any, TypeVar
 
@@ -32,8 +33,8 @@ from sami_plugin.testing.simulator.stranger import Stranger
 from sami_plugin.testing.simulator.traffic import Traffic
 
 LIMITS = Limits(
-    delta_seconds=0.4,
-    resync_seconds=2.0,
+    delta_seconds=1.0,
+    resync_seconds=4.0,
     hold_seconds=6,
     open_seconds=4.0,
     zone_seconds=1.5,
@@ -183,6 +184,16 @@ class World:
             checks.final(self)
         return self.violations
 
+    def dissolve(self) -> None:
+        """Lets go of all that it was made of: what holds itself in circles has to be swept up else."""
+        for host, session in self.sessions:
+            for circle in (session._line, session, host):
+                vars(circle).clear()
+        self.network.endpoints.clear()
+        for guest in self.guests.values():
+            guest.ports, guest.flows = [], []
+        vars(self).clear()
+
     def _begin(self) -> None:
         mix, random = self.mix, self.random
         for name in self.names:
@@ -264,15 +275,14 @@ class World:
         """Lets somebody act; what goes on in the background does not keep the run from ending."""
         if not is_background:
             self._scripts += 1
+        self.after(0.0, partial(self._play_on, script, is_background))
 
-        def go_on() -> None:
-            seconds = next(script, None)
-            if seconds is not None:
-                self.after(seconds, go_on)
-            elif not is_background:
-                self._scripts -= 1
-
-        self.after(0.0, go_on)
+    def _play_on(self, script: Script, is_background: bool) -> None:
+        seconds = next(script, None)
+        if seconds is not None:
+            self.after(seconds, partial(self._play_on, script, is_background))
+        elif not is_background:
+            self._scripts -= 1
 
     @property
     def is_quiet(self) -> bool:
@@ -299,13 +309,15 @@ class World:
 
     def _pump(self) -> None:
         """Lets all sessions do what there is to do for them now, or a little later where they are slow."""
-        for host in list(self.hosts.values()):
+        for host in [one for one in self.hosts.values() if one.live]:
             for session in list(host.live):
-                if self.mix.slow_sessions:
-                    self._step_later(host, session)
-                else:
-                    while self._has_work(host, session):
+                if self._has_work(host, session):
+                    if self.mix.slow_sessions:
+                        self._step_later(host, session)
+                    else:
                         self._step(host, session)
+                        while self._has_work(host, session):
+                            self._step(host, session)
                 wake_at = session.wake_at
                 if wake_at is not None and host.timers.get(session.id) != wake_at:
                     host.timers[session.id] = wake_at
@@ -314,11 +326,12 @@ class World:
     def _has_work(self, host: SimulatedHost, session: Session) -> bool:
         if session.is_over or host.is_down:
             return False
-        is_awaited = session.wake_at is not None and session.wake_at <= self.now
-        return is_awaited or bool(session._finished) or not session._events.empty()
+        if session._finished or not session._events.empty():
+            return True
+        return session.wake_at is not None and session.wake_at <= self.now
 
     def _step_later(self, host: SimulatedHost, session: Session) -> None:
-        if session.id in host.busy or not self._has_work(host, session):
+        if session.id in host.busy:
             return
         host.busy.add(session.id)
 
@@ -352,17 +365,14 @@ class World:
             host.live.remove(session)
 
     def _step(self, host: SimulatedHost, session: Session) -> None:
-        def step() -> None:
-            event = session.next_event(waits=False)
-            if event is not None:
-                session.handle(event)
-
-        self._act(host, session, step)
+        event = session.next_event(waits=False)
+        if event is not None:
+            self._act(host, session, partial(session.handle, event))
 
     def _act(self, host: SimulatedHost, session: Session, act: Callable[[], None]) -> None:
         """As `Session.live` does; what happens belongs to this session."""
         before, self.acting = self.acting, (host, session)
-        state = session._state()
+        state = session._state() if self._tells else ""
         try:
             act()
         except Crash as crash:
@@ -374,7 +384,7 @@ class World:
             self.acting = before
         if host.is_down:
             return
-        if session._state() != state:
+        if self._tells and session._state() != state:
             self.tell(host.name, f"{session.role} {self._name(session.guest)}: {state} -> {session._state()}")
         self.guard.stepped()
         if session.is_over and session in host.live:
@@ -414,7 +424,8 @@ class World:
         """A session hears what is said to be its peer's."""
         number = self._heard.get((session, host), 0)
         self._heard[session, host] = number + 1
-        self.tell(host, kind_of(message), peer)
+        if self._tells:
+            self.tell(host, kind_of(message), peer)
         said = self.said.get((session, peer), [])
         # After a crash a line of the same session begins anew.
         if (number >= len(said) or said[number] != message) and checks.CRASHED not in self.hindrances:
