@@ -161,6 +161,7 @@ class Agent:
     def _recover(self) -> None:
         """Goes on with what was under way when the agent of before was ended. Where each guest is, is told anyway."""
         host = self.host
+        self._remember_who_came()
         for row in host.journal.unfinished():
             domain = host.peers.way_to(row["peer"]).domain
             guest, peer, name = row["guest"], row["peer"], row["session"]
@@ -181,7 +182,20 @@ class Agent:
                 LOG.error("%s: guest %s: what was under way cannot be gone on with: %s", name, guest, error)
                 continue
             LOG.warning("%s: guest %s: %s", name, guest, report.reason)
+            if isinstance(session, DestinationSession):
+                for leaving in self._sessions_of(guest, SourceSession):  # those are older: it left, and comes back
+                    leaving.expect_return()
             self._add(session)
+
+    def _remember_who_came(self) -> None:
+        """Guests that sessions brought here before: a roll-back of another guest's takes nothing from them."""
+        newest: set[str] = set()
+        for row in self.host.journal.sessions():
+            if row["guest"] not in newest and row["role"] == "destination" and row["report"] is not None:
+                steps = json.loads(row["report"])["steps"]
+                if any(one["step"] == Phase.RESUMED.value for one in steps):
+                    self.host.arrived_guests.add(row["guest"])
+            newest.add(row["guest"])
 
     def _goes_on(self, guest: str, peer: str, *, is_held: bool = False) -> DestinationSession:
         """A session that will go on with another one."""
@@ -344,6 +358,9 @@ class Agent:
                 with self._lock:
                     if event.guest in self._outgoing and self._outgoing[event.guest].is_suspended:
                         del self._outgoing[event.guest]
+                for leaving in self._sessions_of(event.guest, SourceSession):
+                    if leaving.has_purged:  # what comes from here on is no late packet of a guest that has left
+                        leaving.expect_return()
                 self._lead(event, SourceSession, DestinationSession)
             case Phase.ROLLBACK:
                 with self._lock:

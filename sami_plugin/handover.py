@@ -657,6 +657,7 @@ class DestinationSession(Session):
             self._ports.append(port)
         if self._known.runs_here:
             self.host.arriving_guests.pop(self.id, None)
+            self.host.arrived_guests.add(self.guest)
 
     def former(self) -> Former:
         self._settle()
@@ -922,6 +923,8 @@ class DestinationSession(Session):
 
     def _with_arrived(self, scope: Scope) -> Scope:
         """The scope with the ports of guests that sessions have brought here: what is held for both is theirs now."""
+        if self._former is not None:  # who came while this host's agent was away came without a session
+            return self._with_neighbours(scope)
         arrived: list[object] = []
         for guest in self.host.arrived_guests - {self.guest} if scope.is_shared else ():
             with contextlib.suppress(SamiError):  # as above

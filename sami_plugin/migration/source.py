@@ -132,7 +132,10 @@ def recovered(
     if state == State.PURGING.value:
         return replace(session, state=State.PURGING), [Purge(), SayAgain()]
     if state == State.WATCHING.value:
-        return replace(session, state=State.WATCHING), [SayAgain(), PurgeLate()]
+        outcome = Outcome.MOVED if has_arrived else Outcome.LEFT_WITHOUT_ARRIVAL
+        # The guest may have come back meanwhile, which is told first.
+        look = WakeAt(now + limits.watch_seconds)
+        return replace(session, state=State.WATCHING, outcome=outcome), [SayAgain(), look]
     session = replace(session, state=State.ABANDONED)
     return session, [SayAgain(), _next_wake(session)]
 
@@ -510,6 +513,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Room: _ignore,
         TimePassed: _look_for_late,
         Phase.RESUMED: _watched,
+        Phase.ROLLBACK: _watched,
         "PurgeLate": _watched,
         "ActionFailed": _watched_in_vain,
         "Returns": _watched,

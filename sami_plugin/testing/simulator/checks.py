@@ -211,6 +211,8 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
     told = list(_tellers(world, guest, flow))
     if flow.was_cleaned and (told or world.hindrances):
         return  # it was gone before anybody at the source could see what it was
+    if not told and _was_seen_by_nobody(world, guest):
+        return
     if not told:
         world.violated(
             WHERE_THE_GUEST_IS, f"{flow.conversation.name} of {guest.name} on {place} {what}; nobody says so"
@@ -219,6 +221,14 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
         world.violated(
             WHERE_THE_GUEST_IS, f"{flow.conversation.name} of {guest.name} on {place} {what}; nothing was in the way"
         )
+
+
+def _was_seen_by_nobody(world: World, guest: Guest) -> bool:
+    """Whether the destination's agent was not told that the guest came, and the source's was down when it left."""
+    missed = {host for host, one in world.unheard if one == guest.id}
+    has_session = any(one.guest == guest.id for _, one in world.sessions)
+    is_missed = guest.place in missed or UNSAID in world.hindrances
+    return not has_session and is_missed and CRASHED in world.hindrances
 
 
 def _may_be_refused(world: World) -> bool:
@@ -264,6 +274,8 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     ]
     if entry.flow_id in device.by_packets and _nobody_looks_any_more(world, device, entry, sessions):
         return
+    if any((name, guest.id) in world.unheard for guest in guests) and not any(_left(one) for _, one in sessions):
+        return  # the agent was down when the guest left
     says_so = not sessions or any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
     if says_so and (world.hindrances or any(guest.died_at for guest in guests) or len(sessions) > 1):
         return
@@ -272,6 +284,11 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if flow.is_between_guests and any(one.report.flows.get("kept for other guests") for _, one in sessions):
         return
     world.violated(NOWHERE_ELSE, f"{flow.conversation.name} of {guests[0].name} is on {name} still, in zone {zone}")
+
+
+def _left(session: Session) -> bool:
+    """Whether it is one of a guest that moved away."""
+    return session.role == "source" and session.report.outcome != Outcome.STAYED.value
 
 
 def _nobody_looks_any_more(

@@ -80,7 +80,8 @@ class MemoryJournal(Journal):
         now, known = self._clock(), self._sessions.get(former)
         if known is not None:
             begun = {"session": session, "known_as": known_as, "state": state, "heard": sorted(heard)}
-            self._sessions[session] = {**known, **begun, "started_at": now}
+            is_open = {"started_at": now, "ended_at": None, "outcome": None, "report": None}
+            self._sessions[session] = {**known, **begun, **is_open}
             known.update(state="ended", outcome=report["outcome"], report=report, ended_at=now)
         self._payloads[session] = self._payloads.pop(former, {})
         self._disturb("after going on")

@@ -77,7 +77,7 @@ class Mix:
     lost_events: float = 0.0
     full_journal: float = 0.0
     crash: float = 0.0
-    """Of a host, that its agent crashes once; off as long as what was found with it is open."""
+    """Of a host, that its agent crashes once, at any record, insertion or removal, and is started anew."""
     slow_sessions: float = 0.0
     """Seconds until a session handles what happened, at most."""
 
@@ -139,6 +139,8 @@ def drawn(random: Random, **fixed: Any) -> Mix:
         mix.lost_events = 0.3
     if dice() < 0.03:
         mix.full_journal = 0.05
+    if dice() < 0.05:
+        mix.crash = random.choice((0.5, 1.0))
     for name, value in fixed.items():
         setattr(mix, name, value)
     return mix

@@ -64,9 +64,12 @@ class Traffic:
         now = self._world.now
         for flow in guest.flows:
             if flow.is_live and flow.is_renewed and flow.expires_at > now:
-                flow.expires_at = now + flow.conversation.lifetime
                 entry = self._entry(flow, host)
-                if entry is not None and entry.expires > now:
+                is_there = entry is not None and entry.expires > now
+                if not is_there and flow.expires_at <= now + 1.0:
+                    continue  # timeouts travel in whole seconds
+                flow.expires_at = now + flow.conversation.lifetime
+                if entry is not None and is_there:
                     entry.expires = flow.expires_at
 
     def happen(self, guest: Guest) -> None:

@@ -128,6 +128,8 @@ class World:
         self.violations: list[Violation] = []
         self.hindrances: dict[str, None] = {}
         """What happened that may keep flows from being carried."""
+        self.unheard: set[tuple[str, str]] = set()
+        """Hosts and guests of which something was said while the host's agent was down."""
         self.acting: tuple[SimulatedHost, Session] | None = None
         """Whose session does something."""
         self.names = [f"host-{letter}" for letter in "abc"[: self.mix.hosts]]
@@ -469,6 +471,7 @@ class World:
         known = self.hosts.get(host)
         if known is None:
             self.hinder("an agent was down")
+            self.unheard.add((host, event.guest))
             return
         self.tell(host, f"hypervisor: {event.phase.value} {guest}")
         if event.phase is Phase.SUSPENDED and any(
@@ -564,9 +567,11 @@ class World:
         host.live.clear()
         self.hosts.pop(host.name, None)
         self.network.endpoints.pop(host.name, None)
+        self._scripts += 1  # nothing is over before it is there again
         self.after(self.random.random() * self.random.choice((0.2, 2.0, 12.0)), lambda: self._restart(host.name))
 
     def _restart(self, name: str) -> None:
+        self._scripts -= 1
         self.tell(name, "the agent starts again")
         self._start(name)
         settle(self, name)

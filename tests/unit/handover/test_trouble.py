@@ -653,3 +653,15 @@ def test_a_shared_flow_is_discarded_with_the_last_of_both_roll_backs(tmp_path: P
         until_idle(hosts)
         assert held(hosts, "host-b") == set()
         assert len(held(hosts, "host-a")) == 1
+
+
+def test_a_roll_back_after_a_new_start_takes_nothing_from_a_guest_that_has_come(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        one, two, _ = two_that_share(hosts)
+        finish(hosts, one)
+        until(lambda: hosts.reports("host-b", one))
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        hosts.say("host-b", Phase.STOPPED, two)
+        until(lambda: len(hosts.reports("host-b", two)) > 1)
+        assert len(held(hosts, "host-b")) == 1

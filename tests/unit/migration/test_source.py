@@ -25,6 +25,7 @@ from sami_plugin.migration.decision import (
     PurgeLate,
     Returns,
     Say,
+    SayAgain,
     SayOffer,
     StartExport,
     Superseded,
@@ -150,8 +151,22 @@ def test_what_late_packets_made_is_looked_for_once_a_moment_after_the_purge() ->
     assert made.kinds()[-3:] == ["Purged", "PurgeLate", "end: moved"]
 
 
+@pytest.mark.parametrize(("has_arrived", "outcome"), [(True, Outcome.MOVED), (False, Outcome.LEFT_WITHOUT_ARRIVAL)])
+def test_watch_goes_on_after_a_new_start_with_the_outcome_of_the_purge_and_not_at_once(
+    has_arrived: bool, outcome: Outcome
+) -> None:
+    session, actions = source.recovered(
+        LIMITS, 0.0, State.WATCHING.value, is_suspended=True, is_gone=True, has_arrived=has_arrived
+    )
+    assert actions == [SayAgain(), WakeAt(LIMITS.watch_seconds)]
+    made = Shell(source.step, session)
+    made.begin(actions)
+    made.wait_until(LIMITS.watch_seconds)
+    assert made.kinds() == ["SayAgain", "PurgeLate", f"end: {outcome.value}"]
+
+
 def test_guest_on_its_way_back_ends_the_watch_and_nothing_is_removed() -> None:
-    for event in (Returns(), RESUMED):
+    for event in (Returns(), RESUMED, guest(Phase.ROLLBACK)):
         assert shell(*IN_STATE[State.WATCHING], event).kinds()[-2:] == ["Purged", "end: moved"]
 
 

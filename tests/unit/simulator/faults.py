@@ -195,7 +195,7 @@ def what_was_put_in_stays_after_a_roll_back() -> Any:
     return mock.patch.object(DestinationSession, "_discard", return_value=Done("Discard"))
 
 
-@fault(400, failing_device=1.0, flows=5, abort=0.8)
+@fault(200, failing_device=1.0, flows=5, abort=1.0, moves=3, goes_back=0.0)
 def what_a_failed_insert_left_is_forgotten() -> Any:
     real = DestinationSession._discard
 
@@ -255,6 +255,25 @@ def purge_does_not_wait_for_the_disk() -> Any:
 @fault(20, flows=3)
 def payloads_are_not_kept() -> Any:
     return mock.patch.object(sessions.Session, "keep_payload", nothing)
+
+
+# --- an agent that is started anew
+
+
+@fault(700, crash=1.0, loss=0.3, abort=0.0)
+def a_watch_goes_on_as_if_the_guest_had_arrived() -> Any:
+    real = source.recovered
+
+    def recovered(*known: Any, **more: Any) -> source.Decision:
+        session, actions = real(*known, **more)
+        return replace(session, outcome=Outcome.MOVED), actions
+
+    return mock.patch.object(source, "recovered", recovered)
+
+
+@fault(500, crash=1.0, is_shared=1.0, guests=2, residents=0, abort=0.5)
+def a_new_start_forgets_who_has_come() -> Any:
+    return mock.patch.object(DestinationSession, "_with_arrived", lambda self, scope: scope)
 
 
 # --- the channel, and who is believed
