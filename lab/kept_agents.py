@@ -95,12 +95,13 @@ class KeptAgents:
         with self._lock:
             known = {guest: list(told) for (where, guest), told in self._told.items() if where == host and told}
         for guest in self._lab.guests.values():
+            is_known = any(row["ended_at"] is None for row in agent.sessions(guest.uuid))
             for phase in _now(known.get(guest.uuid, [])):
                 with contextlib.suppress(OperatorError):
-                    if phase == "prepare":  # the guest may have come by now
-                        agent.tell(Phase.PREPARE, guest.uuid, self._sources[guest.uuid])
-                    else:
+                    if phase != "prepare":
                         agent.tell_of(phase, guest)
+                    elif not is_known:  # libvirt says so by its first event; the guest may have come by now
+                        agent.tell(Phase.PREPARE, guest.uuid, self._sources[guest.uuid])
 
 
 def _now(told: list[str]) -> list[str]:

@@ -395,9 +395,9 @@ class Agent:
             self._outgoing[guest] = replace(known, token=token)
 
     def _look_for_ports(self, guest: str) -> None:
-        """Of a guest that comes: an agent that was started anew was not told of them."""
+        """Of a guest that comes, where an agent before this one was told of them, and this one was not."""
         coming = self._sessions_of(guest, DestinationSession)
-        if coming and not coming[0].knows_ports:
+        if coming and coming[0].lacks_ports:
             self._look(guest)
 
     def _look(self, guest: str) -> Origin | None:

@@ -998,9 +998,9 @@ class DestinationSession(Session):
         return destination.is_open(self._known) and (source == self.peer or not source or not self.peer)
 
     @property
-    def knows_ports(self) -> bool:
-        """Whether any of the guest's ports has been found here."""
-        return bool(self._ports)
+    def lacks_ports(self) -> bool:
+        """Whether this session goes on with another one, and none of the guest's ports is known."""
+        return self._former is not None and not self._ports
 
     @property
     def is_held_up(self) -> bool:
