@@ -16,7 +16,7 @@ from lab.libvirt.agents import HostAgent, Sami
 from lab.libvirt.lab import LibvirtLab
 from tests.libvirt.test_sami import SLOW_MIB, Case, downloading
 
-pytestmark = pytest.mark.usefixtures("libvirt_here")
+pytestmark = [pytest.mark.usefixtures("libvirt_here"), pytest.mark.timeout(600)]
 
 SOURCE_WRITES = (6, 1, 12)
 DESTINATION_WRITES = (7, 1, 11)
