@@ -420,6 +420,9 @@ class Agent:
             if event.guest in self._outgoing:
                 self._outgoing[event.guest] = replace(self._outgoing[event.guest], is_suspended=True)
             self._lead(event, SourceSession)
+        for coming in self._sessions_of(event.guest, DestinationSession):
+            if not coming.is_awaited:
+                coming.tell(event)
         self._note_ports(event.guest)
 
     def _note_ports(self, guest: str) -> None:
@@ -439,6 +442,10 @@ class Agent:
                 LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
                 self._add(self._leaving(self.host.new_id(), event.guest, "", outgoing))
         self._lead(event, SourceSession, DestinationSession)
+        if event.role == "source":
+            for coming in self._sessions_of(event.guest, DestinationSession):
+                if not coming.is_awaited:  # it ran here, and has left before its flows had come
+                    coming.tell(event)
         if not any(session.guest == event.guest for session in self.sessions()):
             self.host.scopes.learn(event.guest, ())  # it ended here, and its tap's name may be another guest's next
 
@@ -542,15 +549,14 @@ class Agent:
         with self._idle:
             return self._idle.wait_for(lambda: not self._sessions, timeout_seconds)
 
-    def _is_leaving(self, guest: str, destination: str) -> bool:
-        """Whether this host's hypervisor has the guest in a job that moves it there, as far as it says where to."""
-        if self._hypervisor is not None and not self._is_coming(guest):
-            if not self._hypervisor.is_leaving(guest):
-                return False
-            self._note_outgoing(guest)
-        with self._lock:
-            outgoing = self._outgoing.get(guest)
-        return outgoing is not None and outgoing.destination in (None, destination)
+    def _has_job(self, guest: str) -> bool:
+        """Whether this host's hypervisor, as far as it can be asked, has the guest in a job that moves it away."""
+        if self._hypervisor is None or self._is_coming(guest):
+            return True
+        if not self._hypervisor.is_leaving(guest):
+            return False
+        self._note_outgoing(guest)
+        return True
 
     def _is_coming(self, guest: str) -> bool:
         """Then the hypervisor is not asked about it: it may answer only when its hooks have returned."""
@@ -648,7 +654,7 @@ class Agent:
             return continuing
         if said.has_all:
             raise NotAuthorised(f"there is no session {said.continues} of {guest} here")
-        is_leaving = self._is_leaving(guest, sender)
+        has_job = self._has_job(guest)
         has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
         with self._lock:
             outgoing = self._outgoing.get(guest)
@@ -657,7 +663,7 @@ class Agent:
                 raise NotAuthorised(f"{guest} has left this host already")
             if left is not None:
                 return self._take_over(greeting, said, left, heard)
-            if self._hypervisor is not None and not is_leaving and outgoing is not None and not outgoing.is_suspended:
+            if not has_job and outgoing is not None and not outgoing.is_suspended:
                 del self._outgoing[guest]  # its job ended without a word
                 outgoing = None
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)

@@ -388,6 +388,13 @@ def _never_came(session: Destination, event: Event, now: float) -> Decision:
     return replace(session, state=State.ENDED), [Say(Stays(reason)), Discard(), End(Outcome.STAYED, reason)]
 
 
+def _moves_on(session: Destination, event: Event, now: float) -> Decision:
+    """What comes from now on would be carried on by nobody, and stay behind."""
+    if not session.runs_here:
+        return session, []
+    return _give_up(session, "the guest moved on before all of its flows had come")
+
+
 def _source_says_it_stays(session: Destination, event: Event, now: float) -> Decision:
     assert isinstance(event, PeerSaid)
     assert isinstance(event.message, Stays)
@@ -532,6 +539,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
     },
     State.ASKED: {
         Offer: _offered,
+        Phase.SUSPENDED: _moves_on,
         **_VERDICT,
         Phase.STARTED: _started,
         "FindScope": _scope_asked,
@@ -541,6 +549,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
     },
     State.NEGOTIATING: {
         **_VERDICT,
+        Phase.SUSPENDED: _moves_on,
         Phase.STARTED: _started,
         "FindScope": _scope_asked,
         Phase.RESUMED: _runs,
@@ -552,6 +561,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         Flows: _received,
         InSync: _in_sync,
         FlowChanges: _changed,
+        Phase.SUSPENDED: _moves_on,
         "Verify": _verified,
         Phase.STARTED: _started,
         "FindScope": _scope_asked,

@@ -74,7 +74,10 @@ def life(world: World, guest: Guest, moves: int) -> Script:
             yield pause
         if guest.place != source:
             continue
-        if random.random() >= mix.haste:
+        is_hasty = former is not None and random.random() < mix.haste
+        if is_hasty:
+            world.hinder("a guest moved on, maybe before its flows had come")
+        else:
             while any(one.guest == guest.id and one.role == DESTINATION for one in world.sessions_at(source)):
                 yield 1.0
         if guest.place != source:
@@ -270,6 +273,8 @@ class Migration:
         guest.is_paused, guest.is_paused_by_job = stays_paused, False
         for flow in guest.flows:
             flow.is_live &= not flow.is_cleaned  # where the guest stays, nobody has it
+        if guest.runs:
+            world.traffic.renew(guest)
         guest.jobs.pop(self._source, None)
         world.unplug(guest, self._destination)
         words = [

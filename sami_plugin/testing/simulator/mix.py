@@ -59,7 +59,7 @@ class Mix:
     goes_back: float = 0.03
     """Of a migration, that the guest returns at once."""
     haste: float = 0.0
-    """Of a migration, that it begins before the last one's flows have all come."""
+    """Of a migration, that it does not wait until the last one's flows have all come."""
     post_copy: float = 0.1
     paused: float = 0.05
     """Of a migration, that its guest's user has paused it."""
@@ -139,6 +139,8 @@ def drawn(random: Random, **fixed: Any) -> Mix:
         mix.lost_events = 0.3
     if dice() < 0.03:
         mix.full_journal = 0.05
+    if dice() < 0.1:
+        mix.haste = 1.0
     if dice() < 0.05:
         mix.crash = random.choice((0.5, 1.0))
     for name, value in fixed.items():

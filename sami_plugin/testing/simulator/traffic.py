@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sami_plugin.testing.simulator.hypervisor import Script
     from sami_plugin.testing.simulator.world import World
 
-KEEPALIVE_SECONDS = 2.2
+KEEPALIVE_SECONDS = 1.6
 
 
 class Traffic:

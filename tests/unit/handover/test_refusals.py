@@ -29,6 +29,28 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield made
 
 
+class Asked:
+    """A hypervisor whose guests are all on their way, and that describes none."""
+
+    def is_leaving(self, guest: str) -> bool:
+        return True
+
+    def description(self, guest: str) -> str | None:
+        return None
+
+    def mark(self, guest: str) -> None:
+        pass
+
+
+def test_host_that_asks_for_another_s_guest_does_not_end_what_is_known_of_its_job(hosts: Hosts) -> None:
+    guest = guest_with_flows(hosts)
+    hosts.agents["host-a"]._hypervisor = Asked()
+    hosts.agents["host-a"].tell(MigrationEvent(guest, Phase.OUTGOING, None, "host-b"))
+    with Stranger(hosts, "host-x") as stranger:
+        stranger.ask("host-a", guest)
+        assert stranger.is_refused() == f"{guest} moves to host-b, not to host-x"
+
+
 def test_host_that_asks_for_another_s_guest_is_counted_and_named_once(
     hosts: Hosts, caplog: pytest.LogCaptureFixture
 ) -> None:

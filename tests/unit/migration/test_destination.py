@@ -214,6 +214,18 @@ def test_guest_without_zone_is_given_up_after_zone_seconds(found: str, reason: s
     assert made.kinds()[-2:] == ["GivesUp", "Discard"]
 
 
+def test_guest_that_moves_on_before_all_of_its_flows_came_leaves_a_session_that_failed() -> None:
+    reason = "the guest moved on before all of its flows had come"
+    session = destination.begin(destination.new(LIMITS, 0.0), "host-a", 0.0)[0]
+    for event in (OFFERED, STARTED, FLOWS):
+        session = destination.step(session, event, 0.0)[0]
+    assert destination.step(session, guest(Phase.SUSPENDED), 0.0) == (session, [])  # it does not run here yet
+    session = destination.step(session, RESUMED, 0.0)[0]
+    session, actions = destination.step(session, guest(Phase.SUSPENDED), 0.0)
+    assert session.state is State.ENDED
+    assert actions == [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
+
+
 def test_what_is_held_is_renewed_at_a_third_of_its_time_until_the_guest_runs() -> None:
     made = shell(OFFERED, STARTED, FLOWS)
     made.wait_until(10)
