@@ -947,6 +947,7 @@ class DestinationSession(Session):
 
     def _renew(self, action: Renew) -> Done:
         """Gives time to what would run out while the guest runs elsewhere; puts in again what vanished."""
+        self._settle()  # what was put in a moment ago and vanished is older in what is held
         hold = self.host.settings.limits.hold_seconds
         age = self.host.monotonic() - self._began_at
         for port in self._ports:

@@ -139,7 +139,7 @@ def drawn(random: Random, **fixed: Any) -> Mix:
         mix.lost_events = 0.3
     if dice() < 0.03:
         mix.full_journal = 0.05
-    if dice() < 0.1:
+    if not mix.mute and dice() < 0.1:  # of a guest that returns unannounced it is said that it stayed
         mix.haste = 1.0
     if dice() < 0.05:
         mix.crash = random.choice((0.5, 1.0))
