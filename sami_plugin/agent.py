@@ -28,6 +28,7 @@ from sami_plugin.errors import (
     ConfigurationError,
     Crowded,
     IllegalMessage,
+    JournalError,
     NotAuthorised,
     NotAvailable,
     OperatorError,
@@ -161,8 +162,13 @@ class Agent:
     def _recover(self) -> None:
         """Goes on with what was under way when the agent of before was ended. Where each guest is, is told anyway."""
         host = self.host
-        self._remember_who_came()
-        for row in host.journal.unfinished():
+        try:
+            self._remember_who_came()
+            unfinished = host.journal.unfinished()
+        except JournalError as error:
+            LOG.error("%s: what was under way is not gone on with: %s", host.name, error)
+            return
+        for row in unfinished:
             domain = host.peers.way_to(row["peer"]).domain
             guest, peer, name = row["guest"], row["peer"], row["session"]
             session: Session

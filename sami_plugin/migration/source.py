@@ -293,6 +293,9 @@ def _purge_when_arrived(session: Source) -> Decision:
 
 
 def _comes_back(session: Source, event: Event, now: float) -> Decision:
+    if session.is_gone:  # it came again, or was started anew, and nobody had said that it would
+        reason = "the guest had left, and is here again; what it left here before was kept"
+        return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.UNCLEAR, reason)]
     reason = "the guest stays on the source"
     return replace(session, state=State.ENDED), [Say(Stays(reason)), End(Outcome.STAYED, reason)]
 

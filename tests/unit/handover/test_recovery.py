@@ -12,6 +12,7 @@ import netaddr
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.errors import JournalError
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.flows import Batch, ZoneRole
 from sami_plugin.model.migration import MigrationEvent, Phase
@@ -313,6 +314,25 @@ def test_journal_that_was_lost_loses_no_flow(tmp_path: Path, lost: str, at: str)
             until_idle(hosts)
             assert ports(hosts, "host-b") == ALL
             assert ports(hosts, "host-a") in (on_source, set())
+
+
+def test_agent_that_cannot_read_its_journal_starts_and_carries_flows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(journal: Journal) -> list[dict[str, object]]:
+        raise JournalError(f"cannot use the journal {journal.path}: database disk image is malformed")
+
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.kill("host-b")
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "unfinished", unreadable)
+            hosts.start("host-b")
+        assert "what was under way is not gone on with" in caplog.text
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == ALL
 
 
 def spoil(path: Path, hosts: Hosts, host: str, how: str) -> None:

@@ -195,6 +195,14 @@ def test_guest_that_runs_again_after_its_pause_stays_with_all_flows(state: State
     assert actions[1:] == [End(Outcome.STAYED, actions[0].message.reason)]
 
 
+@pytest.mark.parametrize("state", [State.DRAINED, State.ABANDONED])
+@pytest.mark.parametrize("word", [RESUMED, guest(Phase.ROLLBACK)], ids=["resumed", "rollback"])
+def test_guest_that_had_left_and_is_here_again_has_not_stayed(state: State, word: Event) -> None:
+    made = shell(*IN_STATE[state], STOPPED, word)
+    assert made.kinds()[-2:] == ["GivesUp", "end: unclear"]
+    assert "Purge" not in made.kinds()
+
+
 def test_guest_that_was_not_paused_for_the_move_does_not_end_it_by_running() -> None:
     made = shell(OPENED, OUTGOING, ANSWERED, RESUMED)
     assert made.session.state is State.FOLLOWING
