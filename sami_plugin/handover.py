@@ -113,7 +113,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
-from sami_plugin.model.results import MEND_NO_PLACE, Outcome, Reason
+from sami_plugin.model.results import MEND_NO_PLACE, Outcome, Reason, lost_fields
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
@@ -855,7 +855,7 @@ class DestinationSession(Session):
             mine = self._with_a_place(port, self._admitted(port, mine, theirs))
             is_former = port.former.find(mine)[0]
             if self._known.runs_here:  # what the guest has not ended since is there, and is younger than what came
-                mine = mine.take(~is_former)
+                mine = self._untouched(port, mine.take(~is_former))
             elif is_former.any():
                 port.former.discard(mine)
             with self.host.deciding(port.scope):
@@ -870,6 +870,16 @@ class DestinationSession(Session):
                 self.host.arriving.claim(self.id, port.scope, mine.take(made["outcome"] == Outcome.IMPORTED))
             look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
             self._unverified.append(Unverified(port, scope, mine, made, look))
+
+    def _untouched(self, port: Arriving, mine: Batch) -> Batch:
+        """Less the flows that the guest has changed or ended since they were put in: what came is older than that."""
+        self._settle()
+        is_held, rows = port.held.rows_of(mine)
+        if not is_held.any():
+            return mine
+        found, is_there = self.host.driver.read_back(port.scope, mine)
+        is_touched = ~is_there | (lost_fields(Batch(mine.template, rows), found.rows) != 0)
+        return mine.take(~(is_held & is_touched))
 
     def _admitted(self, port: Arriving, mine: Batch, theirs: Batch) -> Batch:
         """Those of the port's flows that may come in; the others are refused, and go if they were here before."""

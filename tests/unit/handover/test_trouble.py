@@ -665,3 +665,32 @@ def test_a_roll_back_after_a_new_start_takes_nothing_from_a_guest_that_has_come(
         hosts.say("host-b", Phase.STOPPED, two)
         until(lambda: len(hosts.reports("host-b", two)) > 1)
         assert len(held(hosts, "host-b")) == 1
+
+
+def mark(hosts: Hosts, host: str, guest: str, port: int, value: int) -> None:
+    """Traffic changes an entry where it is."""
+    driver, scope = hosts.drivers[host], hosts.scope(host, guest)
+    assert isinstance(driver, MemoryDriver)
+    with driver.device.lock:
+        place, entry = driver._find(scope, tcp_flows(1, first_port=port), 0)
+        assert place is not None
+        assert entry is not None
+        entry.row["flowMark"] = value
+        driver.device.changed(place, entry)
+
+
+def test_what_the_guest_changed_or_ended_since_it_runs_is_not_put_back_by_the_last_changes(tmp_path: Path) -> None:
+    """The source's last changes come when the guest runs at the destination already: what is there is younger."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        mark(hosts, "host-b", guest, 1000, 3)
+        hosts.drivers["host-b"].remove(hosts.scope("host-b", guest), tcp_flows(1, first_port=1001).identities)
+        for port in (1000, 1001, 1002):
+            mark(hosts, "host-a", guest, port, 2)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert {(1000, 3), (1002, 2)} < held(hosts, "host-b")
+        assert len(held(hosts, "host-b")) == 99
+        assert held(hosts, "host-a") == set()
