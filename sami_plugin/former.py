@@ -18,6 +18,10 @@ from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 
+FlowsByPort = tuple[tuple[Scope, FlowTable], ...]
+"""Where the guest's ports have their state here; and which flows the destination was told of (of a source), or may have
+put in (of a destination)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Former:
@@ -36,9 +40,7 @@ class Former:
     """The highest number of a payload that the journal has."""
     heard: frozenset[str]
     """What has happened to it so far, in the journal's words."""
-    ports: tuple[tuple[Scope, FlowTable], ...] = ()
-    """Where the guest's ports have their state here; and which flows the destination was told of (of a source), or may
-    have put in (of a destination)."""
+    ports: FlowsByPort = ()
 
     def has(self, *words: str) -> bool:
         """Whether any of these has happened."""

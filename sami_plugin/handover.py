@@ -38,7 +38,7 @@ import numpy.typing as npt
 from sami_plugin.arriving import Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import SamiError
-from sami_plugin.former import Former
+from sami_plugin.former import FlowsByPort, Former
 from sami_plugin.leaving import (
     NOT_FOR_THAT_DOMAIN,
     Inventory,
@@ -209,20 +209,8 @@ class SourceSession(Session):
                     self.host.leaving.claim(self.id, scope, batch)
             self._ports.append(port)
 
-    def former(self) -> Former:
-        return Former(
-            self.id,
-            self.known_as,
-            self.guest,
-            self.role,
-            self.peer,
-            self._state_before,
-            self.destination,
-            self.token,
-            self._payloads,
-            frozenset(self._heard_of),
-            tuple((port.scope, port.told()) for port in self._ports),
-        )
+    def _flows_by_port(self) -> FlowsByPort:
+        return tuple((port.scope, port.told()) for port in self._ports)
 
     def _made_successor(self) -> Session:
         raise AssertionError("only a destination opens sessions")
@@ -659,21 +647,9 @@ class DestinationSession(Session):
             self.host.arriving_guests.pop(self.id, None)
             self.host.arrived_guests.add(self.guest)
 
-    def former(self) -> Former:
+    def _flows_by_port(self) -> FlowsByPort:
         self._settle()
-        return Former(
-            self.id,
-            self.known_as,
-            self.guest,
-            self.role,
-            self.peer,
-            self._state_before,
-            self.destination,
-            self.token,
-            self._payloads,
-            frozenset(self._heard_of),
-            tuple((port.scope, port.put_in()) for port in self._ports),
-        )
+        return tuple((port.scope, port.put_in()) for port in self._ports)
 
     def _made_successor(self) -> Session:
         assert self._again is not None

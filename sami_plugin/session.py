@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import Busy, IllegalMessage, JournalError, RepresentationError, SamiError
-from sami_plugin.former import Former
+from sami_plugin.former import FlowsByPort, Former
 from sami_plugin.journal.journal import Journal
 from sami_plugin.line import Line
 from sami_plugin.migration.claims import Claims
@@ -284,7 +284,7 @@ class Session(abc.ABC):
         """The state in which the last event came."""
         self._heard_of: set[str] = set()
         """What has happened so far, in the journal's words."""
-        self._known_peer_and_ports: object = None
+        self._noted: object = None
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._finished: deque[Done | Negotiated | ActionFailed] = deque()
         self.wake_at: float | None = None
@@ -471,9 +471,9 @@ class Session(abc.ABC):
     def note_knowledge(self) -> None:
         """What a later start needs to know besides decisions and flows goes into the journal when it has changed."""
         known = self.peer, self.destination, self.token, self._scopes_known()
-        if known == self._known_peer_and_ports or not self._journal_works:
+        if known == self._noted or not self._journal_works:
             return
-        self._known_peer_and_ports = known
+        self._noted = known
         ports = [scope.as_dict() for scope in known[-1]]
         try:
             self.host.journal.know(self.id, peer=self.peer, ports=ports, destination=self.destination, token=self.token)
@@ -600,8 +600,7 @@ class Session(abc.ABC):
         self.note("ended")
         self.report.outcome, self.report.reason = Outcome.CONTINUED.value, f"session {successor.id} goes on with it"
         LOG.info("%s: guest %s: %s", self.id, self.guest, self.report.reason)
-        former = self.former()
-        go_on(successor, former, self.report.as_dict())
+        go_on(successor, self._as_former(), self.report.as_dict())
         with self._handing_over:
             self._successor = successor
             while True:
@@ -614,6 +613,22 @@ class Session(abc.ABC):
         self.host.run(successor)
         self._let_go()
         self._leave()
+
+    def _as_former(self) -> Former:
+        """What another session needs to go on with this one."""
+        return Former(
+            self.id,
+            self.known_as,
+            self.guest,
+            self.role,
+            self.peer,
+            self._state_before,
+            self.destination,
+            self.token,
+            self._payloads,
+            frozenset(self._heard_of),
+            self._flows_by_port(),
+        )
 
     def _leave(self) -> None:
         """Nobody waits for the session any more, and nobody finds it."""
@@ -664,8 +679,8 @@ class Session(abc.ABC):
         """The report's figures."""
 
     @abc.abstractmethod
-    def former(self) -> Former:
-        """What another session needs to go on with this one."""
+    def _flows_by_port(self) -> FlowsByPort:
+        """What another session needs to know of flows to go on with this one."""
 
     @abc.abstractmethod
     def _made_successor(self) -> Session:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sami_plugin.drivers.memory import MemoryDriver
+from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.scope import Scope
@@ -21,6 +24,20 @@ SETTINGS = Settings(
     batch_flows=40,
     started_seconds=0.0,
 )
+
+
+def hosts_in(
+    folder: Path,
+    settings: Settings = SETTINGS,
+    driver: Callable[[str], MemoryDriver] = lambda name: MemoryDriver(MemoryDevice(name)),
+) -> Hosts:
+    """The three of them."""
+    return Hosts(folder, tuple(ZONES), driver, settings=settings)
+
+
+def limited(**limits: Any) -> Settings:
+    """SETTINGS with other limits."""
+    return replace(SETTINGS, limits=replace(SETTINGS.limits, **limits))
 
 
 def tcp_flows(count: int, source: str = GUEST_ADDRESS, first_port: int = 1000) -> Batch:

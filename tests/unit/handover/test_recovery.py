@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from sami_plugin.model.flows import Batch, ZoneRole
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
-from sami_plugin.model.settings import Settings
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -28,6 +26,8 @@ from tests.unit.handover.memory import (
     finish,
     guest_with_flows,
     held,
+    hosts_in,
+    limited,
     ports,
     tcp_flows,
     until,
@@ -36,12 +36,6 @@ from tests.unit.handover.memory import (
 )
 
 ALL = set(range(1000, 1100))
-
-
-@contextmanager
-def hosts_in(folder: Path, settings: Settings = SETTINGS) -> Iterator[Hosts]:
-    with Hosts(folder, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=settings) as hosts:
-        yield hosts
 
 
 def words(hosts: Hosts, guest: str, *phases: tuple[str, Phase]) -> None:
@@ -54,7 +48,7 @@ STEPS = ("prepare", "started", "in sync", "suspended", "complete", "resumed", "a
 """Up to which the migration goes before an agent is killed."""
 
 
-def go_to(hosts: Hosts, guest: str, step: str) -> Iterator[str]:
+def steps_of(hosts: Hosts, guest: str) -> Iterator[str]:
     """The migration, step by step."""
     hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
     hosts.say("host-b", Phase.PREPARE, guest, "host-a")
@@ -86,7 +80,7 @@ def test_migration_goes_on_after_an_agent_was_killed(tmp_path: Path, killed: str
         foreign = tcp_flows(7, "192.0.2.200")
         hosts.drivers["host-a"].insert(nobody_s(hosts, guest), foreign)
         victims = ["host-a", "host-b"] if killed == "both" else [killed]
-        for step in go_to(hosts, guest, at):
+        for step in steps_of(hosts, guest):
             if step == at:
                 for host in victims:
                     hosts.kill(host)
@@ -134,7 +128,7 @@ def test_where_the_ports_are_is_in_the_journal_before_anything_is_put_in(tmp_pat
     def driver(name: str) -> MemoryDriver:
         return (Watched if name == "host-b" else MemoryDriver)(MemoryDevice(name))
 
-    with Hosts(tmp_path, tuple(ZONES), driver, settings=SETTINGS) as hosts:
+    with hosts_in(tmp_path, driver=driver) as hosts:
         guest = guest_with_flows(hosts)
         begin(hosts, guest)
         finish(hosts, guest)
@@ -149,7 +143,7 @@ def test_guest_that_stays_keeps_its_flows_after_an_agent_was_killed(tmp_path: Pa
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)
         victims = ["host-a", "host-b"] if killed == "both" else [killed]
-        for step in go_to(hosts, guest, at):
+        for step in steps_of(hosts, guest):
             if step == at:
                 break
         for host in victims:
@@ -168,7 +162,7 @@ def test_what_a_reboot_took_away_is_missed_by_nobody(tmp_path: Path, at: str) ->
     """The destination's kernel and guests are gone; a guest that did not run there yet is on the source."""
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)
-        for step in go_to(hosts, guest, at):
+        for step in steps_of(hosts, guest):
             if step == at:
                 break
         hosts.kill("host-b")
@@ -183,10 +177,6 @@ def test_what_a_reboot_took_away_is_missed_by_nobody(tmp_path: Path, at: str) ->
         until_idle(hosts)
         assert held(hosts, "host-b") == set()
         assert ports(hosts, "host-a") == (ALL if STEPS.index(at) < STEPS.index("resumed") else set())
-
-
-def limited(**seconds: float) -> Settings:
-    return replace(SETTINGS, limits=replace(SETTINGS.limits, **seconds))
 
 
 @pytest.mark.parametrize(("late_import_seconds", "is_late"), [(30.0, False), (0.0, True)])
@@ -295,7 +285,7 @@ def test_journal_that_was_lost_loses_no_flow(tmp_path: Path, lost: str, at: str)
     """What is not known is kept where it is; nothing is in two places that was not there before the guest was."""
     with hosts_in(tmp_path, limited(open_seconds=1.0, session_seconds=10.0)) as hosts:
         guest = guest_with_flows(hosts)
-        for step in go_to(hosts, guest, at):
+        for step in steps_of(hosts, guest):
             if step == at:
                 break
         hosts.kill(lost)
@@ -371,7 +361,7 @@ def test_where_the_journal_does_not_work_the_guest_moves_and_nothing_is_purged(
 ) -> None:
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)
-        for step in go_to(hosts, guest, at):
+        for step in steps_of(hosts, guest):
             if step == at:
                 spoil(tmp_path, hosts, host, how)
             if step == "resumed":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.results import Outcome, Results, results
 from sami_plugin.model.scope import Scope
-from sami_plugin.model.settings import Settings
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -32,6 +31,8 @@ from tests.unit.handover.memory import (
     finish,
     guest_with_flows,
     held,
+    hosts_in,
+    limited,
     ports,
     tcp_flows,
     until,
@@ -42,18 +43,6 @@ from tests.unit.handover.memory import (
 from tests.unit.handover.stranger import Stranger
 
 SECOND_ADDRESS = "192.0.2.8"
-
-
-def hosts_in(
-    folder: Path,
-    settings: Settings = SETTINGS,
-    driver: Callable[[str], MemoryDriver] = lambda name: MemoryDriver(MemoryDevice(name)),
-) -> Hosts:
-    return Hosts(folder, tuple(ZONES), driver, settings=settings)
-
-
-def limited(**limits: Any) -> Settings:
-    return replace(SETTINGS, limits=replace(SETTINGS.limits, **limits))
 
 
 def report(hosts: Hosts, host: str, guest: str) -> dict[str, Any]:
