@@ -83,6 +83,10 @@ ROUTINE = (*BULK, WakeAt, FindScope, Import, Verify, Renew)
 """Actions that may be decided upon many times a second."""
 
 
+Actions = Mapping[type[Action], Callable[[Any], Done | Negotiated | None]]
+"""How each action is done."""
+
+
 @dataclass(slots=True)
 class Host:
     """What all sessions of this host share."""
@@ -667,7 +671,7 @@ class Session(abc.ABC):
         """Asks the role's decision and keeps what is known now."""
 
     @abc.abstractmethod
-    def _actions(self) -> Mapping[type[Action], Callable[[Any], Done | Negotiated | None]]:
+    def _actions(self) -> Actions:
         """How each of the role's actions is done."""
 
     @abc.abstractmethod

@@ -1,7 +1,7 @@
 """What both roles' decisions are made of.
 
 A decision is a plain function: what is known, what happened, what time it is; out comes what is known now and what to
-do, in order. Nothing is done here, no clock is read. `handover.py` writes the decision into the journal and then does
+do, in order. Nothing is done here, no clock is read. `session` writes the decision into the journal and then does
 it. An input that a state's table does not list changes nothing: from the peer it raises `IllegalMessage`, from this
 host's hypervisor or clock it means nothing in that state (hooks and events say the same thing twice).
 """

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from lab.in_clear import ClearChannel
-from sami_plugin import handover
 from sami_plugin import line as line_module
 from sami_plugin.agent import Agent, _Outgoing
 from sami_plugin.channel import tls
@@ -29,6 +28,7 @@ from sami_plugin.codec import compression, ipfix, messages
 from sami_plugin.drivers import memory as memory_driver
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import Busy, Malformed, SamiError
+from sami_plugin.handover import destination
 from sami_plugin.migration import source
 from sami_plugin.migration.decision import Purge, TimePassed
 from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
@@ -391,7 +391,7 @@ def test_source_that_sends_flows_of_a_foreign_address(hosts: Hosts, monkeypatch:
         return ports(hosts, "host-b") >= {4000, 4001, 4002}
 
     def take_out() -> None:
-        for module in (handover, memory_driver):
+        for module in (destination, memory_driver):
             monkeypatch.setattr(module, "has_end_in", lambda batch, addresses: np.full(len(batch), bool(addresses)))
 
     both(monkeypatch, attack, take_out)
@@ -433,7 +433,7 @@ def test_source_that_has_a_guest_s_flow_translated_to_a_foreign_address(
         return 6000 in ports(hosts, "host-b")
 
     def take_out() -> None:
-        monkeypatch.setattr(handover, "is_translated_elsewhere", lambda batch, addresses: np.zeros(len(batch), bool))
+        monkeypatch.setattr(destination, "is_translated_elsewhere", lambda batch, addresses: np.zeros(len(batch), bool))
 
     both(monkeypatch, attack, take_out)
 

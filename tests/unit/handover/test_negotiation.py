@@ -438,16 +438,16 @@ def test_what_traffic_takes_of_a_promise_is_told_to_the_source(tmp_path: Path) -
 def test_host_of_version_1_and_one_of_version_2_work_together(
     tmp_path: Path, old: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sami_plugin import handover
+    from sami_plugin.handover import SourceSession, destination
     from sami_plugin.migration import source
 
     # One process has one module: what the old host would know it is made to know.
-    monkeypatch.setattr(*((source, "VERSIONS", (1,)) if old == "host-a" else (handover, "VERSIONS", (1,))))
+    monkeypatch.setattr(*((source, "VERSIONS", (1,)) if old == "host-a" else (destination, "VERSIONS", (1,))))
     with six_against_four(tmp_path) as (hosts, guest):
         offers: list[Offer] = []
-        source_say = handover.SourceSession._say
+        source_say = SourceSession._say
         monkeypatch.setattr(
-            handover.SourceSession,
+            SourceSession,
             "_say",
             lambda self, message: (offers.append(message), source_say(self, message))[1],
         )

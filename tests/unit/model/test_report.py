@@ -13,7 +13,10 @@ from sami_plugin.model.results import WORDS, Reason
 
 ROOT = pathlib.Path(__file__).parents[3]
 PAGE = (ROOT / "doc" / "source" / "reference" / "report.rst").read_text()
-WRITERS = [ROOT / "sami_plugin" / name for name in ("handover.py", "arriving.py", "session.py")]
+WRITERS = [
+    ROOT / "sami_plugin" / name
+    for name in ("handover/source.py", "handover/destination.py", "arriving.py", "session.py")
+]
 
 
 def new(role: str = "source") -> Report:

@@ -1,0 +1,537 @@
+"""The source's part of a handover: the guest leaves."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+
+import numpy as np
+
+from sami_plugin.codec import compression, ipfix
+from sami_plugin.errors import SamiError
+from sami_plugin.former import FlowsByPort, Former
+from sami_plugin.leaving import (
+    NOT_FOR_THAT_DOMAIN,
+    Inventory,
+    Leaving,
+    Piece,
+    Sweep,
+    foremost,
+    merged,
+    split,
+    taken,
+)
+from sami_plugin.line import Line
+from sami_plugin.migration import source
+from sami_plugin.migration.decision import (
+    Action,
+    Choose,
+    Done,
+    Event,
+    ExportChanges,
+    ExportNext,
+    Keep,
+    PeerSaid,
+    Purge,
+    PurgeLate,
+    Resync,
+    SayAgain,
+    SayOffer,
+    StartExport,
+)
+from sami_plugin.model.flows import (
+    Addresses,
+    Batch,
+    FirewallEvent,
+    Omitted,
+    has_end_in,
+    names,
+)
+from sami_plugin.model.migration import (
+    Answer,
+    Arrived,
+    AskAgain,
+    Complete,
+    FlowChanges,
+    Flows,
+    GivesUp,
+    Message,
+    MigrationEvent,
+    Offer,
+    Open,
+    Phase,
+    Room,
+    Stays,
+)
+from sami_plugin.model.results import MEND_NO_PLACE, Outcome
+from sami_plugin.model.scope import Scope
+from sami_plugin.notifications import started
+from sami_plugin.session import Actions, Host, Session
+
+
+class SourceSession(Session):
+    """The source's part."""
+
+    role = "source"
+
+    def __init__(
+        self,
+        host: Host,
+        session: str,
+        guest: str,
+        peer: str,
+        ended: Callable[[Session], None],
+        *,
+        is_outgoing: bool,
+        is_suspended: bool = False,
+        scopes: tuple[Scope, ...] = (),
+        line: Line | None = None,
+        is_recovered: bool = False,
+        has_all: bool = False,
+        destination: str | None = None,
+        token: str = "",
+    ) -> None:
+        """`scopes` are the guest's ports as they were noted before: it may be gone already, and they with it.
+
+        Of a session that goes on with another one, `is_recovered` says that it is because this host's agent was started
+        anew, and `has_all` that the destination needs nothing more. `destination` and `token` are where the guest goes
+        to and what its description says, for a host that asks when it has left.
+        """
+        super().__init__(host, session, guest, peer, ended, line)
+        self._is_recovered, self._has_all = is_recovered, has_all
+        self.destination, self.token = destination or "", token
+        limits = host.settings.limits
+        self._known = source.Source(
+            limits, host.monotonic() + limits.session_seconds, is_outgoing=is_outgoing, is_suspended=is_suspended
+        )
+        self.has_left = False
+        """Whether the guest is gone from this host, by its hypervisor's word."""
+        self._scopes = scopes
+        self._begins_with: list[Action] = []
+        self._ports: list[Leaving] = []
+        self._compression = "zlib"
+        self._pieces: Iterator[Piece] = iter(())
+        self._sweep: Sweep | None = None
+        self._offered = Inventory()
+        self._is_answered = True
+        self._unsaid: list[Batch] = []
+        """What changed before the destination has answered."""
+        self._is_sent = False
+        """All that was exported at first is sent."""
+        self._removed = self._late = self._left = self._kept_for_others = 0
+        host.leaves(guest)
+
+    def take_over(self, former: Former) -> None:
+        """The guest's flows are still here, or in the journal."""
+        super().take_over(former)
+        limits, now = self.host.settings.limits, self.host.monotonic()
+        is_gone, is_suspended = former.has("guest stopped"), former.has("guest suspended")
+        self.has_left |= is_gone
+        if self._is_recovered:
+            self.known_as = former.known_as
+            self._known, self._begins_with = source.recovered(
+                limits,
+                now,
+                former.state,
+                is_suspended=is_suspended,
+                is_gone=is_gone,
+                has_arrived=former.has("peer said Arrived"),
+            )
+        else:
+            self._known = source.continuing(
+                limits, now, has_all=self._has_all, is_suspended=is_suspended, is_gone=is_gone
+            )
+        for scope, table in former.ports:
+            port = Leaving(scope, None)
+            if self._is_recovered or self._has_all:
+                port.exported = table
+            else:
+                port.former = table
+            for batch in table.batches():
+                with self.host.deciding(scope):
+                    self.host.leaving.claim(self.id, scope, batch)
+            self._ports.append(port)
+
+    def _flows_by_port(self) -> FlowsByPort:
+        return tuple((port.scope, port.told()) for port in self._ports)
+
+    def _made_successor(self) -> Session:
+        raise AssertionError("only a destination opens sessions")
+
+    def _scopes_known(self) -> tuple[Scope, ...]:
+        return tuple(port.scope for port in self._ports)
+
+    def may_be_fetched_by(self, host: str, token: str) -> bool:
+        """Whether the guest left to that host, as far as one knows here, and nobody has asked for its flows by now."""
+        is_its = host == self.destination or bool(
+            not self.destination and self.token and hmac.compare_digest(self.token.encode(), token.encode())
+        )
+        return not self.peer and is_its and source.may_be_continued(self._known)
+
+    @property
+    def has_purged(self) -> bool:
+        """Whether what was exported is gone here."""
+        return self._known.state is source.State.WATCHING
+
+    def may_be_continued_by(self, peer: str, session: str) -> bool:
+        """Whether this is the session, by the id that the peer knows, and all of the guest's flows are still here."""
+        return (self.peer, self.known_as) == (peer, session) and source.may_be_continued(self._known)
+
+    def _actions(self) -> Actions:
+        return {
+            Keep: self._keep,
+            StartExport: self._start_export,
+            SayOffer: self._say_offer,
+            SayAgain: self._say_again,
+            Choose: self._choose,
+            ExportNext: self._export_next,
+            ExportChanges: self._export_changes,
+            Resync: self._resync,
+            Purge: self._purge,
+            PurgeLate: self._purge_late,
+        }
+
+    def _start_export(self, action: StartExport) -> Done:
+        """Watches before it exports, so that no change falls between the two."""
+        self.note("export began")
+        self.host.notifications.send(started(self.report, self.host.wall(), self._state(), is_held=False))
+        if not self._ports:
+            scopes = (self.host.scopes.find(self.guest) if self.peer else ()) or self._scopes
+            self._ports = [Leaving(scope, None) for scope in scopes]
+        for port in self._ports:
+            if self.host.driver.capabilities(port.scope).can_watch:
+                port.watch = self.host.driver.watch(port.scope)
+        if not self._ports:
+            self.report.remark("this host knows no port of the guest, so nothing was carried")
+        self._pieces = self._export()
+        return Done("StartExport", len(self._ports))
+
+    def _say_offer(self, action: SayOffer) -> None:
+        """All is exported before, to know how much it is."""
+        pieces = list(self._pieces)
+        self._pieces = iter(pieces)
+        for _, batch in pieces:
+            self._offered.add(batch, self._domain)
+        self._is_answered = False
+        self._say(Offer(self._known.version, action.ports, *self._offered.told()))
+        self.note("offered")
+
+    def _say_again(self, action: SayAgain) -> None:
+        self._say(AskAgain(self.known_as))
+
+    def _choose(self, action: Choose) -> None:
+        """Keeps back what has no place there: the least important."""
+        self._is_answered = True
+        if self._unsaid:
+            self._say_changes(self._unsaid, is_last=False)
+        if action.places >= sum(self._offered.counts[kind] for kind in action.kinds):
+            return
+        pieces = list(self._pieces)
+        others = [piece for piece in pieces if piece[1].template.name not in action.kinds]
+        chosen, rest = foremost((piece for piece in pieces if piece[1].template.name in action.kinds), action.places)
+        self._pieces = iter([*chosen, *others])
+        for port, batch in rest:
+            with self.host.deciding(port.scope):
+                self.host.leaving.claim(self.id, port.scope, batch)
+            port.unplaced.put(batch)
+
+    def _keep(self, action: Keep) -> Done:
+        """Nobody asked for the guest's flows. What it leaves is noted, to be removed by name like all else."""
+        self._start_export(StartExport())
+        for some in self._told(self._pieces):
+            self._packed(some)
+        for port in self._ports:
+            port.close()
+        self.note("export ended")
+        return Done("Keep", self._exported_count())
+
+    def _export(self) -> Iterator[Piece]:
+        for port in self._ports:
+            for piece in self.host.driver.export(port.scope):
+                if isinstance(piece, Omitted):
+                    self._offered.add(piece, self._domain)
+                    self.report.name(f"not exported: {piece.reason}", piece.count, piece.examples)
+                else:
+                    port.former.discard(piece)
+                    yield port, piece
+            if self._known.is_suspended:  # what was deleted since the pause says nothing, and travels all the same
+                yield from ((port, batch) for batch in port.former.batches())
+
+    def _export_next(self, action: ExportNext) -> Done:
+        pieces, is_all = taken(self._pieces, self.host.settings.batch_flows)
+        count = 0
+        for some in self._told(pieces):
+            count += sum(map(len, some))
+            self._say(Flows(self._packed(some)))
+        if is_all:
+            self.note("export ended")
+            self._is_sent = True
+        return Done("ExportNext", count, is_all=is_all)
+
+    def _told(self, pieces: Iterable[Piece]) -> list[list[Batch]]:
+        """These flows as what the other host is told of, in lists that make one message each."""
+        told: list[Batch] = []
+        for port, batch in merged(pieces):
+            newest = batch.take(~port.overtaken.find(batch)[0])
+            self._tell(port, newest, told, [])  # the first time that anything is said of them
+        return split(told, self.host.settings.batch_flows) if told else []
+
+    def _export_changes(self, action: ExportChanges) -> Done:
+        """Tells what changed since the last time; where changes were lost, by the difference of a whole export."""
+        gone: list[Batch] = []
+        told: list[Batch] = []
+        for port in self._ports:
+            changes = port.changes()
+            if changes.is_complete:
+                differences: Iterable[tuple[Leaving, Iterable[Batch], Iterable[Batch]]]
+                differences = [(port, changes.removals, changes.upserts)]
+            else:
+                sweep = Sweep([port], self.host.driver)
+                while not sweep.advance(self.host.settings.batch_flows):
+                    pass
+                differences = sweep.difference()
+            self._tell_differences(differences, gone, told, says_removals=action.says_removals)
+        self._sweep = None
+        if not self._is_answered:
+            self._unsaid += [*gone, *told]
+        elif gone or told or action.is_last:
+            self._say_changes([*gone, *told], is_last=action.is_last)
+        if action.is_last:
+            # What is deleted here from now on says nothing, and the purge's own events would only cost time.
+            for port in self._ports:
+                port.close()
+            self.note("last changes sent")
+        return Done("ExportChanges", sum(map(len, told)))
+
+    def _resync(self, action: Resync) -> Done:
+        """Exports again, a slice at a time, and tells the difference.
+
+        A kernel does not tell the changes of entries that are older than the first listener; this finds them. That
+        traffic renews a timeout is found by nobody, so the destination renews what it holds.
+        """
+        if self._sweep is None:
+            self._sweep = Sweep(self._ports, self.host.driver)
+        if not self._sweep.advance(self.host.settings.batch_flows):
+            return Done("Resync", is_all=False)
+        gone: list[Batch] = []
+        told: list[Batch] = []
+        self._tell_differences(self._sweep.difference(), gone, told)
+        self._sweep = None
+        if gone or told:
+            self._say_changes([*gone, *told], is_last=False)
+        return Done("Resync")
+
+    def _tell_differences(
+        self,
+        differences: Iterable[tuple[Leaving, Iterable[Batch], Iterable[Batch]]],
+        gone: list[Batch],
+        told: list[Batch],
+        *,
+        says_removals: bool = True,
+    ) -> None:
+        for port, removals, upserts in differences:
+            for batch in removals:
+                if says_removals:
+                    self._overtake(port, batch)
+                    self._tell_gone(port, batch, gone)
+                else:
+                    self._name_unheard(port, batch)
+            for batch in upserts:
+                self._overtake(port, batch)
+                self._tell(port, batch, told, gone)
+
+    def _overtake(self, port: Leaving, batch: Batch) -> None:
+        """What was exported of these flows, and waits to be sent, says nothing any more."""
+        if not self._is_sent:
+            port.overtaken.put(batch.identities)
+
+    def _tell(self, port: Leaving, batch: Batch, told: list[Batch], gone: list[Batch]) -> None:
+        """Puts flows among what is told, or keeps them from a domain that is not to have them."""
+        if not len(batch):
+            return
+        with self.host.deciding(port.scope):
+            self.host.leaving.claim(self.id, port.scope, batch)
+        is_unplaced = port.unplaced.find(batch)[0]
+        if is_unplaced.any():
+            port.unplaced.put(batch.take(is_unplaced))
+            batch = batch.take(~is_unplaced)
+        if self._gives(batch):
+            port.withheld.discard(batch)
+            port.exported.put(batch)
+            told.append(batch)
+        else:
+            before = batch.identities  # told as of another kind, with or without a translation
+            before.rows["flowId"] = 0
+            self._tell_gone(port, before, gone)
+            port.withheld.put(batch)
+
+    def _gives(self, batch: Batch) -> bool:
+        """Whether the other host's domain may have this kind."""
+        return self._domain is None or self._domain.gives(batch.template.name)
+
+    def _tell_gone(self, port: Leaving, batch: Batch, gone: list[Batch]) -> None:
+        """A flow that was never told needs no removal; one that took the same tuple since is not meant."""
+        for table in port.untold():
+            table.discard(batch)
+        known, ids = port.exported.find(batch)
+        named = batch.rows["flowId"]
+        batch = batch.take(known & ((named == 0) | (ids == named)))
+        if len(batch):
+            batch.rows["firewallEvent"] = FirewallEvent.DELETED
+            port.exported.discard(batch)
+            gone.append(batch)
+
+    def _name_unheard(self, port: Leaving, batch: Batch) -> None:
+        """Flows that somebody deleted in the pause, before the export came to them: what they were is not known."""
+        known = [table.find(batch)[0] for table in (port.exported, *port.untold())]
+        lost = batch.take(~np.logical_or.reduce(known))
+        if len(lost):
+            self.report.name("deleted at the source in the pause, before they were exported", len(lost), names(lost))
+
+    def _say_changes(self, batches: list[Batch], *, is_last: bool) -> None:
+        lists = split(batches, self.host.settings.batch_flows)
+        for number, some in enumerate(lists, 1):
+            self._say(FlowChanges(self._packed(some), is_last and number == len(lists)))
+
+    def _packed(self, batches: Iterable[Batch]) -> bytes:
+        octets = ipfix.encode(batches, export_time=int(self.host.wall()), enterprise=self.host.settings.enterprise)
+        payload = compression.compress(octets, self._compression)
+        self.keep_payload(payload)
+        return payload
+
+    def _purge(self, action: Purge) -> Done:
+        """Removes what was exported, except what a guest that stays still needs, and looks whether it is gone."""
+        with self.host.purging(self.guest) as is_allowed:
+            if not is_allowed:
+                self.report.remark("the guest is back and its flows with it; what it left here before was not removed")
+                return Done("Purge", refused=self._exported_count())
+            for port in self._ports:
+                with self.host.lock:
+                    stay = self._neighbours(port.scope)
+                    batches = [*chain(*(table.batches() for table in (port.exported, *port.untold())))]
+                    victims = [self._ours_alone(port, batch, stay) for batch in batches]
+                    self._kept_for_others += sum(map(len, batches)) - sum(map(len, victims))
+                    for batch in victims:
+                        removed = self.host.driver.remove(port.scope, batch.identities)
+                        self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
+                    self.note("purged")
+                    self._left += sum(self._is_left(port.scope, batch) for batch in victims)
+                    self.host.leaving.release(self.id, port.scope)
+        self.note("proved")
+        return Done("Purge", self._removed, refused=self._left)
+
+    def _is_left(self, scope: Scope, batch: Batch) -> int:
+        """How many are there still. What has the same name and another id was made since: that is `_purge_late`'s."""
+        found, is_there = self.host.driver.read_back(scope, batch)
+        return int(np.count_nonzero(is_there & (found.rows["flowId"] == batch.rows["flowId"])))
+
+    def _purge_late(self, action: PurgeLate) -> Done:
+        """Removes by name what packets of peers made here after the pause, until they knew where the guest is now.
+
+        Later than the purge, for they may still be coming then, and since a look at a whole firewall has no hurry.
+        """
+        with self.host.purging(self.guest) as is_allowed:
+            for port in self._ports if is_allowed else ():
+                with self.host.lock:
+                    for batch in self._remaining(port, self._neighbours(port.scope)):
+                        self._late += len(batch)
+                        self.report.name("removed at the source, made there after the pause", len(batch), names(batch))
+                        self.host.driver.remove(port.scope, batch.identities)
+        self.note("watched")
+        return Done("PurgeLate", self._late)
+
+    def _neighbours(self, scope: Scope) -> Addresses:
+        """Whose flows stay. A zone that was the port's own when the guest began to leave may be shared by now."""
+        try:
+            return self.host.scopes.neighbours(scope)
+        except SamiError as error:
+            if scope.is_shared:
+                raise
+            self.report.remark(f"it is not known who else is in the zone by now: {error}")
+            return ()
+
+    def _ours_alone(self, port: Leaving, batch: Batch, stay: Addresses) -> Batch:
+        batch = self.host.leaving.unclaimed_by_others(self.id, port.scope, batch)
+        return batch.take(~has_end_in(batch, stay)) if stay else batch
+
+    def _remaining(self, port: Leaving, stay: Addresses) -> list[Batch]:
+        pieces = (piece for piece in self.host.driver.export(port.scope) if not isinstance(piece, Omitted))
+        own = (piece.take(has_end_in(piece, port.scope.addresses)) for piece in pieces)
+        return [left for piece in own if len(left := self._ours_alone(port, piece, stay))]
+
+    # What the session asks of its role.
+
+    def _state(self) -> str:
+        return self._known.state.value
+
+    def _begin(self) -> None:
+        """All but what goes on begins with the destination's Open, which is in the queue."""
+        if self._begins_with:
+            self._enact("goes on", self._begins_with)
+
+    def _step(self, event: Event, now: float) -> list[Action]:
+        self._known, actions = source.step(self._known, event, now)
+        if isinstance(event, PeerSaid):
+            self._note_message(event.message)
+        return actions
+
+    def _note_message(self, message: Message) -> None:
+        match message:
+            case Open():
+                self._compression = compression.choose(message.compressions)
+            case Answer():
+                losses = dict(zip(message.reasons, message.counts, strict=False))
+                self.report.verdict = {
+                    "verdict": message.verdict,
+                    "flows": self._offered.counts.total() + self._offered.left_out.total(),
+                    "places": message.places,
+                    "losses": losses,
+                }
+            case Room():
+                left = f"of the promised places at the destination {message.places} are left"
+                self.report.remark(f"{left}: {message.reason}")
+                return
+        self.note(_SAID_TO_SOURCE.get(type(message), type(message).__name__))
+
+    def _note_phase(self, event: MigrationEvent) -> None:
+        if event.phase is Phase.STOPPED:
+            self.has_left = True
+            self.host.arrived_guests.discard(self.guest)
+        self.note(event.phase.value)
+
+    def _exported_count(self) -> int:
+        return sum(len(port.exported) for port in self._ports)
+
+    def _counts(self) -> dict[str, int]:
+        for port in self._ports:
+            for table, why in (
+                (port.withheld, NOT_FOR_THAT_DOMAIN),
+                (port.unplaced, f"there was no place for it at the destination; {MEND_NO_PLACE}"),
+            ):
+                for batch in table.batches():
+                    self.report.name(f"not exported: {why}", len(batch), names(batch))
+        return {
+            "exported": self._exported_count(),
+            "purged": self._removed,
+            "kept for other guests": self._kept_for_others,
+            "late": self._late,
+            "left_behind": self._left,
+        }
+
+    def _let_go(self) -> None:
+        for port in self._ports:
+            port.close()
+            with self.host.deciding(port.scope):
+                self.host.leaving.release(self.id, port.scope)
+
+
+_SAID_TO_SOURCE: Mapping[type[Message], str] = {
+    Open: "asked",
+    Answer: "answered",
+    Complete: "complete",
+    Arrived: "arrived",
+    Stays: "the destination said that the guest stays",
+    GivesUp: "the destination gave up",
+}
+"""The steps of the report that a message of the peer stands for."""
