@@ -442,11 +442,8 @@ class Agent:
 
     def _stops(self, event: MigrationEvent) -> None:
         self._refused.pop(event.guest, None)
-        with self._lock:
-            outgoing = self._outgoing.pop(event.guest, None) if event.role != "destination" else None
-            if outgoing is not None and outgoing.scopes and not self._sessions_of(event.guest, SourceSession):
-                LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
-                self._add(self._leaving(self.host.new_id(), event.guest, "", outgoing))
+        if event.role != "destination":
+            self._has_gone(event)
         self._lead(event, SourceSession, DestinationSession)
         if event.role == "source":
             for coming in self._sessions_of(event.guest, DestinationSession):
@@ -454,6 +451,17 @@ class Agent:
                     coming.tell(event)
         if not any(session.guest == event.guest for session in self.sessions()):
             self.host.scopes.learn(event.guest, ())  # it ended here, and its tap's name may be another guest's next
+
+    def _has_gone(self, event: MigrationEvent) -> None:
+        """What a guest leaves that nobody asked for is removed by a session too."""
+        with self._lock:
+            outgoing = self._outgoing.pop(event.guest, None)
+            if outgoing is None or not outgoing.scopes or self._sessions_of(event.guest, SourceSession):
+                return
+            LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
+            session = self._leaving(self.host.new_id(), event.guest, "", outgoing)
+            self._add(session)
+        session.tell(event)
 
     def deliver(self, sender: str, session_id: str, packet: Packet) -> None:
         """A packet from who says to be `sender`. Of an unknown session it is a host that calls.
@@ -572,16 +580,17 @@ class Agent:
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
         source = event.source or ("" if origin is None or origin.host == self.host.name else origin.host)
-        if not source and self._hypervisor is None:
+        if not source and self._hypervisor is None and event.phase is Phase.PREPARE:
             raise OperatorError("source: has to be told with `prepare`: the guest's description does not name it")
         with self._lock:  # the hook and Nova may say it at the same time
             session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
             token = origin.token if origin is not None else ""
             if session is None or not session.is_about(source):
                 self._make_room(event.guest)
+                # Whether that was said or not.
+                self._has_gone(MigrationEvent(event.guest, Phase.STOPPED, role="source"))
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
-                self._outgoing.pop(event.guest, None)  # it left, whether that was said or not
                 is_held = event.phase is Phase.PREPARE
                 session = DestinationSession(
                     self.host, self.host.new_id(), event.guest, source, self._forget, is_held=is_held, again=self._again

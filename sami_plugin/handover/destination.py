@@ -207,8 +207,8 @@ class DestinationSession(Session):
         return self.host.risk(Demand.of(offer), self.id, guest, self.peer)
 
     def _lapse_places(self, action: LapsePlaces) -> None:
-        if self.host.lapse_places(self.id):
-            self._tell_room("they were kept for reservation_seconds")
+        if self.host.lapse_places(self.id) and action.reason:
+            self._tell_room(action.reason)
 
     def _tell_room(self, reason: str) -> None:
         if self._known.version > 1:

@@ -179,7 +179,10 @@ class Negotiate:
 
 @dataclass(frozen=True, slots=True)
 class LapsePlaces:
-    """Keep places for this session no longer, and tell the source what it has."""
+    """Keep places for this session no longer."""
+
+    reason: str = ""
+    """Why, for a source that still sends flows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ NEGOTIATING  the source has said what there is; what can be taken is being seen,
 RECEIVING    flows come; they go into the device as soon as the port's scope is known here
 COMPLETE     all of it is in the device, read back and journaled; the guest is not here yet
 ARRIVED      the guest runs here and the source has been told; it purges now
-ORPHANED     the source gave up; still to be seen is whether the guest comes
+ORPHANED     no more flows come; what there is is kept until it is known whether the guest comes
 ENDED
 
-Whatever ends a session before the guest runs here, everything that it put in is discarded: the source has it all.
-After the guest has run here nothing is discarded any more.
+What was put in is discarded when it is known that the guest does not come: the source has it all. That nobody has said
+yet that the guest runs here does not mean that it does not.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def _found_another(session: Destination, event: Event, now: float) -> Decision:
     assert isinstance(event, Found)
     if event.source == session.source:
         return session, []
-    return _give_up(session, f"{session.source} and {event.source} both say that the guest leaves them")
+    reason = f"{session.source} and {event.source} both say that the guest leaves them"
+    session, actions = _give_up(replace(session, renew_at=math.inf), reason, now)
+    return session, [*actions, Discard()]
 
 
 def is_open(session: Destination) -> bool:
@@ -275,7 +277,8 @@ def _scope_asked(session: Destination, event: Event, now: float) -> Decision:
     if not event.is_all:
         return session, [_next_wake(session, now)]
     if not event.count:
-        return _give_up(session, "the port's zone did not appear within zone_seconds; is the network's agent running?")
+        reason = "the port's zone did not appear within zone_seconds; is the network's agent running?"
+        return _give_up(session, reason, now)
     session = replace(session, has_scope=True)
     return session, [Verify(), _next_wake(session, now)]
 
@@ -341,7 +344,7 @@ def _never_found(session: Destination, event: Event, now: float) -> Decision:
     reason = "nothing says which host the guest leaves; did an agent run there before, and could it mark its guests?"
     if not session.is_started:  # a veto, or a guest that moves without running: nothing more will be heard of it
         return _end(session, Outcome.FAILED, reason)
-    return _give_up(session, reason)
+    return _give_up(session, reason, now)
 
 
 def _tick(session: Destination, event: Event, now: float) -> Decision:
@@ -350,14 +353,14 @@ def _tick(session: Destination, event: Event, now: float) -> Decision:
         return _verdict_is_due(session, now)
     if now >= session.deadline:
         if session.state is State.ASKED:
-            return _give_up(session, "the source did not answer; is its agent running?")
+            return _give_up(session, "the source did not answer; is its agent running?", now)
         if session.state is State.COMPLETE:  # the guest may run here, and then these are its flows
             return _end(session, Outcome.UNCLEAR, "nobody said whether the guest came; its flows were kept")
-        return _give_up(session, "the migration took longer than session_seconds")
+        return _give_up(session, "the migration took longer than session_seconds", now)
     actions: list[Action] = []
     if now >= session.kept_until:
         session = replace(session, kept_until=math.inf)
-        actions.append(LapsePlaces())
+        actions.append(LapsePlaces("they were kept for reservation_seconds"))
     if _looks_for_scope(session):
         actions.append(FindScope(is_last=now >= session.zone_deadline))
     if now >= session.renew_at and not session.runs_here:
@@ -372,7 +375,7 @@ def _looks_for_scope(session: Destination) -> bool:
 
 def _next_wake(session: Destination, now: float) -> WakeAt:
     if session.state is State.ORPHANED:
-        return WakeAt(min(session.session_deadline, session.verdict_deadline))
+        return WakeAt(max(now, min(session.session_deadline, session.verdict_deadline, session.renew_at)))
     times = [session.deadline, session.verdict_deadline, session.kept_until]
     if _looks_for_scope(session):
         times.append(now + ZONE_POLL_SECONDS)
@@ -392,7 +395,7 @@ def _moves_on(session: Destination, event: Event, now: float) -> Decision:
     """What comes from now on would be carried on by nobody, and stay behind."""
     if not session.runs_here:
         return session, []
-    return _give_up(session, "the guest moved on before all of its flows had come")
+    return _give_up(session, "the guest moved on before all of its flows had come", now)
 
 
 def _source_says_it_stays(session: Destination, event: Event, now: float) -> Decision:
@@ -433,24 +436,23 @@ def _failed(session: Destination, event: Event, now: float) -> Decision:
         case ActionFailed(what="FindScope") if now < session.zone_deadline:  # the network's agent may be at work
             return session, [_next_wake(session, now)]
         case ActionFailed(reason=reason) | PeerLost(reason=reason):
-            return _give_up(session, reason)
+            return _give_up(session, reason, now)
         case PeerSaid(message=GivesUp(reason=reason)):
-            session, actions = _give_up(session, f"the source gave up: {reason}")
+            session, actions = _give_up(session, f"the source gave up: {reason}", now)
             return session, [action for action in actions if not isinstance(action, Say)]  # it knows
         case _:
             raise AssertionError(event)
 
 
-def _give_up(session: Destination, reason: str) -> Decision:
+def _give_up(session: Destination, reason: str, now: float) -> Decision:
     if session.runs_here:
         return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
     asked_until = session.verdict_deadline if session.verdict is Verdict.ASK else math.inf
     session = replace(session, state=State.ORPHANED, reason=reason, verdict_deadline=asked_until)
-    said: list[Action] = [Say(GivesUp(reason)), WakeAt(min(session.session_deadline, asked_until))]
+    actions: list[Action] = [Say(GivesUp(reason)), LapsePlaces(), _next_wake(session, now)]
     if session.verdict is None:
-        said.append(Negotiate(None, why_unknown=reason))
-    # Discarding comes last: what stands behind an action that fails is not done.
-    return session, [*said, Discard()]
+        actions.append(Negotiate(None, why_unknown=reason))
+    return session, actions
 
 
 def _peer_lost_after_complete(session: Destination, event: Event, now: float) -> Decision:
@@ -467,7 +469,6 @@ def _came_without(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _stayed_without(session: Destination, event: Event, now: float) -> Decision:
-    """Discards once more: the first time may have failed."""
     said: list[Action] = [Say(Stays("the guest did not come"))] if isinstance(event, GuestDid) else []
     return replace(session, state=State.ENDED), [*said, Discard(), End(Outcome.STAYED, session.reason)]
 
@@ -475,24 +476,25 @@ def _stayed_without(session: Destination, event: Event, now: float) -> Decision:
 def _orphan_ends(session: Destination, event: Event, now: float) -> Decision:
     if now >= session.verdict_deadline:
         return _verdict_is_due(session, now)
-    if now < session.session_deadline:
-        return session, [_next_wake(session, now)]
-    return _end(session, Outcome.FAILED, session.reason)
+    if now >= session.session_deadline:
+        return _end(session, Outcome.FAILED, f"{session.reason}; nobody said whether the guest came")
+    actions: list[Action] = []
+    if now >= session.renew_at:
+        session = replace(session, renew_at=now + session.limits.hold_seconds / 3)
+        actions.append(Renew())
+    return session, [*actions, _next_wake(session, now)]
 
 
-def _left_behind(session: Destination, event: Event, now: float) -> Decision:
-    assert isinstance(event, ActionFailed)
-    return replace(session, reason=f"{session.reason}; {_not_discarded(event)}"), []
+def _orphan_goes_on(session: Destination, event: Event, now: float) -> Decision:
+    """What could not be renewed is tried again; what could not be discarded is, when the guest does not come."""
+    return session, [_next_wake(session, now)]
 
 
 def _could_not_end(session: Destination, event: Event, now: float) -> Decision:
     """The action that failed stood before `End`, which was not done therefore."""
     assert isinstance(event, ActionFailed)
-    return _end(session, Outcome.FAILED, _not_discarded(event))
-
-
-def _not_discarded(event: ActionFailed) -> str:
-    return f"what this session put in could not be discarded: {event.reason}"
+    reason = f"what this session put in could not be discarded: {event.reason}"
+    return _end(session, Outcome.FAILED, f"{session.reason}; {reason}" if session.reason else reason)
 
 
 def _ask_again(session: Destination, event: Event, now: float) -> Decision:
@@ -598,7 +600,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         Purged: _ignore,
         GivesUp: _ignore,
         Stays: _stayed_without,
-        "ActionFailed": _left_behind,
+        "ActionFailed": _orphan_goes_on,
         "Superseded": _superseded,
     },
     State.ENDED: {

@@ -24,6 +24,8 @@ from tests.unit.handover.memory import (
     finish,
     guest_with_flows,
     held,
+    hosts_in,
+    limited,
     ports,
     tcp_flows,
     until,
@@ -31,6 +33,8 @@ from tests.unit.handover.memory import (
     wait_for_step,
 )
 from tests.unit.handover.stranger import Stranger
+
+OTHER_ZONE = 77
 
 
 class Hypervisor:
@@ -333,3 +337,33 @@ def test_source_has_to_be_told_where_no_hypervisor_can_be_asked(tmp_path: Path) 
         pytest.raises(OperatorError, match="source: has to be told"),
     ):
         hosts.say("host-a", Phase.PREPARE, new_guest())
+
+
+def test_guest_that_nobody_announced_and_that_is_there_already_has_a_report(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, limited(open_seconds=0.2)) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, is_incoming=True))
+        hosts.say("host-b", Phase.RESUMED, guest)
+        until_idle(hosts)
+        assert "nothing says which host" in outcome(hosts, "host-b", guest)[1]
+
+
+def test_what_a_guest_left_is_purged_though_it_comes_back_before_anybody_said_that_it_had_gone(
+    tmp_path: Path,
+) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.drivers["host-b"].insert(hosts.scope("host-b", guest), tcp_flows(7, first_port=7000))
+        hosts.unplug("host-a", guest)
+        hosts.say("host-b", Phase.OUTGOING, guest, destination="host-a")
+        hosts.say("host-a", Phase.PREPARE, guest, "host-b")
+        hosts.plug("host-a", guest, OTHER_ZONE, GUEST_ADDRESS)
+        hosts.say("host-a", Phase.STARTED, guest)
+        wait_for_step(hosts, "host-a", guest, "in sync")
+        finish(hosts, guest, "host-b", "host-a")
+        until_idle(hosts)
+        assert len(held(hosts, "host-a", OTHER_ZONE)) == 7
+        assert held(hosts, "host-a") == set()
+        assert sorted(one["outcome"] for one in hosts.reports("host-a", guest)) == ["moved", "purged without arrival"]

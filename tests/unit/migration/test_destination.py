@@ -20,6 +20,7 @@ from sami_plugin.migration.decision import (
     Found,
     HandOver,
     Import,
+    LapsePlaces,
     PeerLost,
     PeerSaid,
     Renew,
@@ -120,8 +121,9 @@ READ_BACK = Done("Verify", 7, refused=2)
         ((OFFERED, STARTED, SCOPE_FOUND, LAST, READ_BACK, RESUMED, NOT_ALL), [End(Outcome.FAILED, LEFT)]),
         ((OFFERED, FLOWS, STOPPED), [Say(Stays(NOT_COME)), Discard(), End(Outcome.STAYED, NOT_COME)]),
         ((OFFERED, FLOWS, STAYS), [Discard(), End(Outcome.STAYED, "stays")]),
-        ((OFFERED, FLOWS, GIVES_UP), [WakeAt(100.0), Discard()]),
-        ((OFFERED, FLOWS, ActionFailed("Import", "why")), [Say(GivesUp("why")), WakeAt(100.0), Discard()]),
+        ((OFFERED, FLOWS, GIVES_UP), [LapsePlaces(), WakeAt(3.0)]),
+        ((OFFERED, FLOWS, GIVES_UP, RESUMED), [End(Outcome.FAILED, "the source gave up: no")]),
+        ((OFFERED, FLOWS, ActionFailed("Import", "why")), [Say(GivesUp("why")), LapsePlaces(), WakeAt(3.0)]),
         ((OFFERED, FLOWS, RESUMED, ActionFailed("Import", "why")), [Say(GivesUp("why")), End(Outcome.FAILED, "why")]),
         ((OFFERED, FLOWS, RESUMED, STAYS), [End(Outcome.UNCLEAR, "both hosts say that the guest runs there")]),
         ((OFFERED, FLOWS, RESUMED, STOPPED), [End(Outcome.UNCLEAR, "the guest came and ended")]),
@@ -173,7 +175,7 @@ def test_source_that_nobody_names_is_given_up_after_open_seconds() -> None:
 def test_of_two_hosts_that_both_say_that_the_guest_leaves_them_none_is_believed(state: State) -> None:
     made = shell(*IN_STATE[state])
     made.tell(Found("host-x"))
-    assert made.kinds()[-2:] == ["GivesUp", "Discard"]
+    assert made.kinds()[-3:] == ["GivesUp", "LapsePlaces", "Discard"]
     assert made.session.reason == "host-a and host-x both say that the guest leaves them"
 
 
@@ -211,7 +213,7 @@ def test_guest_without_zone_is_given_up_after_zone_seconds(found: str, reason: s
     made.wait_until(2.1)
     assert made.session.state is State.ORPHANED
     assert reason in made.session.reason
-    assert made.kinds()[-2:] == ["GivesUp", "Discard"]
+    assert made.kinds()[-2:] == ["GivesUp", "LapsePlaces"]
 
 
 def test_guest_that_moves_on_before_all_of_its_flows_came_leaves_a_session_that_failed() -> None:
@@ -239,7 +241,8 @@ def test_source_that_does_not_answer_is_given_up_after_open_seconds() -> None:
     made.wait_until(10)
     assert made.session.state is State.ORPHANED
     made.wait_until(100)
-    assert made.done[-1][1] == End(Outcome.FAILED, "the source did not answer; is its agent running?")
+    reason = "the source did not answer; is its agent running?; nobody said whether the guest came"
+    assert made.done[-1][1] == End(Outcome.FAILED, reason)
 
 
 def test_source_that_is_lost_after_complete_costs_the_guest_no_flow() -> None:
@@ -264,14 +267,41 @@ def test_session_of_which_the_discarding_fails_ends_and_says_so(cause: Event) ->
     assert ("Stays" in made.kinds()) == (cause == STOPPED)
 
 
-def test_source_hears_that_it_is_given_up_although_the_discarding_fails() -> None:
-    made = shell(*IN_STATE[State.RECEIVING])
-    made.choices = iter(["fails"])
-    made.tell(PeerLost("lost"))
-    assert "GivesUp" in made.kinds()
+LOST = [PeerLost("lost"), GIVES_UP, ActionFailed("Import", "pretended")]
+
+
+@pytest.mark.parametrize("loss", LOST)
+@pytest.mark.parametrize("word", ["resumed", "no word"])
+def test_what_is_here_is_kept_and_renewed_until_it_is_known_that_the_guest_does_not_come(
+    loss: Event, word: str
+) -> None:
+    """It may run here, and its hypervisor's word be on its way."""
+    made = shell(*IN_STATE[State.RECEIVING], loss)
     assert made.session.state is State.ORPHANED
+    made.wait_until(7)
+    assert [time for time, action in made.done if isinstance(action, Renew)] == [3.0, 6.0]
+    if word == "resumed":
+        made.tell(RESUMED)
     made.wait_until(100)
-    assert made.done[-1][1] == End(Outcome.FAILED, "lost; what this session put in could not be discarded: pretended")
+    assert made.kinds()[-1] == "end: failed"
+    assert "Discard" not in made.kinds()
+
+
+@pytest.mark.parametrize("loss", LOST)
+@pytest.mark.parametrize("end", [STOPPED, STAYS, Superseded()])
+def test_what_is_here_of_a_guest_that_does_not_come_is_discarded_though_no_more_flows_come(
+    loss: Event, end: Event
+) -> None:
+    made = shell(*IN_STATE[State.RECEIVING], loss, end)
+    assert "Discard" in made.kinds()
+    assert made.is_over
+
+
+def test_renewal_that_fails_is_tried_again_though_no_more_flows_come() -> None:
+    made = shell(*IN_STATE[State.RECEIVING], PeerLost("lost"))
+    made.choices = iter(["fails"])
+    made.wait_until(7)
+    assert [time for time, action in made.done if isinstance(action, Renew)] == [3.0, 6.0]
 
 
 @pytest.mark.parametrize("state", State)
@@ -309,7 +339,7 @@ def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> 
     said = [type(action.message) for action in actions if isinstance(action, Say)]
     if ran is not None:
         assert all(number < ran for number in discards)
-    elif Complete not in said and not isinstance(actions[-1], HandOver):
+    elif isinstance(last := actions[-1], End) and last.outcome is Outcome.STAYED:
         assert discards
     if discards:
         assert not any(isinstance(action, Import | Renew) for action in actions[discards[0] :])
