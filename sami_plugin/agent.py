@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -136,7 +136,10 @@ class Agent:
         self.host = host
         self._hypervisor = hypervisor
         self._sessions: dict[str, Session] = {}
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[str, Line | None] = OrderedDict()
+        """With the line of each that has not brought its last words to the other end yet."""
+        self._last_words: deque[tuple[float, str]] = deque()
+        """Until when each of them may try to."""
         self._greetings: dict[str, _Greeting] = {}
         self._questions: dict[str, Question] = {}
         self._refused: dict[str, str] = {}
@@ -327,7 +330,7 @@ class Agent:
         finally:
             with self._lock:
                 del self._questions[session]
-                self._remember_ended(session)
+                self._remember_ended(session, question.line)
 
     def note(self, event: MigrationEvent) -> None:
         """This host's hypervisor said something of a guest. The same may be said twice. Returns at once.
@@ -481,10 +484,13 @@ class Agent:
         with self._lock:  # a session is there before its greeting is gone, so one of both is found
             known: Session | Question | _Greeting | None
             known = self._sessions.get(session_id) or self._questions.get(session_id)
-            if known is None:
-                if session_id in self._ended:
-                    return
+            line = self._ended.get(session_id)
+            if known is None and session_id not in self._ended:
                 known = self._greeting(sender, session_id)
+        if known is None:  # of interest only where the other end needs an answer to hear what was said last
+            if line is not None and line.peer == sender:
+                line.take(packet)
+            return
         if known.peer != sender:
             raise NotAuthorised("a session is with one host, and no other may speak in it")
         if isinstance(known, _Greeting):
@@ -546,7 +552,7 @@ class Agent:
             greeting = self._greetings.pop(session_id, None)
             if greeting is not None:
                 greeting.line.finish()
-                self._remember_ended(session_id)
+                self._remember_ended(session_id, greeting.line)
 
     def sessions(self) -> list[Session]:
         """Those under way, oldest first."""
@@ -812,13 +818,26 @@ class Agent:
                     self._hypervisor.mark(session.guest)
             if is_last and has_stayed == (session.role == "destination"):
                 self.host.scopes.learn(session.guest, ())  # it is not here any more
-            self._remember_ended(session.id)
+            self._remember_ended(session.id, session.line)
             self._idle.notify_all()
 
-    def _remember_ended(self, session: str) -> None:
-        self._ended[session] = None
+    def _remember_ended(self, session: str, line: Line) -> None:
+        now = self.host.monotonic()
+        self._ended[session] = None if line.is_closed else line
+        if not line.is_closed:
+            self._last_words.append((now + self.host.settings.message_seconds, session))
         while len(self._ended) > ENDED_REMEMBERED:
-            self._ended.popitem(last=False)
+            self._shut(self._ended.popitem(last=False)[1])
+        while self._last_words and self._last_words[0][0] <= now:
+            over = self._last_words.popleft()[1]
+            if over in self._ended:
+                self._shut(self._ended[over])
+                self._ended[over] = None
+
+    @staticmethod
+    def _shut(line: Line | None) -> None:
+        if line is not None:
+            line.close()
 
 
 def _is_uuid(text: str) -> bool:

@@ -36,7 +36,8 @@ class Line:
         self._peers = peers
         self._bounds = settings.bounds
         self._is_server = bool(caller)
-        self._lock = threading.Lock()
+        self._is_finished = self.is_closed = False
+        self._lock = threading.RLock()
         self._channel: Channel | None = self._new_channel() if caller else None
         self._sender = self._new_sender(settings)
 
@@ -69,14 +70,33 @@ class Line:
                 raise
             finally:
                 self._send(channel)
+                self._close_when_done()
 
     def when_there_is_room(self, then: Callable[[], None]) -> None:
         """See Sender."""
         self._sender.when_there_is_room(then)
 
     def finish(self) -> None:
-        """Nothing more will be said. May be repeated."""
-        self._sender.finish()
+        """Nothing more will be said. What was said is brought to the other end, for a while. May be repeated.
+
+        That may need words from there: `take` is still to be called.
+        """
+        with self._lock:
+            self._is_finished = True
+            self._sender.finish()
+            self._close_when_done()
+
+    def close(self) -> None:
+        """Gives up what has not got there by now. May be repeated."""
+        with self._lock:
+            self.is_closed = True
+            self._sender.close()
+
+    def _close_when_done(self) -> None:
+        with self._lock:
+            is_all_said = self._channel is None or self._channel.is_all_said
+            if self._is_finished and is_all_said and self._sender.is_idle:
+                self.close()
 
     # What a simulated line has otherwise.
 
@@ -90,6 +110,7 @@ class Line:
             lifetime_seconds=settings.message_seconds,
             refused=lambda reason: self.lost(reason),
             broken=self._renew,
+            idle=self._close_when_done,
         )
 
     def _new_channel(self) -> Channel:

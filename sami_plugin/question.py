@@ -16,7 +16,7 @@ class Question:
 
     def __init__(self, line: Line, peer: str) -> None:
         self.peer = peer
-        self._line = line
+        self.line = line
         self._heard: queue.SimpleQueue[Answer | str] = queue.SimpleQueue()
         line.peer, line.lost = peer, self._heard.put
 
@@ -26,7 +26,7 @@ class Question:
         :raises PeerError: as `Line.take`, or it is no answer.
         :raises RepresentationError: it is no message.
         """
-        for octets in self._line.take(packet):
+        for octets in self.line.take(packet):
             try:
                 said = messages.decode(octets)
             except RepresentationError as error:
@@ -44,7 +44,7 @@ class Question:
 
         :raises PeerUnreachable: there is none.
         """
-        self._line.say(messages.encode(check))
+        self.line.say(messages.encode(check))
         try:
             heard = self._heard.get(timeout=timeout_seconds)
         except queue.Empty:
@@ -52,7 +52,7 @@ class Question:
                 f"{self.peer} has not answered within {timeout_seconds:g} s; is its agent running?"
             ) from None
         finally:
-            self._line.finish()
+            self.line.finish()
         if isinstance(heard, str):
             raise PeerUnreachable(heard)
         return heard

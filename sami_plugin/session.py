@@ -292,8 +292,8 @@ class Session(abc.ABC):
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._finished: deque[Done | Negotiated | ActionFailed] = deque()
         self.wake_at: float | None = None
-        self._line = line or host.line(session)
-        self._line.lost = lambda reason: self._events.put(PeerLost(reason))
+        self.line = line or host.line(session)
+        self.line.lost = lambda reason: self._events.put(PeerLost(reason))
         self._hearing = threading.Lock()
         self._kept: deque[int] = deque()
         """The sizes of the peer's messages that are in the queue."""
@@ -329,7 +329,7 @@ class Session(abc.ABC):
         with self._hearing:
             if sum(self._kept) > self.host.settings.bounds.session_octets:
                 raise Busy(f"session {self.id} has more to do than it can keep")
-            for message in self._line.take(packet):
+            for message in self.line.take(packet):
                 self._hear(message)
 
     def hear(self, said: Iterable[bytes]) -> None:
@@ -377,7 +377,7 @@ class Session(abc.ABC):
         self._events.put(None)
         if self.thread is not None:
             self.thread.join()
-        self._line.finish()
+        self.line.finish()
         self._let_go()
 
     # In the session's own thread.
@@ -538,7 +538,7 @@ class Session(abc.ABC):
             if isinstance(done, Negotiated):
                 self._finished.append(done)
             elif isinstance(action, BULK):
-                self._line.when_there_is_room(lambda: self._events.put(done))
+                self.line.when_there_is_room(lambda: self._events.put(done))
             elif done.is_all:
                 self._finished.append(done)
             else:
@@ -574,8 +574,8 @@ class Session(abc.ABC):
     def _say(self, message: Message) -> None:
         if not self.peer:  # nobody was found yet, or nobody asked
             return
-        self._line.peer = self.peer
-        self._line.say(messages.encode(message))
+        self.line.peer = self.peer
+        self.line.say(messages.encode(message))
 
     def _end(self, outcome: Outcome, reason: str) -> None:
         self._let_go()
@@ -638,7 +638,7 @@ class Session(abc.ABC):
         """Nobody waits for the session any more, and nobody finds it."""
         self.is_over = True
         self.host.notifications.send(ended(self.report, self.host.wall()))
-        self._line.finish()
+        self.line.finish()
         self.has_verdict.set()
         self.has_caught_up.set()
         self._ended(self)

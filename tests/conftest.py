@@ -10,6 +10,14 @@ from lab import isolation
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-write",
+        action="store_true",
+        help="in test_kill.py, kill agents at every write of their journals, not only at some of each sequence",
+    )
+
+
 @pytest.fixture
 def world() -> None:
     """Fails, and does not skip, outside of a world: a test that did not run proves nothing."""

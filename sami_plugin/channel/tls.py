@@ -270,12 +270,22 @@ class Channel:
         finally:
             self._packets += stream.packets()
 
+    @property
+    def is_all_said(self) -> bool:
+        """Whether all messages have become packets of a stream of which nobody says that it is broken."""
+        stream = self._current
+        return not self._unacknowledged or (stream is not None and stream.is_established and not stream.is_broken)
+
     def renew(self, stream: int) -> None:
-        """A client's next stream, if this is still the one that counts: somebody says that it is broken there.
+        """Somebody says that this stream is broken there: if it still counts, the client begins another.
 
         :raises PeerUnreachable: there were too many.
         """
-        if not self._is_server and self._current is not None and self._current.number == stream:
+        if self._current is None or self._current.number != stream:
+            return
+        if self._is_server:
+            self._current.is_broken = True
+        else:
             self._begin()
 
     def _stream_of(self, packet: Packet) -> _Stream | None:

@@ -185,7 +185,7 @@ class Sender:
     """Sends the packets of one session, a window of them at a time, each until it is taken.
 
     A peer that cannot be reached is tried for as long as the session lasts: whether that is too long is for its
-    decisions to say. After `finish` each packet is tried for `lifetime_seconds` more. No method blocks.
+    decisions to say. After `finish` each packet is tried for `lifetime_seconds` more, from then on. No method blocks.
     """
 
     RETRY_PAUSE_SECONDS = 0.2
@@ -201,11 +201,12 @@ class Sender:
         lifetime_seconds: float,
         refused: Callable[[str], None],
         broken: Callable[[int], None],
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         """`peer` tells whom to send to, and `transport` how: they may be known only later, but before the first packet.
 
         `refused` is told, from another thread, that the peer does not take a packet, and why; `broken`, which stream it
-        says is broken.
+        says is broken; `idle`, that no packet is under way any more.
         """
         self._transport = transport
         self._peer = peer
@@ -215,6 +216,7 @@ class Sender:
         self._lifetime_seconds = lifetime_seconds
         self._refused = refused
         self._broken = broken
+        self._idle = idle
         self._lock = threading.Lock()
         self._under_way = 0
         self._waiting_for_room: list[Callable[[], None]] = []
@@ -226,8 +228,13 @@ class Sender:
             self._under_way += 1
         try:
             self._pool.submit(self._deliver, packet)
-        except RuntimeError:  # finished meanwhile
+        except RuntimeError:  # closed meanwhile
             self._one_less()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no packet is under way."""
+        return not self._under_way
 
     def when_there_is_room(self, then: Callable[[], None]) -> None:
         """Calls `then`, now or later and from any thread, when fewer packets are under way than the window takes.
@@ -241,8 +248,12 @@ class Sender:
         then()
 
     def finish(self) -> None:
-        """Nothing more will be sent. May be repeated."""
+        """What is sent from now on is what the last words need to get there. May be repeated."""
         self._last_try_at = min(self._last_try_at, time.monotonic() + self._lifetime_seconds)
+
+    def close(self) -> None:
+        """Nothing more will be sent; what is under way goes on. May be repeated."""
+        self.finish()
         self._pool.shutdown(wait=False)
 
     def _deliver(self, packet: Packet) -> None:
@@ -259,11 +270,14 @@ class Sender:
     def _one_less(self) -> None:
         with self._lock:
             self._under_way -= 1
+            is_idle = self.is_idle
             if self._under_way >= self._window:
                 return
             then, self._waiting_for_room = self._waiting_for_room, []
         for each in then:
             each()
+        if is_idle:
+            self._idle()
 
     def _try_until_taken(self, packet: Packet) -> str | None:
         while True:

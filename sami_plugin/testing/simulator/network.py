@@ -244,6 +244,7 @@ class SimulatedSender(Sender):
         settings: Settings,
         refused: Callable[[str], None],
         broken: Callable[[int], None],
+        idle: Callable[[], None],
     ) -> None:
         self._host = host
         self._peer = peer
@@ -252,16 +253,21 @@ class SimulatedSender(Sender):
         self._lifetime_seconds = settings.message_seconds
         self._refused = refused
         self._broken = broken
+        self._idle = idle
         self._waiting: deque[Packet] = deque()
         self._trying = 0
         self._waiting_for_room: list[Callable[[], None]] = []
         self._last_try_at = math.inf
-        self._is_finished = False
+        self._is_closed = False
 
     def send(self, packet: Packet) -> None:
-        if not self._is_finished:
+        if not self._is_closed:
             self._waiting.append(packet)
             self._work()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._trying and not self._waiting
 
     def when_there_is_room(self, then: Callable[[], None]) -> None:
         if self._trying + len(self._waiting) >= self._window:
@@ -270,9 +276,11 @@ class SimulatedSender(Sender):
             then()
 
     def finish(self) -> None:
-        if not self._is_finished:
-            self._is_finished = True
-            self._last_try_at = self._host.monotonic() + self._lifetime_seconds
+        self._last_try_at = min(self._last_try_at, self._host.monotonic() + self._lifetime_seconds)
+
+    def close(self) -> None:
+        self.finish()
+        self._is_closed = True
 
     def _work(self) -> None:
         while self._waiting and self._trying < self._window:
@@ -308,6 +316,8 @@ class SimulatedSender(Sender):
             world.tell(self._host.name, f"{self._peer()} refused packet {packet.number}: {answer}")
             self._refused(f"{self._peer()} refused what was sent: {answer}")
         self._work()
+        if self.is_idle:
+            self._idle()
 
 
 class SimulatedLine(Line):
@@ -339,6 +349,7 @@ class SimulatedLine(Line):
             settings,
             lambda reason: self.lost(reason),
             self._renew,
+            self._close_when_done,
         )
 
     def _new_channel(self) -> Channel:

@@ -189,7 +189,7 @@ class World:
     def dissolve(self) -> None:
         """Lets go of all that it was made of: what holds itself in circles has to be swept up else."""
         for host, session in self.sessions:
-            for circle in (session._line, session, host):
+            for circle in (session.line, session, host):
                 vars(circle).clear()
         self.network.endpoints.clear()
         for guest in self.guests.values():

@@ -572,6 +572,28 @@ def test_a_host_that_the_guest_does_not_move_to_is_refused(tmp_path: Path) -> No
         assert asked.sessions() == []
 
 
+def test_last_word_is_heard_though_it_was_said_before_the_other_host_answered_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        agent, may_hear = hosts.agents["host-a"], threading.Event()
+        deliver = agent.deliver
+
+        def late(sender: str, session: str, packet: Packet) -> None:
+            assert may_hear.wait(20)
+            deliver(sender, session, packet)
+
+        monkeypatch.setattr(agent, "deliver", late)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        hosts.say("host-b", Phase.STOPPED, guest)
+        assert hosts.agents["host-b"].wait_until_idle(20)
+        may_hear.set()
+        until(lambda: hosts.reports("host-a", guest))
+        assert report(hosts, "host-a", guest)["reason"] == "the guest did not come"
+
+
 def test_a_quiet_copy_fills_no_journal(tmp_path: Path) -> None:
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)

@@ -203,13 +203,13 @@ def test_stopped_transport_repeats_nothing(refusals: list[str]) -> None:
     assert refusals == []
 
 
-def test_finished_sender_still_sends_what_is_under_way_and_nothing_more(refusals: list[str]) -> None:
+def test_closed_sender_still_sends_what_is_under_way_and_nothing_more(refusals: list[str]) -> None:
     broker = Broker(PeerUnreachable("nobody"), "taken")
     broker.may_answer.clear()
     made = sender(broker, refusals)
     made.send(Packet(0, 1, b""))
-    made.finish()
-    made.finish()
+    made.close()
+    made.close()
     broker.may_answer.set()
     made.send(Packet(0, 2, b""))
     finish(made)
