@@ -63,6 +63,7 @@ from sami_plugin.model.migration import (
     Phase,
     Purged,
     Room,
+    Stays,
 )
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
@@ -620,7 +621,7 @@ class Agent:
                 if is_it and session.peer == greeting.peer:
                     session.hear([messages.encode(said)])
                     return None
-            return self._tell_arrival_again(said.session, greeting.peer)
+            return self._tell_again(said.session, greeting.peer)
         if isinstance(said, Answer | Room | Complete | Arrived):  # from the middle of a session of an agent before this
             return AskAgain(greeting.id)
         return GivesUp("there is no such session here")
@@ -637,12 +638,15 @@ class Agent:
             return under_way.has_purged
         return row["outcome"] in (Outcome.MOVED.value, Outcome.LEFT_WITHOUT_ARRIVAL.value)
 
-    def _tell_arrival_again(self, session_id: str, peer: str) -> Message | None:
-        """Of a guest that has arrived here, while the source's agent was away; what is said if it is another one."""
+    def _tell_again(self, session_id: str, peer: str) -> Message | None:
+        """How a session ended while the source was away: in a message, or by a session that tells the arrival."""
         row = self.host.journal.known_as(session_id, "destination")
-        is_it = row is not None and (row["peer"], row["outcome"]) == (peer, Outcome.MOVED.value)
-        if row is None or not is_it or self.host.journal.newest(row["guest"]) != row["session"]:
+        if row is None or row["peer"] != peer:
             return GivesUp("there is no such session here")
+        if row["outcome"] == Outcome.STAYED.value:
+            return Stays(json.loads(row["report"])["reason"])
+        if row["outcome"] != Outcome.MOVED.value or self.host.journal.newest(row["guest"]) != row["session"]:
+            return GivesUp("there is no such session here any more")
         former = formers.read(self.host.journal, row, self.host.settings, self.host.peers.way_to(peer).domain)
         session = self._goes_on(row["guest"], peer)
         go_on(session, replace(former, state=destination.State.ARRIVED.value), json.loads(row["report"]))

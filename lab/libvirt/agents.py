@@ -9,7 +9,7 @@ import contextlib
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from lab.agents import AGENT, AgentProcess
@@ -31,13 +31,19 @@ class HostAgent(AgentProcess):
     """The agent of one host. Its socket, journal and log are seen at the same path from the world and in the host."""
 
     def __init__(
-        self, host: LibvirtHost, broker: Broker, migration: Mapping[str, object], program: Sequence[str] = AGENT
+        self,
+        host: LibvirtHost,
+        broker: Broker,
+        migration: Mapping[str, object],
+        policy: Mapping[str, object],
+        program: Sequence[str],
     ) -> None:
-        options: dict[str, dict[str, object]] = {
+        options: dict[str, Mapping[str, object]] = {
             "DEFAULT": {"transport_url": broker.url},
             "agent": {"scopes": "bridge_iptables", "socket": SOCKET},
             "libvirt": {"uri": "qemu:///system"},
-            "migration": dict(migration),
+            "migration": migration,
+            "policy": policy,
         }
         super().__init__(host.lab_folder, host.name, options, start=self._start_in_host, program=program)
         self._host = host
@@ -85,10 +91,12 @@ class Sami:
         broker: Broker,
         hosts: Iterable[str] | None = None,
         program: Sequence[str] = AGENT,
+        policy: Mapping[str, object] = MappingProxyType({}),
         **migration: object,
     ) -> None:
-        """`migration` are options of the group [migration]; `program` is what is run as the agent."""
+        """`policy` and `migration` are options of the groups of these names; `program` is what is run as the agent."""
         self._program = program
+        self._policy = policy
         self._lab = lab
         self._broker = broker
         self._names = list(lab.hosts) if hosts is None else list(hosts)
@@ -103,7 +111,9 @@ class Sami:
                 host = self._lab.hosts[name]
                 self.relays[name] = host.relay(self._broker.port)
                 stack.callback(self.relays[name].cut)
-                self.agents[name] = stack.enter_context(HostAgent(host, self._broker, self._migration, self._program))
+                self.agents[name] = stack.enter_context(
+                    HostAgent(host, self._broker, self._migration, self._policy, self._program)
+                )
                 host.install_hook(libvirt_hook.__file__, HOOK)
                 stack.callback(host.remove_hook, HOOK)
             self._stack = stack.pop_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 
@@ -13,32 +14,55 @@ from lab.broker import Broker
 from lab.deadline import wait_until
 from lab.kept_agents import MORTAL
 from lab.libvirt.agents import HostAgent, Sami
+from lab.libvirt.guest import Guest
 from lab.libvirt.lab import LibvirtLab
-from tests.libvirt.test_sami import SLOW_MIB, Case, downloading
+from lab.traffic import Traffic
+from tests import kills
+from tests.libvirt import sequences
+from tests.libvirt.sequences import Case, downloading
 
-pytestmark = [pytest.mark.usefixtures("libvirt_here"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("libvirt_here"), pytest.mark.timeout(1800)]
 
-SOURCE_WRITES = (6, 1, 12)
-DESTINATION_WRITES = (7, 1, 11)
-"""At the beginning, while memory is copied, about the pause, and after it; tests/functional/test_kill.py tries each."""
+SEQUENCES = {
+    **sequences.MOVING,
+    **sequences.LEFT_PAUSED,
+    **sequences.STAYING,
+    "source's libvirtd ends while memory is copied": sequences.source_libvirtd_ends,
+    "the broker is away at the cut-over": sequences.broker_away,
+    "our own veto": sequences.refused_by_us,
+}
+WRITES = {"source": (1, 4, 7, 10), "destination": (2, 5, 8, 11)}
+"""Of which each sequence has one in turn, of one host; --every-write tries all of both."""
+
+
+@dataclass(frozen=True)
+class Mortals:
+    """Agents that may die, and one guest that goes through everything with one connection."""
+
+    lab: LibvirtLab
+    sami: Sami
+    guest: Guest
+    flow: Traffic
 
 
 @pytest.fixture(scope="module")
-def case_of(lab: LibvirtLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[object]]:
+def mortals(lab: LibvirtLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortals]:
+    guest, flow = downloading(lab, "mortal", "a")
     with (
         Broker(tmp_path_factory.mktemp("broker")) as broker,
-        Sami(lab, broker, program=MORTAL, arrival_limit=20, watch_seconds=0.2) as sami,
+        Sami(
+            lab, broker, program=MORTAL, policy={"guests": f"{guest.uuid}:veto"}, arrival_limit=20, watch_seconds=0.2
+        ) as sami,
     ):
-        guest, flow = downloading(lab, "mortal", "a")
-        yield [lab, sami, guest, flow]
+        yield Mortals(lab, sami, guest, flow)
         lab.remove_guest(guest)
 
 
 @contextmanager
-def dying(agent: HostAgent, write: int) -> Iterator[None]:
+def dying(agent: HostAgent, write: int, deaths: list[bool]) -> Iterator[None]:
     """The agent dies at this write of its journal, and is started anew at once."""
     folder = agent.configuration.parent
-    mortal.arm(folder, write, ("after", "before")[write % 2])
+    mortal.arm(folder, write, kills.when(write))
     has_ended = threading.Event()
 
     def keep() -> None:
@@ -52,37 +76,44 @@ def dying(agent: HostAgent, write: int) -> Iterator[None]:
     keeper.start()
     try:
         yield
-        wait_until(lambda: not keeper.is_alive(), f"the agent of {agent.name} to die at write {write}", 30)
+        deaths.append(not mortal.disarm(folder))
+        if deaths[-1]:
+            wait_until(lambda: not keeper.is_alive(), f"the agent of {agent.name} to be started anew", 30)
     finally:
         mortal.disarm(folder)
         has_ended.set()
         keeper.join()
 
 
-@pytest.mark.parametrize("aborts", [False, True], ids=["success", "abort"])
-@pytest.mark.parametrize("role", ["source", "destination"])
-def test_guest_s_connection_lives_whichever_agent_dies(case_of: list[object], role: str, aborts: bool) -> None:
-    writes = SOURCE_WRITES if role == "source" else DESTINATION_WRITES
-    for write in writes[:1] if aborts else writes:
-        case = Case(*case_of)  # type: ignore[arg-type]
-        victim = case.source if role == "source" else case.destination
-        with dying(case.sami.agents[victim.name], write):
-            migration = case.start(bandwidth=SLOW_MIB if aborts else 2 * SLOW_MIB)
-            if aborts:
-                migration.wait_until_copying()
-                migration.abort()
-            assert migration.wait().is_ok is not aborts
-        assert case.goes_on(), f"write {write}: {case.sami.words()}"
-        on, off = (case.source, case.destination) if aborts else (case.destination, case.source)
-        wait_until(lambda case=case, on=on: case.entries(on) == 1, f"write {write}: the entry where the guest is", 15)
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_connection_lives_whichever_agent_dies(mortals: Mortals, name: str, pytestconfig: pytest.Config) -> None:
+    number = list(SEQUENCES).index(name)
+    roles = ("source", "destination") if pytestconfig.getoption("--every-write") else (list(WRITES)[number % 2],)
+    for role in roles:
+        deaths: list[bool] = []
+        chosen = WRITES[role][number // 2 % 4]
+        for write in kills.writes(pytestconfig, (chosen,), deaths):
+            case = Case(mortals.lab, mortals.sami, mortals.guest, mortals.flow)
+            victim = case.source if role == "source" else case.destination
+            with dying(case.sami.agents[victim.name], write, deaths):
+                SEQUENCES[name](case)
+            settles(case, f"{role} dies at write {write}")
+        assert any(deaths)
+
+
+def settles(case: Case, what: str) -> None:
+    """Asserts that the connection goes on, and that its entry is where the guest is and nowhere else."""
+    for host in case.lab.hosts.values():
+        if case.lab.state(case.guest, host.name).startswith("paused"):
+            host.virsh("resume", case.guest.name)
+    here = case.lab.host_of(case.guest.name)
+    (there,) = (host for host in case.lab.hosts.values() if host is not here)
+    assert case.goes_on(), f"{what}: {case.sami.words()}"
+    wait_until(lambda: case.entries(here) == 1, f"{what}: the entry where the guest is; {case.sami.words()}", 15)
+    wait_until(lambda: case.entries(there) == 0, f"{what}: the entry to be gone; {case.sami.words()}", 40)
+    for agent in case.sami.agents.values():
         wait_until(
-            lambda case=case, off=off: case.entries(off) == 0,
-            f"write {write}: the entry to be gone; they said:\n{case.sami.words()}",
+            lambda agent=agent: all(row["ended_at"] for row in agent.sessions(case.guest.uuid)),
+            f"{what}: the sessions to end; they said:\n{case.sami.words()}",
             40,
         )
-        for agent in case.sami.agents.values():
-            wait_until(
-                lambda agent=agent, case=case: all(row["ended_at"] for row in agent.sessions(case.guest.uuid)),
-                f"write {write}: the sessions to end; they said:\n{case.sami.words()}",
-                40,
-            )

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,22 +19,19 @@ import pytest
 from lab.agents import AGENT
 from lab.broker import Broker
 from lab.deadline import wait_until
-from lab.errors import CommandFailed, LabError
+from lab.errors import LabError
 from lab.libvirt import traffic, unit
-from lab.libvirt.agents import HOOK, Sami
+from lab.libvirt.agents import Sami
 from lab.libvirt.guest import Guest
 from lab.libvirt.host import LibvirtHost
 from lab.libvirt.lab import LibvirtLab
-from lab.libvirt.migration import Migration
 from lab.traffic import Traffic
 from lab.verdict import has_survived
-from sami_plugin.cmd import libvirt_hook
+from tests.libvirt import sequences
+from tests.libvirt.sequences import SLOW_MIB, WATCHED_SECONDS, Case, downloading
 
 pytestmark = pytest.mark.usefixtures("libvirt_here")
 
-WATCHED_SECONDS = 4.0
-SLOW_MIB = 4
-SLOW_CABLE_MEGABITS = 32
 NO_ARRIVAL_SECONDS = 3
 NO_ANSWER_SECONDS = 8
 CAP_NET_ADMIN = 12
@@ -52,79 +47,6 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 def sami(lab: LibvirtLab, broker: Broker) -> Iterator[Sami]:
     with Sami(lab, broker, arrival_limit=NO_ARRIVAL_SECONDS, open_seconds=NO_ANSWER_SECONDS) as running:
         yield running
-
-
-class Case:
-    """A guest with its download, on one of two hosts, and the way to the other one."""
-
-    def __init__(self, lab: LibvirtLab, sami: Sami, guest: Guest, flow: Traffic) -> None:
-        self.lab = lab
-        self.sami = sami
-        self.guest = guest
-        self.flow = flow
-        self.source = lab.host_of(guest.name)
-        (self.destination,) = (host for host in lab.hosts.values() if host is not self.source)
-        self._before = {name: agent.ended(guest.uuid) for name, agent in sami.agents.items()}
-
-    def start(self, *flags: str, **options: Any) -> Migration:
-        return self.lab.start_migration(self.guest, self.source.name, self.destination.name, *flags, **options)
-
-    def entries(self, host: LibvirtHost) -> int:
-        """How many entries the kernel there has in the zones of the guest."""
-        return sum(count_in_zone(host, host.zone(port)) for port in self.guest.ports)
-
-    def report(self, host: LibvirtHost) -> dict[str, Any]:
-        """Of this migration, once its session has ended there."""
-        agent = self.sami.agents[host.name]
-        wait_until(
-            lambda: agent.ended(self.guest.uuid) > self._before[host.name],
-            f"the session on {host.name} to end; it said:\n{agent.log.read_text()[-3000:]}",
-            20,
-        )
-        return agent.reports(self.guest.uuid)[0]
-
-    def goes_on(self, since: float | None = None) -> bool:
-        """Whether the guest's download goes on from then on."""
-        begin = time.monotonic() if since is None else since
-        wait_until(lambda: self.flow.samples()[-1].time > begin + WATCHED_SECONDS, "the time that is watched", 30)
-        return has_survived(self.flow.samples(), begin, WATCHED_SECONDS)
-
-    def stays(self) -> None:
-        """Asserts that the guest runs where it was, with its entry, and that the destination has none."""
-        reports = self.report(self.source), self.report(self.destination)
-        assert [report["outcome"] for report in reports] == ["stayed", "stayed"], reports
-        assert self.lab.host_of(self.guest.name) is self.source
-        assert (self.entries(self.source), self.entries(self.destination)) == (1, 0)
-        assert self.goes_on()
-
-    def moves(self, migration: Migration, arrival: str = "RESUMED/MIGRATED") -> None:
-        """Asserts that the guest runs at the destination, with its entry, and that the source has none.
-
-        All but the last changes were there before the pause. How often the last ones come before the guest runs
-        is counted by the soak: nothing holds a guest for them, and a slow job's pause is 14 ms.
-        """
-        arrived = migration.wait_for(arrival, self.destination).time
-        assert self.goes_on(arrived), self.sami.words()
-        reports = self.report(self.source), self.report(self.destination)
-        assert [report["outcome"] for report in reports] == ["moved", "moved"], reports
-        assert (self.entries(self.source), self.entries(self.destination)) == (0, 1)
-        paused = migration.wait_for("SUSPENDED/MIGRATED", self.source).time
-        at = {step["step"]: step["monotonic"] for step in reports[1]["steps"]}  # the hosts of the lab share a clock
-        assert max(at["scope known"], at["first flows"], at["in sync"]) < paused
-
-
-def count_in_zone(host: LibvirtHost, zone: int) -> int:
-    return sum(
-        len(host.run(["conntrack", "-L", "-f", family, "-p", "tcp", "-w", str(zone)]).splitlines())
-        for family in ("ipv4", "ipv6")
-    )
-
-
-def downloading(lab: LibvirtLab, name: str, host: str, **options: Any) -> tuple[Guest, Traffic]:
-    guest = lab.add_guest(name, host, **options)
-    flow = traffic.download(lab, guest)
-    guest.close_egress()  # else a guest whose acknowledgement comes first is picked up in the middle
-    return guest, flow
 
 
 @pytest.fixture(scope="module")
@@ -174,40 +96,15 @@ def test_plain_migration_there_and_back_at_once(case: Case) -> None:
     assert (case.entries(case.source), case.entries(case.destination)) == (1, 0)
 
 
-def test_events_alone_are_enough_where_no_hook_is_installed(case: Case) -> None:
-    case.destination.remove_hook(HOOK)
-    try:
-        migration = case.start(bandwidth=2 * SLOW_MIB)
-        assert migration.wait().is_ok
-    finally:
-        case.destination.install_hook(libvirt_hook.__file__, HOOK)
-    case.moves(migration)
+@pytest.mark.parametrize("name", [name for name in sequences.MOVING if name != "plain"])
+def test_guest_moves(case: Case, name: str) -> None:
+    arrival = "RESUMED/POSTCOPY" if name == "post-copy" else "RESUMED/MIGRATED"
+    case.moves(sequences.MOVING[name](case), arrival)
 
 
-def test_postcopy(case: Case) -> None:
-    migration = case.start(*f"--postcopy --bandwidth {SLOW_MIB} --postcopy-bandwidth {8 * SLOW_MIB}".split())
-    migration.wait_until_copying()
-    migration.switch_to_postcopy()
-    migration.wait_for("RESUMED/POSTCOPY", case.destination)
-    with pytest.raises(CommandFailed):
-        migration.abort()
-    case.moves(migration, "RESUMED/POSTCOPY")  # long before all memory came
-    assert migration.wait().is_ok
-
-
-def test_guest_that_stays_paused_at_the_destination_has_arrived(case: Case) -> None:
-    migration = case.start(is_suspended=True)
-    assert migration.wait().is_ok
-    reports = case.report(case.source), case.report(case.destination)
-    assert [report["outcome"] for report in reports] == ["moved", "moved"]
-    assert (case.entries(case.source), case.entries(case.destination)) == (0, 1)
-    case.destination.virsh("resume", case.guest.name)
-    assert case.goes_on()
-
-
-def test_guest_that_its_user_had_paused(case: Case) -> None:
-    case.source.virsh("suspend", case.guest.name)
-    assert case.start().wait().is_ok
+@pytest.mark.parametrize("name", sequences.LEFT_PAUSED)
+def test_guest_that_is_left_paused_has_arrived(case: Case, name: str) -> None:
+    sequences.LEFT_PAUSED[name](case)
     reports = case.report(case.source), case.report(case.destination)
     assert [report["outcome"] for report in reports] == ["moved", "moved"]
     assert (case.entries(case.source), case.entries(case.destination)) == (0, 1)
@@ -216,11 +113,7 @@ def test_guest_that_its_user_had_paused(case: Case) -> None:
 
 
 def test_guest_whose_source_libvirtd_ends_while_memory_is_copied(case: Case) -> None:
-    """It ends when the migration has; nobody on the source hears that the guest was paused, or that it left."""
-    migration = case.start(bandwidth=2 * SLOW_MIB)
-    migration.wait_until_copying()
-    case.lab.restart_libvirtd(case.source.name)
-    migration.wait()
+    migration = sequences.source_libvirtd_ends(case)
     arrived = migration.wait_for("RESUMED/MIGRATED", case.destination).time
     assert case.goes_on(arrived), case.sami.words()
     case.report(case.source)
@@ -230,75 +123,9 @@ def test_guest_whose_source_libvirtd_ends_while_memory_is_copied(case: Case) -> 
 # --- The guest stays
 
 
-@pytest.mark.parametrize("operation", ["migrate", "prepare", "start", "started"])
-def test_veto_by_another_hook(case: Case, operation: str) -> None:
-    with case.destination.veto(operation):
-        assert not case.start().wait().is_ok
-    case.stays()
-
-
-def test_abort_while_memory_is_copied(case: Case) -> None:
-    migration = case.start(bandwidth=SLOW_MIB)
-    migration.wait_until_copying()
-    migration.abort()
-    assert not migration.wait().is_ok
-    case.stays()
-
-
-def test_destination_that_dies_while_memory_is_copied(case: Case) -> None:
-    migration = case.start(bandwidth=SLOW_MIB)
-    migration.wait_until_copying()
-    case.destination.kill_qemu(case.guest.name)
-    assert not migration.wait().is_ok
-    case.stays()
-
-
-def paused(case: Case) -> Migration:
-    migration = case.start()
-    migration.wait_until_paused()
-    return migration
-
-
-def test_abort_in_the_pause(case: Case) -> None:
-    with case.source.slow_cable(SLOW_CABLE_MEGABITS):
-        migration = paused(case)
-        migration.abort()
-    assert not migration.wait().is_ok
-    case.stays()
-
-
-def test_destination_that_dies_in_the_pause(case: Case) -> None:
-    with case.source.slow_cable(SLOW_CABLE_MEGABITS):
-        migration = paused(case)
-        case.destination.kill_qemu(case.guest.name)
-    assert not migration.wait().is_ok
-    case.stays()
-
-
-def test_destination_that_dies_when_all_is_sent(case: Case) -> None:
-    with case.source.slow_cable(5 * SLOW_CABLE_MEGABITS):
-        migration = paused(case)
-        with case.destination.frozen_libvirtd():
-            migration.wait_until_all_is_sent()
-            case.destination.kill_qemu(case.guest.name)
-    assert not migration.wait().is_ok
-    case.stays()
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_destination_whose_libvirtd_is_restarted(case: Case, how: signal.Signals) -> None:
-    migration = case.start(bandwidth=SLOW_MIB)
-    migration.wait_until_copying()
-    case.lab.restart_libvirtd(case.destination.name, how)
-    assert not migration.wait().is_ok
-    case.stays()
-
-
-def test_source_whose_libvirtd_is_killed(case: Case) -> None:
-    migration = case.start(bandwidth=SLOW_MIB)
-    migration.wait_until_copying()
-    case.lab.restart_libvirtd(case.source.name, signal.SIGKILL)
-    assert not migration.wait().is_ok
+@pytest.mark.parametrize("name", sequences.STAYING)
+def test_guest_stays(case: Case, name: str) -> None:
+    sequences.STAYING[name](case)
     case.stays()
 
 
@@ -306,13 +133,7 @@ def test_source_whose_libvirtd_is_killed(case: Case) -> None:
 
 
 def test_broker_that_is_away_at_the_cut_over(case: Case) -> None:
-    migration = case.start(bandwidth=4 * SLOW_MIB)
-    migration.wait_until_copying()
-    case.sami.relays[case.destination.name].cut()
-    assert migration.wait().is_ok
-    arrived = migration.wait_for("RESUMED/MIGRATED", case.destination).time
-    assert case.goes_on(arrived), case.sami.words()
-    case.sami.relays[case.destination.name].mend()
+    sequences.broker_away(case)
     report = case.report(case.source)  # either the destination was heard in time, or the guest had been gone too long
     assert report["outcome"] in ("moved", "purged without arrival")
     case.report(case.destination)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -155,6 +156,22 @@ def test_guest_that_stays_keeps_its_flows_after_an_agent_was_killed(tmp_path: Pa
         until_idle(hosts)
         assert ports(hosts, "host-a") == ALL
         assert held(hosts, "host-b") == set()
+
+
+def test_source_that_was_killed_before_it_wrote_down_that_the_guest_stays_is_told_again(tmp_path: Path) -> None:
+    """An abort while memory is copied says nothing on the source."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        hosts.kill("host-a")
+        with closing(sqlite3.connect(tmp_path / "host-a-journal.sqlite")) as journal, journal:
+            journal.execute("UPDATE sessions SET state = 'following', outcome = NULL, report = NULL, ended_at = NULL")
+        hosts.start("host-a")
+        until_idle(hosts)
+        assert hosts.reports("host-a", guest)[0]["outcome"] == "stayed"
+        assert ports(hosts, "host-a") == ALL
 
 
 @pytest.mark.parametrize("at", STEPS)
