@@ -119,11 +119,11 @@ class _Greeting:
 class Hypervisor(Protocol):
     """What an agent asks of its host's hypervisor. May be called from any thread, and blocks for a moment only."""
 
-    def is_leaving(self, guest: str) -> bool:
-        """Whether the guest is in a job that moves it away."""
+    def is_leaving(self, guest: str) -> bool | None:
+        """Whether the guest is in a job that moves it away; None while it cannot be asked."""
 
     def description(self, guest: str) -> str | None:
-        """The guest's XML; None where it is not there."""
+        """The guest's XML, as it was last while it cannot be asked; None where it is not there."""
 
     def mark(self, guest: str) -> None:
         """Gives the guest a new token (`Origin`), some time."""
@@ -570,14 +570,17 @@ class Agent:
         with self._idle:
             return self._idle.wait_for(lambda: not self._sessions, timeout_seconds)
 
-    def _has_job(self, guest: str) -> bool:
-        """Whether this host's hypervisor, as far as it can be asked, has the guest in a job that moves it away."""
+    def _has_job(self, guest: str, *, has_token: bool) -> bool:
+        """Whether this host's hypervisor, as far as it can be asked, has the guest in a job that moves it away.
+
+        While it cannot, who was given the guest's description has it from that job.
+        """
         if self._hypervisor is None or self._is_coming(guest):
             return True
-        if not self._hypervisor.is_leaving(guest):
-            return False
-        self._note_outgoing(guest)
-        return True
+        is_leaving = self._hypervisor.is_leaving(guest)
+        if is_leaving or (is_leaving is None and has_token):
+            self._note_outgoing(guest)
+        return is_leaving is not False
 
     def _is_coming(self, guest: str) -> bool:
         """Then the hypervisor is not asked about it: it may answer only when its hooks have returned."""
@@ -679,8 +682,8 @@ class Agent:
             return continuing
         if said.has_all:
             raise NotAuthorised(f"there is no session {said.continues} of {guest} here")
-        has_job = self._has_job(guest)
         has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
+        has_job = self._has_job(guest, has_token=has_token)
         with self._lock:
             outgoing = self._outgoing.get(guest)
             left = next((one for one in self._sessions_of(guest, SourceSession) if one.has_left), None)

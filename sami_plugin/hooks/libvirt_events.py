@@ -56,6 +56,8 @@ class LibvirtHost:
         self._runs = _events_of_guests_that_run(libvirt)
         self._connection: Any = None
         self._callback = -1
+        self._descriptions: dict[str, str] = {}
+        """Of the guests that run here, as far as they were marked."""
         self._queue: queue.SimpleQueue[tuple[str, int, int] | None] = queue.SimpleQueue()
         self._to_mark: queue.SimpleQueue[tuple[str, bool] | None] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
@@ -87,24 +89,30 @@ class LibvirtHost:
         for thread in self._threads:
             thread.join(RECONNECT_SECONDS)
 
-    def is_leaving(self, guest: str) -> bool:
+    def is_leaving(self, guest: str) -> bool | None:
         """Whether the guest is in a job that moves it away: True from the migration's first moment on.
 
-        Must not be asked of a guest that comes here: libvirt answers only when its hooks have returned.
+        None while libvirt cannot be asked. Must not be asked of a guest that comes here: libvirt answers only when its
+        hooks have returned.
         """
-        return self._job(guest) is Phase.OUTGOING
+        phase = self._job(guest)
+        return phase is Phase.OUTGOING if phase is not None or self._answers() else None
+
+    def _answers(self) -> bool:
+        connection = self._connection
+        return connection is not None and connection.isAlive() == 1
 
     def description(self, guest: str) -> str | None:
-        """The guest's XML; None where it is not here, or cannot be asked for."""
+        """The guest's XML, as it was last while libvirt cannot be asked; None where it is not here."""
         connection = self._connection
         if connection is None:
-            return None
+            return self._descriptions.get(guest)
         try:
             found: str = connection.lookupByUUIDString(guest).XMLDesc(0)
             return found
         except self._libvirt.libvirtError as error:
             LOG.warning("guest %s: libvirt does not describe it: %s", guest, error)
-            return None
+            return None if self._answers() else self._descriptions.get(guest)
 
     def mark(self, guest: str) -> None:
         """Gives the guest a new token, some time: another host has learned the one it has. Returns at once."""
@@ -257,7 +265,8 @@ class LibvirtHost:
         if connection is None:  # all are looked at when there is one again
             return
         domain = connection.lookupByUUIDString(guest)
-        if not is_new and self._is_marked(domain.XMLDesc(0)):
+        self._descriptions[guest] = domain.XMLDesc(0)
+        if not is_new and self._is_marked(self._descriptions[guest]):
             return
         domain.setMetadata(
             libvirt.VIR_DOMAIN_METADATA_ELEMENT,
@@ -266,6 +275,7 @@ class LibvirtHost:
             domain_xml.ORIGIN,
             libvirt.VIR_DOMAIN_AFFECT_LIVE,
         )
+        self._descriptions[guest] = domain.XMLDesc(0)
         LOG.debug("guest %s: its description says that it is on %s", guest, self._host)
 
     def _is_marked(self, xml: str) -> bool:
@@ -284,6 +294,8 @@ class LibvirtHost:
         """In libvirt's own thread."""
         if (event, detail) in self._runs or event == self._libvirt.VIR_DOMAIN_EVENT_RESUMED:
             self._to_mark.put((domain.UUIDString(), False))
+        if event == self._libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            self._descriptions.pop(domain.UUIDString(), None)
         if (event, detail) in self._phases:
             self._queue.put((domain.UUIDString(), event, detail))
 

@@ -43,12 +43,13 @@ class Hypervisor:
     def __init__(self, host: str) -> None:
         self.host = host
         self.leaving: set[str] = set()
+        self.is_away = False
         self.asked: list[str] = []
         self.marks: dict[str, str] = {}
 
-    def is_leaving(self, guest: str) -> bool:
+    def is_leaving(self, guest: str) -> bool | None:
         self.asked.append(guest)
-        return guest in self.leaving
+        return None if self.is_away else guest in self.leaving
 
     def description(self, guest: str) -> str | None:
         self.asked.append(guest)
@@ -171,6 +172,29 @@ def test_a_host_whose_job_is_over_gives_nothing_for_what_it_was_told_before(
     until_idle(hosts)
     assert held(hosts, "host-b") == set()
     assert len(held(hosts, "host-a")) == 100
+
+
+@pytest.mark.parametrize("was_given", [True, False])
+def test_while_the_source_s_hypervisor_is_started_anew_the_description_shows_where_the_guest_goes(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor], was_given: bool
+) -> None:
+    guest = marked(hosts, hypervisors)
+    source = hypervisors["host-a"]
+    source.is_away = True
+    token = source.marks[guest] if was_given else secrets.token_hex(32)
+    comes(hosts, guest, described(guest, "host-a", token))
+    if was_given:
+        wait_for_step(hosts, "host-b", guest, "in sync")
+        source.is_away = False
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+        assert held(hosts, "host-a") == set()
+    else:
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert "nothing shows that" in outcome(hosts, "host-b", guest)[1]
+        assert held(hosts, "host-b") == set()
 
 
 def test_host_that_was_not_given_the_guest_s_description_gets_nothing_and_stops_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,9 @@ class Libvirt(SimpleNamespace):
             raise LibvirtError(self.VIR_ERR_NO_CONNECT)
         self.connections += 1
         return self
+
+    def isAlive(self) -> int:  # noqa: N802
+        return int(self.is_up)
 
     def setKeepAlive(self, interval: int, count: int) -> None: ...  # noqa: N802
 
@@ -283,12 +287,14 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     libvirt: Libvirt, heard: Heard, host: LibvirtHost, now: tuple[str, str | None] | None, word: str
 ) -> None:
     heard.underway = [(GUEST, "destination")]
+    wait_until(lambda: libvirt.domain.metadata and GUEST in host._descriptions, "the guest to be marked")
     libvirt.is_up = False
     assert libvirt.closed is not None
     libvirt.closed(libvirt, 1, None)
     wait_until(lambda: host._connection is None, "the end of the connection")
-    assert not host.is_leaving(GUEST)
-    assert host.description(GUEST) is None
+    assert host.is_leaving(GUEST) is None
+    assert host.description(GUEST) == libvirt.domain.XMLDesc(0)
+    assert host.description(str(uuid.uuid4())) is None
     if now is None:
         libvirt.domain.now = None
     else:
