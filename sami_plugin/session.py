@@ -460,17 +460,19 @@ class Session(abc.ABC):
 
     def _decide(self, event: Event) -> None:
         before = self._state_before = self._state()
+        label = _label(event)
         if isinstance(event, GuestDid | PeerSaid):
-            self._heard_of.add(_label(event))
+            self._heard_of.add(label)
         actions = self._step(event, self.host.monotonic())
         has_moved = (after := self._state()) != before
         if has_moved:
-            LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, after, _label(event))
+            LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, after, label)
         if has_moved or (actions and not _is_routine(event, actions)):
-            self._enact(_label(event), actions)
+            self._enact(label, actions)
         else:
             self._do(actions)
-        self.note_knowledge()
+        if actions:
+            self.note_knowledge()
 
     def note_knowledge(self) -> None:
         """What a later start needs to know besides decisions and flows goes into the journal when it has changed."""
