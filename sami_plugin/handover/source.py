@@ -434,7 +434,11 @@ class SourceSession(Session):
         with self.host.purging(self.guest) as is_allowed:
             for port in self._ports if is_allowed else ():
                 with self.host.lock:
-                    for batch in self._remaining(port, self._neighbours(port.scope)):
+                    stay = self._neighbours(port.scope)
+                    if stay and not port.scope.is_shared:  # of what passes there now the guest is no measure
+                        self.report.remark(f"the zone of {port.scope.port} is another guest's, and was not watched")
+                        continue
+                    for batch in self._remaining(port, stay):
                         self._late += len(batch)
                         self.report.name("removed at the source, made there after the pause", len(batch), names(batch))
                         self.host.driver.remove(port.scope, batch.identities)

@@ -336,6 +336,26 @@ def test_what_late_packets_made_at_the_source_after_the_purge_is_removed_and_nam
         assert set(told["named"]) == {"removed at the source, made there after the pause"}
 
 
+@pytest.mark.parametrize("zone", ["reassigned", "released"])
+def test_watch_takes_nothing_where_the_zone_is_another_guest_s(tmp_path: Path, zone: str) -> None:
+    """Not even what has an address of the guest that left: the other one may be a router, or speak with it."""
+    with hosts_in(tmp_path, limited(watch_seconds=1.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        here = hosts.scope("host-a", guest)
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until(lambda: hosts.has_step("host-a", guest, "proved"))
+        if zone == "reassigned":
+            hosts.plug("host-a", new_guest(), ZONES["host-a"], "192.0.2.99")
+        hosts.drivers["host-a"].insert(here, tcp_flows(3, first_port=7000))
+        until_idle(hosts)
+        is_reassigned = zone == "reassigned"
+        assert len(held(hosts, "host-a")) == (3 if is_reassigned else 0)
+        told = report(hosts, "host-a", guest)
+        assert any("is another guest's" in remark for remark in told["remarks"]) == is_reassigned
+        assert told["outcome"] == "moved"
+
+
 def test_a_guest_that_comes_back_before_anybody_said_that_it_arrived_has_its_flows(tmp_path: Path) -> None:
     with hosts_in(tmp_path, limited(arrival_seconds=60.0)) as hosts:
         guest = guest_with_flows(hosts)
