@@ -20,6 +20,7 @@ from lab.errors import LabUnavailable
 
 LIMITS = (
     ("export to purge over RabbitMQ", "ratio to the floor", 2.0),
+    ("arrived to purged and proved", "seconds", 1.0),
     ("pause to last changes applied", "seconds", 0.020),
     ("with TLS beside without: export to purge", "ratio", 1.10),
     ("with TLS beside without: pause to last changes", "seconds more", 0.003),
@@ -40,7 +41,7 @@ def main() -> int:
     try:
         rows = [
             _driver(options.flows, options.repeat, progress),
-            transfer.transfers(options.flows, options.repeat, progress),
+            *transfer.transfers(options.flows, options.repeat, progress),
             transfer.last_changes(options.flows, 1000, max(options.repeat, 7), progress),
             *transfer.with_and_without_tls(options.flows, 1000, max(options.repeat, 7), progress),
             transfer.idle(10_000, 10.0, progress),

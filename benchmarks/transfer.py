@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oslo_config import cfg
 
@@ -119,42 +119,66 @@ def pair(program: Sequence[str] = AGENT) -> Iterator[Pair]:
             yield made
 
 
-def move(made: Pair, source: int) -> tuple[float, dict[str, Any], dict[str, Any]]:
-    """Seconds from the source's first look to its proof that all is gone; both reports."""
+def move(made: Pair, source: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both reports."""
     made.begin(source)
-    here, there = made.finish(source)
-    at = {step["step"]: step["monotonic"] for step in here["steps"]}
-    return at["proved"] - at["export began"], here, there
+    return made.finish(source)
 
 
-def move_all(made: Pair, source: int, flows: int) -> float:
-    """As `move`, its seconds alone.
+class Took(NamedTuple):
+    """Seconds until the source had proved that all is gone there."""
+
+    in_all: float
+    """From its first look on."""
+    since_arrived: float
+    """From when the destination said that the guest runs there."""
+
+
+def move_all(made: Pair, source: int, flows: int) -> Took:
+    """As `move`.
 
     :raises RuntimeError: not all flows moved.
     """
-    took, here, there = move(made, source)
+    here, there = move(made, source)
     expected = {"exported": flows, "purged": flows, "left_behind": 0}
     if any(here["flows"][name] != count for name, count in expected.items()):
         raise RuntimeError(f"not all flows left: {here['flows']}")
     if there["flows"]["imported"] != flows or there["flows"]["verified"] < flows:
         raise RuntimeError(f"not all flows arrived: {there['flows']}")
-    return took
+    at, arrived = ({step["step"]: step["monotonic"] for step in report["steps"]} for report in (here, there))
+    return Took(at["proved"] - at["export began"], at["proved"] - arrived["arrived"])
 
 
-def transfers(flows: int, repeat: int, progress: Progress) -> dict[str, Any]:
+def transfers(flows: int, repeat: int, progress: Progress) -> list[dict[str, Any]]:
     """Floor, tool and move in turn, so that all meet the same machine; medians."""
     batch = floor.flows(flows)
-    seconds: dict[str, list[float]] = {"move": [], "floor": [], "tool": []}
+    moves: list[Took] = []
+    floors: list[dict[str, float]] = []
+    tools: list[float] = []
     with pair() as made, floor.namespaces() as (here, there):
         LinuxConntrackDriver().insert(made.scopes[0], batch)
         made.plug(0, True)
         move(made, 0)  # the first one opens connections and declares queues
         for run in range(repeat):
             progress(f"{run + 1} of {repeat}: {flows} flows over RabbitMQ, the floor, conntrack(8)")
-            seconds["move"].append(move_all(made, 1 - run % 2, flows))
-            seconds["floor"].append(sum(floor.floor(here, there, batch).values()))
-            seconds["tool"].append(sum(floor.tool_pipeline(here, there, batch).values()))
-    return row("export to purge over RabbitMQ", flows, seconds["move"], seconds["floor"], seconds["tool"])
+            moves.append(move_all(made, 1 - run % 2, flows))
+            floors.append(floor.floor(here, there, batch))
+            tools.append(sum(floor.tool_pipeline(here, there, batch).values()))
+    return [
+        row(
+            "export to purge over RabbitMQ",
+            flows,
+            [took.in_all for took in moves],
+            [sum(took.values()) for took in floors],
+            tools,
+        ),
+        row(
+            "arrived to purged and proved over RabbitMQ",
+            flows,
+            [took.since_arrived for took in moves],
+            [took["delete"] + took["prove gone"] for took in floors],
+        ),
+    ]
 
 
 def last_changes(flows: int, new_per_second: int, repeat: int, progress: Progress) -> dict[str, Any]:
@@ -198,7 +222,7 @@ def with_and_without_tls(flows: int, new_per_second: int, repeat: int, progress:
         for run in range(repeat):
             progress(f"{run + 1} of {repeat}: {flows} flows with and without TLS")
             for made, seconds in zip((secured, in_clear), moves, strict=True):
-                seconds.append(move_all(made, 1 - run % 2, flows))
+                seconds.append(move_all(made, 1 - run % 2, flows).in_all)
         for made in (secured, in_clear):
             if repeat % 2:  # back to where `_last_change` begins
                 move(made, 0)

@@ -59,6 +59,7 @@ from sami_plugin.migration.decision import (
 from sami_plugin.migration.negotiation import Demand, weigh
 from sami_plugin.migration.places import Look, Places
 from sami_plugin.model.domain import Domain
+from sami_plugin.model.flows import Addresses
 from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.report import Report
@@ -106,6 +107,8 @@ class Host:
     """By session, guests that are being received and do not run here yet."""
     arrived_guests: set[str] = field(default_factory=set)
     """Guests that were received and have run here since."""
+    gone: dict[str, Addresses] = field(default_factory=dict)
+    """By session, of guests that have left and whose flows were purged, where their flows ended."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _turns: threading.Lock = field(default_factory=threading.Lock)
     _promising: threading.Condition = field(default_factory=threading.Condition)
@@ -370,6 +373,7 @@ class Session(abc.ABC):
 
     def expect_return(self) -> None:
         """The guest is about to come to this host."""
+        self.host.gone.pop(self.id, None)
         self._events.put(Returns())
 
     def stop(self) -> None:

@@ -418,6 +418,7 @@ class SourceSession(Session):
                     self.note("purged")
                     self._left += sum(self._is_left(port.scope, batch) for batch in victims)
                     self.host.leaving.release(self.id, port.scope)
+            self.host.gone[self.id] = tuple(address for port in self._ports for address in port.scope.addresses)
         self.note("proved")
         return Done("Purge", self._removed, refused=self._left)
 
@@ -446,9 +447,13 @@ class SourceSession(Session):
         return Done("PurgeLate", self._late)
 
     def _neighbours(self, scope: Scope) -> Addresses:
-        """Whose flows stay. A zone that was the port's own when the guest began to leave may be shared by now."""
+        """Whose flows stay. A zone that was the port's own when the guest began to leave may be shared by now.
+
+        The port of a guest that has left may be here still, and needs nothing.
+        """
+        gone = {address for session, some in self.host.gone.items() if session != self.id for address in some}
         try:
-            return self.host.scopes.neighbours(scope)
+            return tuple(address for address in self.host.scopes.neighbours(scope) if address not in gone)
         except SamiError as error:
             if scope.is_shared:
                 raise
@@ -524,6 +529,7 @@ class SourceSession(Session):
         }
 
     def _let_go(self) -> None:
+        self.host.gone.pop(self.id, None)
         for port in self._ports:
             port.close()
             with self.host.deciding(port.scope):

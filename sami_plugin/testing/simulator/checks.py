@@ -281,8 +281,6 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):
         return
-    if flow.is_between_guests and any(one.report.flows.get("kept for other guests") for _, one in sessions):
-        return
     world.violated(NOWHERE_ELSE, f"{flow.conversation.name} of {guests[0].name} is on {name} still, in zone {zone}")
 
 

@@ -678,6 +678,19 @@ def test_a_shared_flow_that_ends_during_the_copy_ends_at_the_destination_too(tmp
         assert held(hosts, "host-b") == set()
 
 
+def test_a_shared_flow_is_purged_with_the_last_of_both_though_the_ports_are_still_there(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, limited(watch_seconds=2.0)) as hosts:
+        guests = two_that_share(hosts)[:2]
+        for guest in guests:
+            hosts.say("host-a", Phase.SUSPENDED, guest)
+        for guest in guests:
+            hosts.say("host-b", Phase.RESUMED, guest)
+            until(lambda guest=guest: hosts.has_step("host-a", guest, "proved"))
+        assert held(hosts, "host-a") == set()
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 1
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_shared_flow_is_discarded_with_the_last_of_both_roll_backs(tmp_path: Path, first: int) -> None:
     with hosts_in(tmp_path) as hosts:
