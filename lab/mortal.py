@@ -18,7 +18,7 @@ from sami_plugin.cmd import agent
 from sami_plugin.journal.journal import Journal
 
 _ONE = threading.Lock()
-WRITES = ("begin", "know", "record", "keep_payload", "go_on", "end")
+WRITES = ("begin", "know", "record", "keep_payload", "go_on", "end", "keep_outgoing")
 
 
 def arm(folder: Path, writes: int, when: str) -> None:

@@ -68,8 +68,8 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.report import NAMES_PER_REASON, Report
-from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
+from sami_plugin.outgoing import Outgoing, OutgoingGuests
 from sami_plugin.peers import Peers, Way
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.question import Question
@@ -88,19 +88,6 @@ ENDED_REMEMBERED = 1024
 SessionT = TypeVar("SessionT", bound=Session)
 Older = SourceSession | tuple[Former, dict[str, Any]]
 """A session with which another one goes on: under way, or what the journal has of it, and its report."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Outgoing:
-    """A guest that a job of this host moves away, whether the other host has asked for its flows or not."""
-
-    destination: str | None
-    """Where to, if the hypervisor said so."""
-    is_suspended: bool = False
-    scopes: tuple[Scope, ...] = ()
-    """Its ports, where no session knows them."""
-    token: str = field(default="", repr=False)
-    """What its description said (`Origin`), which its destination is given."""
 
 
 @dataclass(slots=True)
@@ -147,7 +134,7 @@ class Agent:
         """Guests that were refused, and where from: if nobody stops their migration, they come all the same."""
         bounds = host.settings.bounds
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
-        self._outgoing: dict[str, _Outgoing] = {}
+        self._outgoing = OutgoingGuests(host.journal)
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
 
@@ -167,6 +154,7 @@ class Agent:
         """Goes on with what was under way when the agent of before was ended. Where each guest is, is told anyway."""
         host = self.host
         try:
+            self._outgoing.read()
             self._remember_who_came()
             unfinished = host.journal.unfinished()
         except JournalError as error:
@@ -192,8 +180,8 @@ class Agent:
                 LOG.error("%s: guest %s: what was under way cannot be gone on with: %s", name, guest, error)
                 continue
             LOG.warning("%s: guest %s: %s", name, guest, report.reason)
-            if isinstance(session, DestinationSession):
-                for leaving in self._sessions_of(guest, SourceSession):  # those are older: it left, and comes back
+            if isinstance(session, DestinationSession) and not former.has("guest resumed"):
+                for leaving in self._sessions_of(guest, SourceSession):  # it has left, and comes back
                     leaving.expect_return()
             self._add(session)
 
@@ -366,15 +354,18 @@ class Agent:
                 self._pauses(event)
             case Phase.RESUMED:
                 with self._lock:
-                    if event.guest in self._outgoing and self._outgoing[event.guest].is_suspended:
-                        del self._outgoing[event.guest]
+                    outgoing = self._outgoing.get(event.guest)
+                    if outgoing is not None and outgoing.is_suspended:
+                        self._outgoing.pop(event.guest)
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     if leaving.has_purged:  # what comes from here on is no late packet of a guest that has left
                         leaving.expect_return()
+                    elif leaving.has_left:  # nobody had said that it comes back
+                        leaving.tell(event)
                 self._lead(event, SourceSession, DestinationSession)
             case Phase.ROLLBACK:
                 with self._lock:
-                    self._outgoing.pop(event.guest, None)
+                    self._outgoing.pop(event.guest)
                 self._lead(event, SourceSession)
             case Phase.STOPPED:
                 self._stops(event)
@@ -397,12 +388,12 @@ class Agent:
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
         origin = self._look(guest)
         with self._lock:
-            known = self._outgoing.get(guest, _Outgoing(None))
+            known = self._outgoing.get(guest) or Outgoing()
             if destination is not None or guest not in self._outgoing:
                 # Its pause may have been told before; that it is paused still shows when it is gone.
                 known = replace(known, destination=destination, is_suspended=False)
             token = origin.token if origin is not None and origin.host == self.host.name else known.token
-            self._outgoing[guest] = replace(known, token=token)
+            self._outgoing.put(guest, replace(known, token=token))
 
     def _look_for_ports(self, guest: str) -> None:
         """Of a guest that comes, where an agent before this one was told of them, and this one was not."""
@@ -427,8 +418,8 @@ class Agent:
             self._note_outgoing(event.guest)
             self._lead(replace(event, phase=Phase.OUTGOING), SourceSession)
         with self._lock:  # a session that begins from here on knows of the pause
-            if event.guest in self._outgoing:
-                self._outgoing[event.guest] = replace(self._outgoing[event.guest], is_suspended=True)
+            if (outgoing := self._outgoing.get(event.guest)) is not None:
+                self._outgoing.put(event.guest, replace(outgoing, is_suspended=True))
             self._lead(event, SourceSession)
         for coming in self._sessions_of(event.guest, DestinationSession):
             if not coming.is_awaited:
@@ -441,8 +432,8 @@ class Agent:
             return
         scopes = self.host.scopes.find(guest)
         with self._lock:  # where a word is said again, they may be gone: what was known of them stays known
-            if scopes and guest in self._outgoing:
-                self._outgoing[guest] = replace(self._outgoing[guest], scopes=scopes)
+            if scopes and (outgoing := self._outgoing.get(guest)) is not None:
+                self._outgoing.put(guest, replace(outgoing, scopes=scopes))
 
     def _stops(self, event: MigrationEvent) -> None:
         self._refused.pop(event.guest, None)
@@ -459,7 +450,7 @@ class Agent:
     def _has_gone(self, event: MigrationEvent) -> None:
         """What a guest leaves that nobody asked for is removed by a session too."""
         with self._lock:
-            outgoing = self._outgoing.pop(event.guest, None)
+            outgoing = self._outgoing.pop(event.guest)
             if outgoing is None or not outgoing.scopes or self._sessions_of(event.guest, SourceSession):
                 return
             LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
@@ -562,7 +553,9 @@ class Agent:
 
     def underway(self) -> list[tuple[str, str]]:
         """The guests that are on their way, and this host's role in it; of one that comes back, only that it comes."""
-        roles = {session.guest: session.role for session in self.sessions() if session.role == "source"}
+        with self._lock:
+            roles = dict.fromkeys(self._outgoing.guests(), "source")
+        roles |= {session.guest: session.role for session in self.sessions() if session.role == "source"}
         return list({**roles, **{one.guest: one.role for one in self.sessions() if one.role == "destination"}}.items())
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
@@ -692,7 +685,7 @@ class Agent:
             if left is not None:
                 return self._take_over(greeting, said, left, heard)
             if not has_job and outgoing is not None and not outgoing.is_suspended:
-                del self._outgoing[guest]  # its job ended without a word
+                self._outgoing.pop(guest)  # its job ended without a word
                 outgoing = None
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)
             self._make_room(guest)
@@ -747,6 +740,8 @@ class Agent:
             Outcome.LEFT_WITHOUT_ARRIVAL.value,
         ):
             return None
+        if self.host.journal.newest(guest) != row["session"]:
+            raise NotAuthorised(f"{guest} has come back since")
         ago = self.host.wall() - row["ended_at"]
         if ago > self.host.settings.late_import_seconds:
             raise NotAuthorised(
@@ -761,7 +756,7 @@ class Agent:
         return origin is not None and hmac.compare_digest(origin.token.encode(), token.encode())
 
     def _refuse_who_is_not_the_destination(
-        self, guest: str, sender: str, outgoing: _Outgoing | None, *, has_token: bool
+        self, guest: str, sender: str, outgoing: Outgoing | None, *, has_token: bool
     ) -> None:
         """:raises NotAuthorised: it is not shown that the guest moves to the sender."""
         destination = outgoing.destination if outgoing is not None else None
@@ -774,7 +769,7 @@ class Agent:
             raise NotAuthorised(f"nothing shows that {guest} moves to {sender}")
 
     def _leaving(
-        self, session: str, guest: str, peer: str, outgoing: _Outgoing | None, line: Line | None = None
+        self, session: str, guest: str, peer: str, outgoing: Outgoing | None, line: Line | None = None
     ) -> SourceSession:
         return SourceSession(
             self.host,
@@ -820,7 +815,7 @@ class Agent:
             self._sessions.pop(session.id, None)
             is_last = all(one.guest != session.guest for one in self._sessions.values())
             if is_last and has_stayed:
-                self._outgoing.pop(session.guest, None)
+                self._outgoing.pop(session.guest)
                 if session.role == "source" and self._hypervisor is not None:
                     self._hypervisor.mark(session.guest)
             if is_last and has_stayed == (session.role == "destination"):

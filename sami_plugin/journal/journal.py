@@ -59,6 +59,10 @@ CREATE TABLE IF NOT EXISTS payloads (
     payload     BLOB NOT NULL,
     PRIMARY KEY (session, number)
 );
+CREATE TABLE IF NOT EXISTS outgoing (
+    guest       TEXT PRIMARY KEY,
+    told        TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS refusals (
     who         TEXT NOT NULL,
     reason      TEXT NOT NULL,
@@ -251,6 +255,17 @@ class Journal:
         """When the last one of the older half ended; None where there is but one, which is kept."""
         rows = self._db.execute("SELECT ended_at FROM sessions WHERE ended_at IS NOT NULL ORDER BY ended_at").fetchall()
         return float(rows[len(rows) // 2 - 1][0]) if len(rows) > 1 else None
+
+    def keep_outgoing(self, guest: str, told: str | None) -> None:
+        """What is known of a guest that is moved away; None where it is not, any more."""
+        if told is None:
+            self._write("DELETE FROM outgoing WHERE guest = ?", (guest,))
+        else:
+            self._write("INSERT OR REPLACE INTO outgoing VALUES (?, ?)", (guest, told))
+
+    def outgoing(self) -> dict[str, str]:
+        """By guest, what was kept of those that are moved away."""
+        return {row["guest"]: row["told"] for row in self._read("SELECT * FROM outgoing", ())}
 
     def count_refusals(self, counts: Mapping[tuple[str, str], int]) -> None:
         """Adds how often each one was refused for each reason since the last call."""

@@ -20,6 +20,7 @@ class MemoryJournal(Journal):
         self._sessions: dict[str, dict[str, Any]] = {}
         self._decisions: dict[str, list[dict[str, Any]]] = {}
         self._payloads: dict[str, dict[int, bytes]] = {}
+        self._outgoing: dict[str, str] = {}
 
     def close(self) -> None:
         pass
@@ -72,6 +73,17 @@ class MemoryJournal(Journal):
         self._before("a payload")
         self._payloads.setdefault(session, {})[number] = payload
         self._disturb("after a payload")
+
+    def keep_outgoing(self, guest: str, told: str | None) -> None:
+        self._before("what goes out")
+        if told is None:
+            self._outgoing.pop(guest, None)
+        else:
+            self._outgoing[guest] = told
+        self._disturb("after what goes out")
+
+    def outgoing(self) -> dict[str, str]:
+        return dict(self._outgoing)
 
     def go_on(
         self, former: str, session: str, known_as: str, state: str, heard: Iterable[str], report: dict[str, Any]

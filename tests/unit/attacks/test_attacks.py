@@ -20,7 +20,7 @@ import pytest
 
 from lab.in_clear import ClearChannel
 from sami_plugin import line as line_module
-from sami_plugin.agent import Agent, _Outgoing
+from sami_plugin.agent import Agent
 from sami_plugin.channel import tls
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.channel.ordering import Inbox
@@ -48,6 +48,7 @@ from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Bounds
+from sami_plugin.outgoing import Outgoing
 from sami_plugin.testing.certificates import Certificates
 from sami_plugin.testing.hosts import Hosts, new_guest
 from sami_plugin.transport import rpc
@@ -144,7 +145,7 @@ def test_flows_of_a_guest_that_does_not_leave(hosts: Hosts, monkeypatch: pytest.
         real = Agent._leaving
 
         def leaving(self: Agent, session: str, guest: str, peer: str, outgoing: Any, line: Any = None) -> Any:
-            return real(self, session, guest, peer, _Outgoing(peer), line)
+            return real(self, session, guest, peer, Outgoing(peer), line)
 
         monkeypatch.setattr(Agent, "_leaving", leaving)
 

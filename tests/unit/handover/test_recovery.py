@@ -174,6 +174,27 @@ def test_source_that_was_killed_before_it_wrote_down_that_the_guest_stays_is_tol
         assert ports(hosts, "host-a") == ALL
 
 
+def test_agent_that_was_away_when_the_guest_left_knows_where_it_went_and_what_it_left(tmp_path: Path) -> None:
+    """Nobody had asked for the guest's flows yet, and with the guest its ports have gone."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.kill("host-a")
+        hosts.unplug("host-a", guest)
+        hosts.start("host-a")
+        assert hosts.agents["host-a"].underway() == [(guest, "source")]
+        words(hosts, guest, ("host-a", Phase.STOPPED))
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        words(hosts, guest, ("host-b", Phase.STARTED), ("host-b", Phase.RESUMED))
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == ALL
+        assert held(hosts, "host-a") == set()
+        hosts.kill("host-a")
+        hosts.start("host-a")
+        assert hosts.agents["host-a"].underway() == []
+
+
 @pytest.mark.parametrize("at", STEPS)
 def test_what_a_reboot_took_away_is_missed_by_nobody(tmp_path: Path, at: str) -> None:
     """The destination's kernel and guests are gone; a guest that did not run there yet is on the source."""
