@@ -32,6 +32,8 @@ class ClearChannel:
         packets, self._waiting = self._waiting, []
         return packets
 
+    is_all_said = True
+
     def renew(self, stream: int) -> None:
         """There is but one."""
 

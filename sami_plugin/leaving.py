@@ -62,6 +62,7 @@ Piece = tuple[Leaving, Batch]
 """Some flows of one port."""
 
 
+KEPT = "kept at the source for guests that stay there, or come"
 NOT_FOR_THAT_DOMAIN = "this kind may not go to that domain (kinds_out)"
 
 

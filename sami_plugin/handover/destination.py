@@ -325,7 +325,13 @@ class DestinationSession(Session):
                     raise
                 finally:
                     self.host.used_places(self.id)
-                self.host.arriving.claim(self.id, port.scope, mine.take(made["outcome"] == Outcome.IMPORTED))
+                # What another session put in, this one might have put in as well.
+                is_present = made["outcome"] == Outcome.PRESENT
+                is_sessions = is_present & self.host.arriving.claimed_by_others(self.id, port.scope, mine)
+                made["outcome"][is_sessions] = Outcome.IMPORTED
+                self.host.arriving.claim(
+                    self.id, port.scope, mine.take(is_present | (made["outcome"] == Outcome.IMPORTED))
+                )
             look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
             self._unverified.append(Unverified(port, scope, mine, made, look))
 
@@ -524,6 +530,8 @@ class DestinationSession(Session):
             if message.is_last:
                 self.note("last changes came")
             return
+        if isinstance(message, Purged):  # then it is nowhere but here, whether that was said or not
+            self.host.arrived_guests.add(self.guest)
         self.note(_SAID_TO_DESTINATION.get(type(message), type(message).__name__))
 
     def _note_last(self) -> None:
@@ -540,6 +548,7 @@ class DestinationSession(Session):
         if event.phase is Phase.RESUMED:
             self.host.arriving_guests.pop(self.id, None)
             self.host.arrived_guests.add(self.guest)
+            self.host.may_put_in(self.guest)  # what it has here now is no more what it left here before
 
     def _held_count(self) -> int:
         return sum(len(port.held) for port in self._ports)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import SamiError
 from sami_plugin.former import FlowsByPort, Former
 from sami_plugin.leaving import (
+    KEPT,
     NOT_FOR_THAT_DOMAIN,
     Inventory,
     Leaving,
@@ -409,9 +411,14 @@ class SourceSession(Session):
             for port in self._ports:
                 with self.host.lock:
                     stay = self._neighbours(port.scope)
-                    batches = [*chain(*(table.batches() for table in (port.exported, *port.untold())))]
-                    victims = [self._ours_alone(port, batch, stay) for batch in batches]
-                    self._kept_for_others += sum(map(len, batches)) - sum(map(len, victims))
+                    victims: list[Batch] = []
+                    for batch in chain(*(table.batches() for table in (port.exported, *port.untold()))):
+                        is_others = self._is_others_too(port, batch, stay)
+                        victims.append(batch.take(~is_others))
+                        kept = batch.take(is_others)
+                        self._kept_for_others += len(kept)
+                        if len(kept):
+                            self.report.name(KEPT, len(kept), names(kept))
                     for batch in victims:
                         removed = self.host.driver.remove(port.scope, batch.identities)
                         self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
@@ -460,14 +467,13 @@ class SourceSession(Session):
             self.report.remark(f"it is not known who else is in the zone by now: {error}")
             return ()
 
-    def _ours_alone(self, port: Leaving, batch: Batch, stay: Addresses) -> Batch:
-        batch = self.host.leaving.unclaimed_by_others(self.id, port.scope, batch)
-        return batch.take(~has_end_in(batch, stay)) if stay else batch
+    def _is_others_too(self, port: Leaving, batch: Batch, stay: Addresses) -> npt.NDArray[np.bool_]:
+        return self.host.leaving.claimed_by_others(self.id, port.scope, batch) | has_end_in(batch, stay)
 
     def _remaining(self, port: Leaving, stay: Addresses) -> list[Batch]:
         pieces = (piece for piece in self.host.driver.export(port.scope) if not isinstance(piece, Omitted))
         own = (piece.take(has_end_in(piece, port.scope.addresses)) for piece in pieces)
-        return [left for piece in own if len(left := self._ours_alone(port, piece, stay))]
+        return [left for piece in own if len(left := piece.take(~self._is_others_too(port, piece, stay)))]
 
     # What the session asks of its role.
 

@@ -1,13 +1,15 @@
 """Who lays claim to an entry that is not one guest's alone.
 
 In a zone that several ports share, a flow between two guests of one host is one entry. Each session that exported or
-imported it claims it; it goes only with the last claim, and only if a session put it there. What was there before any
-session is nobody's to discard. The caller holds one lock around each decision and the removal that follows from it.
+imported it, or found it there, claims it; it goes only with the last claim, and only if a session put it there. What
+was there before any session is nobody's to discard. The caller holds one lock around each decision and the removal that
+follows from it.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from sami_plugin.model.flows import Batch
 from sami_plugin.model.keys import FlowTable
@@ -33,15 +35,17 @@ class Claims:
         if scope.is_shared:
             self._claimed.setdefault(place_of(scope), {}).setdefault(session, FlowTable()).put(batch.identities)
 
+    def claimed_by_others(self, session: str, scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:
+        """Which of the flows another session claims."""
+        claimed = np.zeros(len(batch), bool)
+        for name, table in self._claimed.get(place_of(scope), {}).items() if scope.is_shared else ():
+            if name != session:
+                claimed |= table.find(batch)[0]
+        return claimed
+
     def unclaimed_by_others(self, session: str, scope: Scope, batch: Batch) -> Batch:
         """Those of the flows that no other session claims."""
-        if not scope.is_shared:
-            return batch
-        others = np.zeros(len(batch), bool)
-        for name, table in self._claimed.get(place_of(scope), {}).items():
-            if name != session:
-                others |= table.find(batch)[0]
-        return batch.take(~others)
+        return batch.take(~self.claimed_by_others(session, scope, batch)) if scope.is_shared else batch
 
     def withdraw(self, session: str, scope: Scope, gone: Batch) -> None:
         """The session claims these flows no more. May be repeated."""

@@ -411,6 +411,11 @@ def _superseded(session: Source, event: Event, now: float) -> Decision:
     return replace(session, state=State.ENDED), [Say(Stays(reason)), End(Outcome.STAYED, reason)]
 
 
+def _comes_back_early(session: Source, event: Event, now: float) -> Decision:
+    """Where it went its flows may still be wanted; what it has here from now on is no late packet's."""
+    return replace(session, comes_back=session.is_gone), []
+
+
 def _comes_here(session: Source, event: Event, now: float) -> Decision:
     """A guest can only come here because it has left: nothing has to be waited for."""
     if not session.is_gone:
@@ -468,6 +473,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.ROLLBACK: _comes_back,
         Phase.STOPPED: _gone_while_copying,
         TimePassed: _copies_too_long,
+        "Returns": _comes_back_early,
         **_WHEN_IT_FAILS,
     },
     State.COPYING: {
@@ -479,6 +485,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.ROLLBACK: _comes_back,
         Phase.STOPPED: _gone_while_copying,
         TimePassed: _copies_too_long,
+        "Returns": _comes_back_early,
         **_WHEN_IT_FAILS,
     },
     State.FOLLOWING: {

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sami_plugin.model.flows import Batch, ZoneRole  # noqa: F401
+from sami_plugin.handover import DestinationSession
+from sami_plugin.leaving import KEPT
 from sami_plugin.model.migration import Outcome
 from sami_plugin.model.scope import Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+    from typing import Any
 
     from sami_plugin.drivers.memory import Entry, Place
     from sami_plugin.session import Session
@@ -33,11 +35,14 @@ NO_MISTAKE = "nothing is raised but what is ours to raise"
 PLACES_ARE_GIVEN_BACK = "what was reserved is free again when the session is over"
 ENDS_WELL = "where nothing is in the way, the guest has moved or stayed, and the reports say so"
 
+LONG_SECONDS = 60
+"""A flow that lives longer without a packet does not run out in a run."""
 WALL = 1.8e9
 """Seconds since 1970 when a run begins."""
 CRASHED = "an agent crashed"
 UNSAID = "a word was not said"
 PAUSED_EARLY = "the guest was paused before its flows were sent"
+MOVED_ON = "a guest moved on, maybe before its flows had come"
 LATE_ANSWER = "the source did not answer in time"
 CARRIED = (Outcome.MOVED.value, Outcome.STAYED.value)
 
@@ -116,6 +121,8 @@ class Guard:
             return
         if guest.place is None or host.name in guest.expected:
             return
+        if any(isinstance(one, DestinationSession) and one.guest == guest.id for one in host.live):
+            return  # it comes back, as far as anybody here knows, so it has left
         # Another session may go on with one; what was said to any of them counts.
         same = {one.id for _, one in world.sessions if one.known_as == session.known_as} | {session.known_as}
         said = set().union(*(world.kinds_said.get((one, session.peer), set()) for one in same))
@@ -151,8 +158,9 @@ class Guard:
             return
         (guest,) = {one.guest for _, one in self._world.sessions if one.id == session} or {""}
         known = self._world.guests.get(guest)
-        # Where nobody can be asked, and OUTGOING was not said, the first who asks is believed.
-        if not self._world.is_asked and {UNSAID, CRASHED} & self._world.hindrances.keys():
+        # Where nobody can be asked, and OUTGOING was not said, or a late word of the migration before took it back,
+        # the first who asks is believed.
+        if not self._world.is_asked and {UNSAID, CRASHED, MOVED_ON} & self._world.hindrances.keys():
             return
         if known is None or peer not in known.visited:
             self._world.violated(RIGHT_PEER, f"{host} sends flows of {guest} to {peer}")
@@ -200,8 +208,10 @@ def _was_interrupted(world: World, session: Session) -> bool:
 
 def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
     place = guest.place
-    if place is None or not flow.is_live or not flow.is_renewed or flow.expires_at <= world.now + 1.0:
-        return  # the destination cannot know when a silent one was renewed for the last time
+    # The destination cannot know when a silent one was renewed for the last time.
+    is_silent = not flow.is_renewed or (guest.is_paused and flow.conversation.lifetime < LONG_SECONDS)
+    if place is None or not flow.is_live or is_silent or flow.expires_at <= world.now + 1.0:
+        return
     port = next(port for port in flow.owners if port.guest is guest)
     zone = port.zones.get(place)
     entry = None if zone is None else world.devices[place].find(zone, flow.conversation.original)
@@ -224,9 +234,12 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
 
 
 def _was_seen_by_nobody(world: World, guest: Guest) -> bool:
-    """Whether the destination's agent was not told that the guest came, and the source's was down when it left."""
+    """Whether the destination's agent was not told that the guest came last, and the source's was down when it left."""
     missed = {host for host, one in world.unheard if one == guest.id}
-    has_session = any(one.guest == guest.id for _, one in world.sessions)
+    since = WALL + guest.moves_since
+    has_session = any(
+        one.guest == guest.id and any(at >= since for _, at, _ in one.report.steps[:1]) for _, one in world.sessions
+    )
     is_missed = guest.place in missed or UNSAID in world.hindrances
     return not has_session and is_missed and CRASHED in world.hindrances
 
@@ -243,9 +256,13 @@ def _tellers(world: World, guest: Guest, flow: Flow) -> Iterator[str]:
         report = session.report
         if not session.is_over or report.outcome not in CARRIED or _knew_no_port(session):
             yield session.id
-        for told in report.named.values():
-            if flow.conversation.name in told["flows"] or told["count"] > len(told["flows"]):
-                yield session.id
+        if any(_is_named(told, flow) for told in report.named.values()):
+            yield session.id
+
+
+def _is_named(told: Mapping[str, Any] | None, flow: Flow) -> bool:
+    """Whether a report names the flow for this reason, or no more flows than the first."""
+    return told is not None and (flow.conversation.name in told["flows"] or told["count"] > len(told["flows"]))
 
 
 def _knew_no_port(session: Session) -> bool:
@@ -280,6 +297,8 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if says_so and (world.hindrances or any(guest.died_at for guest in guests) or len(sessions) > 1):
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):
+        return
+    if any(_is_named(one.report.named.get(KEPT), flow) for _, one in sessions):
         return
     world.violated(NOWHERE_ELSE, f"{flow.conversation.name} of {guests[0].name} is on {name} still, in zone {zone}")
 

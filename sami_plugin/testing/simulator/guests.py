@@ -153,6 +153,8 @@ class Guest:
     """By host, when that one's hypervisor first said that it is gone."""
     expected: set[str] = field(default_factory=set)
     """Hosts that it is about to come to, or is starting on."""
+    moves_since: float = 0.0
+    """When its last migration began."""
     told_at: str | None = None
     """The host whose agent was told last that it runs there."""
     died_at: str | None = None
@@ -163,6 +165,3 @@ class Guest:
     @property
     def runs(self) -> bool:
         return self.place is not None and not self.is_paused
-
-    def may_run_at(self, host: str) -> bool:
-        return self.place == host

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sami_plugin.handover import DestinationSession
 from sami_plugin.model.migration import MigrationEvent, Phase
-from sami_plugin.testing.simulator.checks import LATE_ANSWER
+from sami_plugin.testing.simulator.checks import LATE_ANSWER, MOVED_ON
 from sami_plugin.testing.simulator.guests import Guest
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def life(world: World, guest: Guest, moves: int) -> Script:
             continue
         is_hasty = former is not None and random.random() < mix.haste
         if is_hasty:
-            world.hinder("a guest moved on, maybe before its flows had come")
+            world.hinder(MOVED_ON)
         else:
             while any(one.guest == guest.id and one.role == DESTINATION for one in world.sessions_at(source)):
                 yield 1.0
@@ -104,6 +104,7 @@ class Migration:
         world, guest, mix, dice = self._world, self._guest, self._world.mix, self._random.random
         source, destination = self._source, self._destination
         fate = self._fate()
+        guest.moves_since = world.now
         world.tell("", f"{guest.name} begins to move from {source} to {destination}; {fate}")
         guest.jobs[source] = destination
         guest.visited.add(destination)
@@ -196,9 +197,11 @@ class Migration:
 
     def _decide(self, *, may_come: bool) -> None:
         """An operator's answer."""
-        agent = self._world.hosts[self._destination].agent
-        self._world.tell(self._destination, f"the operator says {'yes' if may_come else 'no'}")
-        self._world.guarded(self._destination, lambda: agent.decide(self._guest.id, may_come=may_come))
+        host = self._world.hosts.get(self._destination)
+        if host is None:  # nobody is there to take it
+            return
+        self._world.tell(host.name, f"the operator says {'yes' if may_come else 'no'}")
+        self._world.guarded(host.name, lambda: host.agent.decide(self._guest.id, may_come=may_come))
 
     def _lose_broker(self) -> None:
         world, dice = self._world, self._random.random
@@ -249,7 +252,8 @@ class Migration:
         yield dice() * self._random.choice((0.02, 0.2, 1.0))
         yield max(0.0, world.told_until(source, guest) - world.now)  # the tap outlives the pause's word
         guest.jobs.pop(source, None)
-        world.give_token(guest)
+        if destination in world.hosts:  # an agent that is down marks its guests when it is there again
+            world.give_token(guest)
         world.unplug(guest, source)
         self._say(source, Phase.STOPPED, SOURCE)
         guest.gone_at[source] = world.now
@@ -358,16 +362,22 @@ class Migration:
 
 def settle(world: World, host: str) -> None:
     """Tells an agent that has just started what it may have missed."""
-    for session in list(world.sessions_at(host)):
-        guest = world.guests.get(session.guest)
+    for name, role in world.hosts[host].agent.underway():
+        guest = world.guests.get(name)
         if guest is None:
             continue
-        if session.role == SOURCE:
+        if role == SOURCE:
             _tell_job(world, host, guest)
         elif guest.place == host:
             world.say_surely(host, MigrationEvent(guest.id, Phase.RESUMED, role=DESTINATION), f"{guest.name} (asked)")
         elif host not in guest.jobs.values():
             world.say_surely(host, MigrationEvent(guest.id, Phase.STOPPED, role=DESTINATION), f"{guest.name} (asked)")
+    for guest in world.guests.values() if world.is_described else ():
+        if guest.place == host and host not in guest.jobs and guest.owner != host:  # it came while nobody was told
+            came = MigrationEvent(guest.id, Phase.STARTED, role=DESTINATION, domain=describe(guest), is_incoming=True)
+            world.say_surely(host, came, f"{guest.name} (asked)")
+            world.say_surely(host, MigrationEvent(guest.id, Phase.RESUMED, role=DESTINATION), f"{guest.name} (asked)")
+            world.give_token(guest)
 
 
 def _tell_job(world: World, host: str, guest: Guest) -> None:
@@ -387,7 +397,7 @@ def poll(world: World, host: str) -> Script:
         known = world.hosts.get(host)
         if known is None:
             continue
-        for session in list(known.live):
-            guest = world.guests.get(session.guest)
-            if session.role == SOURCE and guest is not None:
+        for name, role in known.agent.underway():
+            guest = world.guests.get(name)
+            if role == SOURCE and guest is not None:
                 _tell_job(world, host, guest)

@@ -481,6 +481,8 @@ class World:
         if event.phase is Phase.RESUMED and self.guests[event.guest].place == host:
             self.guests[event.guest].told_at = host
         self.guarded(host, lambda: known.agent.note(event))
+        if host not in self.hosts:  # it crashed by it
+            self.unheard.add((host, event.guest))
 
     # The world at large.
 
@@ -503,8 +505,8 @@ class World:
     def plug(self, port: Port, host: str) -> None:
         """The port's tap is on the host, and its zone is known."""
         guest = port.guest
-        if host not in (guest.place, *guest.jobs.values()):
-            return  # aborted meanwhile
+        if host not in (guest.place, *guest.jobs.values()) or host in port.zones:
+            return  # aborted meanwhile, and maybe begun anew
         if port.is_shared:
             zone = self._shared_zone[host]
         else:

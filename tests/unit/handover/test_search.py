@@ -307,6 +307,18 @@ def test_guest_that_starts_anew_where_it_left_keeps_its_new_flows(tmp_path: Path
         assert ports(hosts, "host-a") == set(range(7000, 7007))
 
 
+def test_guest_that_is_back_and_nobody_had_announced_it_keeps_its_flows(tmp_path: Path) -> None:
+    settings = limited(arrival_seconds=1.0, watch_seconds=0.1)
+    with Hosts(tmp_path, ("host-a",), lambda name: MemoryDriver(MemoryDevice(name)), settings=settings) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.say("host-a", Phase.STOPPED, guest)
+        hosts.agents["host-a"].note(MigrationEvent(guest, Phase.RESUMED, role="destination"))
+        until_idle(hosts)
+        assert len(held(hosts, "host-a")) == 100
+        assert outcome(hosts, "host-a", guest)[0] == "unclear"
+
+
 def test_job_that_was_aborted_without_a_word_serves_nobody_later(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:

@@ -21,7 +21,9 @@ from sami_plugin.leaving import Leaving
 from sami_plugin.migration import destination, source
 from sami_plugin.migration.claims import Claims
 from sami_plugin.migration.decision import Discard, Done, End, Purge, WakeAt
+from sami_plugin.model.flows import Batch
 from sami_plugin.model.migration import Outcome, Phase
+from sami_plugin.outgoing import OutgoingGuests
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ def source_purges_as_soon_as_the_guest_is_gone() -> Any:
 
 @fault(50, is_shared=1.0, residents=1, guests=1, flows=3)
 def source_purges_what_a_guest_that_stays_needs() -> Any:
-    return mock.patch.object(SourceSession, "_ours_alone", lambda self, port, batch, stay: batch)
+    def none(self: SourceSession, port: Leaving, batch: Batch, stay: Any) -> Any:
+        return np.zeros(len(batch), bool)
+
+    return mock.patch.object(SourceSession, "_is_others_too", none)
 
 
 @fault(50)
@@ -195,7 +200,7 @@ def what_was_put_in_stays_after_a_roll_back() -> Any:
     return mock.patch.object(DestinationSession, "_discard", return_value=Done("Discard"))
 
 
-@fault(200, failing_device=1.0, flows=5, abort=1.0, moves=3, goes_back=0.0)
+@fault(700, failing_device=1.0, flows=5, abort=1.0, moves=3, goes_back=0.0)
 def what_a_failed_insert_left_is_forgotten() -> Any:
     real = DestinationSession._discard
 
@@ -209,7 +214,7 @@ def what_a_failed_insert_left_is_forgotten() -> Any:
 
 @fault(500, forgery=0.6, flows=5, abort=0.0, late_zone=1.0, zone_seconds=0.6, traffic=8, delay_seconds=0.05)
 def destination_discards_though_the_guest_runs_there() -> Any:
-    def give_up(session: destination.Destination, reason: str) -> destination.Decision:
+    def give_up(session: destination.Destination, reason: str, now: float) -> destination.Decision:
         return replace(session, state=destination.State.ENDED), [Discard(), End(Outcome.FAILED, reason)]
 
     return mock.patch.object(destination, "_give_up", give_up)
@@ -260,7 +265,7 @@ def payloads_are_not_kept() -> Any:
 # --- an agent that is started anew
 
 
-@fault(700, crash=1.0, loss=0.3, abort=0.0)
+@fault(2500, crash=1.0, loss=0.3, abort=0.0)
 def a_watch_goes_on_as_if_the_guest_had_arrived() -> Any:
     real = source.recovered
 
@@ -269,6 +274,11 @@ def a_watch_goes_on_as_if_the_guest_had_arrived() -> Any:
         return replace(session, outcome=Outcome.MOVED), actions
 
     return mock.patch.object(source, "recovered", recovered)
+
+
+@fault(300, crash=1.0, moves=3, is_described=1.0, no_hook=1.0, flows=2, abort=0.0)
+def a_new_start_forgets_who_is_on_the_way() -> Any:
+    return mock.patch.object(OutgoingGuests, "read", nothing)
 
 
 @fault(500, crash=1.0, is_shared=1.0, guests=2, residents=0, abort=0.5)
