@@ -17,7 +17,13 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from sami_plugin.channel.identity import host_of, uri_of, uris_of, utc
@@ -53,7 +59,7 @@ class Authority:
             raise ConfigurationError(f"{error.filename} is not there; `sami pki init` makes an authority") from error
         except (OSError, ValueError, TypeError) as error:
             raise ConfigurationError(f"the authority in {folder} cannot be read: {error}") from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != self._certificate.public_key():
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or _octets(key) != _octets(self._certificate):
             raise ConfigurationError(f"{folder / 'ca.key'} is not the key of ca.pem beside it")
         self._key = key
 
@@ -204,6 +210,11 @@ def _list_of(serials: Iterable[int], certificate: x509.Certificate, key: ec.Elli
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _octets(holder: ec.EllipticCurvePrivateKey | x509.Certificate) -> bytes:
+    """Of its public key: before cryptography 41 the keys themselves are never equal."""
+    return holder.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _usage(**wanted: bool) -> x509.KeyUsage:
