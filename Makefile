@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz fuzz-properties soak lint docs clean run-tests run-lint lint-style lint-layers lint-types
-.PHONY: demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
+.PHONY: test-kills demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test-libvirt: prepare-libvirt run-libvirt-tests ## the tests on real libvirt hos
 
 test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
 	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
+
+test-kills: prepare-libvirt ## agents killed at every write of their journals, in every sequence; as root, two hours
+	$(PYTEST_IN_A_WORLD) --every-write tests/functional/test_kill.py tests/libvirt/test_kill.py $(ARGS)
 
 bench: prepare-test ## measure
 	$(PYTHON_HERE) -m benchmarks $(ARGS)
