@@ -36,6 +36,7 @@ class OutgoingGuests:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._known: dict[str, Outgoing] = {}
+        self._unconfirmed: set[str] = set()
 
     def read(self) -> None:
         """Those of the agent before this one.
@@ -46,18 +47,21 @@ class OutgoingGuests:
             told = json.loads(text)
             scopes = tuple(map(Scope.from_dict, told["scopes"]))
             self._known[guest] = Outgoing(told["destination"], told["is_suspended"], scopes, told["token"])
+            self._unconfirmed.add(guest)
 
     def __contains__(self, guest: str) -> bool:
         return guest in self._known
 
-    def guests(self) -> list[str]:
-        return list(self._known)
+    def unconfirmed(self) -> list[str]:
+        """Those of which nothing was heard since `read`: they may have left meanwhile, or have stayed."""
+        return list(self._unconfirmed)
 
     def get(self, guest: str) -> Outgoing | None:
         return self._known.get(guest)
 
     def put(self, guest: str, outgoing: Outgoing) -> None:
         """What is known of the guest now."""
+        self._unconfirmed.discard(guest)
         if self._known.get(guest) != outgoing:
             self._known[guest] = outgoing
             told = {
@@ -70,6 +74,7 @@ class OutgoingGuests:
 
     def pop(self, guest: str) -> Outgoing | None:
         """What was known of the guest, which is moved away no more."""
+        self._unconfirmed.discard(guest)
         known = self._known.pop(guest, None)
         if known is not None:
             self._keep(guest, None)

@@ -414,11 +414,11 @@ class SourceSession(Session):
                     victims: list[Batch] = []
                     for batch in chain(*(table.batches() for table in (port.exported, *port.untold()))):
                         is_others = self._is_others_too(port, batch, stay)
-                        victims.append(batch.take(~is_others))
-                        kept = batch.take(is_others)
-                        self._kept_for_others += len(kept)
-                        if len(kept):
+                        if is_others.any():
+                            kept, batch = batch.take(is_others), batch.take(~is_others)
+                            self._kept_for_others += len(kept)
                             self.report.name(KEPT, len(kept), names(kept))
+                        victims.append(batch)
                     for batch in victims:
                         removed = self.host.driver.remove(port.scope, batch.identities)
                         self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
