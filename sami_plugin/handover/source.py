@@ -458,7 +458,7 @@ class SourceSession(Session):
 
         The port of a guest that has left may be here still, and needs nothing.
         """
-        gone = {address for session, some in self.host.gone.items() if session != self.id for address in some}
+        gone = {address for session, some in tuple(self.host.gone.items()) if session != self.id for address in some}
         try:
             return tuple(address for address in self.host.scopes.neighbours(scope) if address not in gone)
         except SamiError as error:
