@@ -82,12 +82,23 @@ LOG = logging.getLogger(__name__)
 
 VERDICT_MARGIN_SECONDS = 0.5
 """What a session gets beyond its own limits to say what comes of them."""
+MOST_ANNOUNCED = 1024
 ENDED_REMEMBERED = 1024
 """Sessions of which a late or repeated message is still taken, and dropped, after their end."""
 
 SessionT = TypeVar("SessionT", bound=Session)
 Older = SourceSession | tuple[Former, dict[str, Any]]
 """A session with which another one goes on: under way, or what the journal has of it, and its report."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    """A guest that the manager is about to have moved here."""
+
+    source: str
+    request_id: str
+    until: float
+    """When this is of interest no more."""
 
 
 @dataclass(slots=True)
@@ -130,6 +141,7 @@ class Agent:
         """Until when each of them may try to."""
         self._greetings: dict[str, _Greeting] = {}
         self._questions: dict[str, Question] = {}
+        self._announced: OrderedDict[str, _Announced] = OrderedDict()
         self._refused: dict[str, str] = {}
         """Guests that were refused, and where from: if nobody stops their migration, they come all the same."""
         bounds = host.settings.bounds
@@ -256,6 +268,25 @@ class Agent:
             raise Veto(f"{newest.refusal} (session {newest.id})")
         if not has_spoken:
             LOG.warning("%s: nothing is decided yet; the migration goes on", session.id)
+
+    def announce(self, guest: str, source: str, destination: str, request_id: str) -> None:
+        """The manager will have the guest moved here. Nothing is asked of the source before its job has begun.
+
+        :raises OperatorError: it means another host than this agent's.
+        """
+        if destination != self.host.name:
+            raise OperatorError(
+                f"destination: {destination} is not {self.host.name}; [agent] host has to be what the manager calls it"
+            )
+        now = self.host.monotonic()
+        with self._lock:
+            for old in [one for one, known in self._announced.items() if known.until <= now]:
+                del self._announced[old]
+            self._announced.pop(guest, None)
+            if len(self._announced) >= MOST_ANNOUNCED:
+                self._announced.popitem(last=False)
+            until = now + self.host.settings.limits.session_seconds
+            self._announced[guest] = _Announced(source, request_id, until)
 
     def decide(self, session_id: str, *, may_come: bool) -> None:
         """An operator's answer, for a session whose policy asks for one. Its first characters are enough.
@@ -585,7 +616,10 @@ class Agent:
     def _expect(self, event: MigrationEvent, origin: Origin | None) -> None:
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
+        announced = self._announced.pop(event.guest, None)
         source = event.source or ("" if origin is None or origin.host == self.host.name else origin.host)
+        if not source and announced is not None:
+            source = announced.source
         if not source and self._hypervisor is None and event.phase is Phase.PREPARE:
             raise OperatorError("source: has to be told with `prepare`: the guest's description does not name it")
         with self._lock:  # the hook and Nova may say it at the same time
@@ -602,6 +636,7 @@ class Agent:
                     self.host, self.host.new_id(), event.guest, source, self._forget, is_held=is_held, again=self._again
                 )
                 session.token = token
+                session.report.request_id = announced.request_id if announced is not None else ""
                 self._add(session)
             else:
                 session.token = token or session.token
@@ -935,6 +970,12 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
             bounds=settings.bounds,
             refused=agent.host.refusals.note,
             requests={
+                "announce": lambda said: agent.announce(
+                    guest_of(said),
+                    text_of(said, "source"),
+                    text_of(said, "destination"),
+                    text_of(said, "request_id") if said.get("request_id") else "",
+                ),
                 "check": lambda said: agent.check(guest_of(said), text_of(said, "to")),
                 "approve": lambda said: agent.decide(text_of(said, "session"), may_come=True),
                 "refuse": lambda said: agent.decide(text_of(said, "session"), may_come=False),

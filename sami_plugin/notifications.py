@@ -28,7 +28,7 @@ from sami_plugin.model.verdict import Verdict
 
 LOG = logging.getLogger(__name__)
 
-VERSION = "1.0"
+VERSION = "1.1"
 """Of the payloads. The minor number grows with a field that is added, the major one with anything else."""
 START, RISK, END, ERROR = (f"sami.migration.{kind}" for kind in ("start", "risk", "end", "error"))
 PRIORITIES = {START: "info", RISK: "warn", END: "info", ERROR: "error"}
@@ -114,6 +114,7 @@ def _common(report: Report, at: float) -> dict[str, Any]:
         "role": report.role,
         "host": report.host,
         "peer": _text(report.peer),
+        "request_id": _text(report.request_id) or None,
     }
 
 

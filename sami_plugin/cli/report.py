@@ -72,7 +72,7 @@ class Report(Lister):
 
 def rows(report: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     """The report as a table."""
-    for name in ("session", "guest", "role", "host", "peer"):
+    for name in ("session", "guest", "role", "host", "peer", "request_id"):
         if report.get(name):
             yield "session", name, report[name], Lines([])
     yield "session", "outcome", report["outcome"], Lines([report["reason"]] if report.get("reason") else [])

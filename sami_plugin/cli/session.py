@@ -174,7 +174,8 @@ def add_session(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "session",
         metavar="SESSION",
-        help="the session's id, or the guest's UUID, which means its newest session; the first characters are enough",
+        help="the session's id; or the guest's UUID, an address of its, or the id of the request that moved it, which "
+        "mean the newest session; of ids the first characters are enough",
     )
 
 
@@ -212,19 +213,28 @@ def journal_at(path: str) -> Journal:
     return Journal(path, read_only=True)
 
 
+def _is_about(row: dict[str, Any], text: str) -> bool:
+    """Whether a request of this id, or a port with this address, is the session's."""
+    if row["report"] and (request := json.loads(row["report"]).get("request_id")) and request.startswith(text):
+        return True
+    return any(text in port["addresses"] for port in json.loads(row["ports"]))
+
+
 def find_session(journal: Journal, text: str) -> dict[str, Any]:
-    """The row of the one session whose id begins so, or else of the newest session of the one guest that does.
+    """The row of the one session whose id begins so, or else of the newest session of the one guest that is meant.
+
+    It is by its UUID, by the request that moved it, or by an address of one of its ports.
 
     :raises ConfigurationError: there is none, or more than one.
     """
     rows = journal.sessions() if text else []
     found = [row for row in rows if row["session"].startswith(text)]
     if not found:
-        found = [row for row in rows if row["guest"].startswith(text)]
+        found = [row for row in rows if row["guest"].startswith(text) or _is_about(row, text)]
         if len({row["guest"] for row in found}) == 1:
             found = found[:1]
     if len(found) != 1:
-        what = "no session and no guest begins" if not found else f"{len(found)} sessions or guests begin"
+        what = "no session, guest or request begins" if not found else f"{len(found)} sessions or guests begin"
         raise ConfigurationError(f"{what} with {text!r} in {journal.path}; `sami session list` shows them")
     row = found[0]
     row["report"] = json.loads(row["report"]) if row["report"] else {}

@@ -173,6 +173,7 @@ class DestinationSession(Session):
             token=self.token,
             continues="" if self._former is None else self._former.known_as,
             has_all=action.has_all,
+            request_id=self.report.request_id,
         )
         self.note("asked")
         self._say(said)

@@ -495,6 +495,7 @@ class SourceSession(Session):
         match message:
             case Open():
                 self._compression = compression.choose(message.compressions)
+                self.report.request_id = message.request_id
             case Answer():
                 losses = dict(zip(message.reasons, message.counts, strict=False))
                 self.report.verdict = {

@@ -96,6 +96,8 @@ class Open:
     """The session with which this one goes on: an agent was started anew meanwhile."""
     has_all: bool = False
     """Nothing more is asked for: all that there was is in the kernel here, and was before."""
+    request_id: str = ""
+    """The request that moves the guest, where the manager has told of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ class Report:
     steps: list[tuple[str, float, float]] = field(default_factory=list)
     """Step, wall clock in seconds since 1970, monotonic clock of the host in seconds."""
     remarks: list[str] = field(default_factory=list)
+    request_id: str = ""
+    """The manager's, where it was told."""
 
     def step(self, name: str, wall: float, monotonic: float) -> None:
         """Notes when something happened; of what happens again and again, the first time."""
@@ -72,6 +74,7 @@ class Report:
             "role": self.role,
             "host": self.host,
             "peer": self.peer,
+            "request_id": self.request_id,
             "outcome": self.outcome,
             "reason": self.reason,
             "verdict": self.verdict,

@@ -35,7 +35,9 @@ NOT_PLACED = "not exported: there was no place for it at the destination"
 
 def new(role: str = "destination") -> Report:
     hosts = ("compute-1", "compute-2") if role == "source" else ("compute-2", "compute-1")
-    return Report("c0714f5e-33a1-4f0c-9a55-5d1f0c2b7e10", "6ac30000-0000-4000-8000-000000000001", role, *hosts)
+    made = Report("c0714f5e-33a1-4f0c-9a55-5d1f0c2b7e10", "6ac30000-0000-4000-8000-000000000001", role, *hosts)
+    made.request_id = "req-5f2d0c2e-4d0a-4f7b-9d5e-1c5a7f3b9e42"
+    return made
 
 
 def sample(kind: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def report(role: str, host: str, *steps: tuple[str, float]) -> dict[str, Any]:
         "role": role,
         "host": host,
         "peer": "host-b",
+        "request_id": "req-5f2d0c2e",
         "outcome": "moved",
         "reason": "",
         "verdict": {"verdict": "ask", "policy": "AskOperator", "flows": 6, "places": 4, "losses": {"no room": 2}},
@@ -48,6 +49,7 @@ def path(tmp_path: Path) -> Path:
     journal = Journal(path)
     journal.begin(FIRST, GUEST, "source", "host-b", "asked")
     journal.record(FIRST, 1, "peer said Open", "exporting", ["StartExport"], is_durable=False)
+    journal.know(FIRST, peer="host-b", ports=[{"addresses": ["192.0.2.7", "2001:db8::7"]}])
     journal.end(FIRST, "ended", "moved", SOURCE)
     journal.begin(THIRD, OTHER, "source", "host-c", "asked")
     journal.begin(SECOND, GUEST, "source", "host-b", "exporting")
@@ -167,6 +169,21 @@ def test_show_tells_what_was_said_before_memory_was_copied(
 def test_guest_stands_for_its_newest_session(sami: CommandLine, path: Path) -> None:
     assert sami("session", "show", GUEST, "--journal", path, "-f", "value", "-c", "session") == 0
     assert sami.out.strip() == SECOND
+
+
+@pytest.mark.parametrize("text", ["req-5f2d0c2e", "req-5f2", "192.0.2.7", "2001:db8::7"])
+def test_session_is_found_by_the_request_that_moved_the_guest_and_by_an_address(
+    sami: CommandLine, path: Path, text: str
+) -> None:
+    assert sami("session", "show", text, "--journal", path, "-f", "value", "-c", "session") == 0
+    assert sami.out.strip() == FIRST
+    assert ("session", "request_id") in reported(sami, text, "--journal", path)
+
+
+@pytest.mark.parametrize("text", ["192.0.2.70", "192.0.2", "eq-5f2d0c2e"])
+def test_other_addresses_and_requests_are_nobody_s(sami: CommandLine, path: Path, text: str) -> None:
+    assert sami("report", text, "--journal", path) == 1
+    assert "no session, guest or request begins with" in sami.err
 
 
 @pytest.mark.parametrize(("text", "said"), [("6", "3 sessions or guests"), ("ff", "no session"), ("", "no session")])

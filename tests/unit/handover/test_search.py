@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sami_plugin import agent as agent_module
 from sami_plugin.agent import Agent
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import OperatorError
@@ -280,6 +281,47 @@ def test_nova_and_the_hook_say_the_same_and_make_one_session(hosts: Hosts, hyper
     until_idle(hosts)
     assert len(hosts.reports("host-b", guest)) == 1
     assert len(held(hosts, "host-b")) == 100
+
+
+def test_manager_s_announcement_names_the_source_and_the_request_on_both_hosts(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    """Nova says it before libvirt's job begins, which is what the source's agent knows to be true."""
+    guest = marked(hosts, hypervisors)
+    agent = hosts.agents["host-b"]
+    agent.announce(guest, "host-a", "host-b", "req-5f2d0c2e")
+    assert agent.sessions() == []
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+    comes(hosts, guest, None)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert len(held(hosts, "host-b")) == 100
+    for host in ("host-a", "host-b"):
+        (told,) = hosts.reports(host, guest)
+        assert (told["outcome"], told["request_id"]) == ("moved", "req-5f2d0c2e")
+
+
+def test_announcement_for_another_host_is_refused_and_says_what_to_change(hosts: Hosts) -> None:
+    with pytest.raises(
+        OperatorError, match=r"host-c is not host-b; \[agent\] host has to be what the manager calls it"
+    ):
+        hosts.agents["host-b"].announce(new_guest(), "host-a", "host-c", "")
+
+
+def test_announcements_are_forgotten_in_time_and_the_oldest_of_too_many(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "MOST_ANNOUNCED", 2)
+    agent, guests = hosts.agents["host-b"], [new_guest() for _ in range(3)]
+    for guest in guests:
+        agent.announce(guest, "host-a", "host-b", "")
+    assert list(agent._announced) == guests[1:]
+    now = agent.host.monotonic()
+    monkeypatch.setattr(type(agent.host), "monotonic", lambda self: now + SETTINGS.limits.session_seconds + 1)
+    agent.announce(guests[0], "host-a", "host-b", "")
+    assert list(agent._announced) == guests[:1]
 
 
 def test_what_a_guest_leaves_that_nobody_asked_for_is_purged_by_name(hosts: Hosts) -> None:
