@@ -216,7 +216,8 @@ class Agent:
     def _again(self, former: DestinationSession) -> DestinationSession:
         """The source cannot go on with this session. Whoever waits for it waits for the next one."""
         session = self._goes_on(former.guest, former.peer, is_held=former.is_held_up)
-        session.token = former.token
+        session.token, session.times_asked = former.token, former.times_asked + 1
+        session.report.request_id = former.report.request_id
         session.has_verdict, former.has_verdict = former.has_verdict, threading.Event()
         session.has_caught_up, former.has_caught_up = former.has_caught_up, threading.Event()
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import chain
@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from sami_plugin.model.flows import Batch, names
+from sami_plugin.model.flows import Batch, has_end_in, names
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.report import Report
 from sami_plugin.model.results import WORDS, Outcome, Reason, Results, is_in_device, lost_fields
@@ -29,10 +29,18 @@ class Arriving:
     doubtful: list[tuple[Scope, Batch]] = field(default_factory=list)
     """What may be in the device, and for which scope it was put in: the device failed before it said so."""
 
+    def doubtful_parts(self) -> Iterator[tuple[Batch, Batch]]:
+        """Of what is doubtful, what this session alone may have put in, and what may have been there before.
+
+        The latter are flows with ports whose guests were running here.
+        """
+        for scope, batch in self.doubtful:
+            is_theirs_too = has_end_in(batch, scope.neighbours)
+            yield batch.take(~is_theirs_too), batch.take(is_theirs_too)
+
     def put_in(self) -> FlowTable:
         """All that may be in the device thanks to this session, and to the one with which it goes on; without ids."""
-        tables = [self.held.batches(), (batch for _, batch in self.doubtful)]
-        for batch in chain(*tables):
+        for batch in chain(self.held.batches(), (ours for ours, _ in self.doubtful_parts())):
             nameless = batch.rows.copy()
             nameless["flowId"] = 0
             self.former.put(Batch(batch.template, nameless))

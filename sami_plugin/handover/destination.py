@@ -40,6 +40,7 @@ from sami_plugin.model.flows import (
     has_end_in,
     importance,
     is_translated_elsewhere,
+    names,
 )
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
@@ -65,6 +66,8 @@ from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
 from sami_plugin.notifications import at_risk, started
 from sami_plugin.session import Actions, Host, Session
+
+NOT_DISCARDED = "not discarded: the firewall failed, and they may have been there before"
 
 
 class DestinationSession(Session):
@@ -98,6 +101,8 @@ class DestinationSession(Session):
         self._findings = Findings()
         self._discarded = 0
         self._declared: Collection[str] = ()
+        self.times_asked = 1
+        """How often the source was asked anew for this migration, this time included."""
         self.risk = ""
         """What would be lost, in one line, as far as it is known."""
         host.arriving_guests[session] = guest
@@ -114,6 +119,7 @@ class DestinationSession(Session):
             is_started=former.has("guest started"),
             runs_here=former.has("guest resumed"),
             is_held=self._is_held,
+            times_asked=self.times_asked,
         )
         for scope, table in former.ports:
             port = Arriving(scope)
@@ -442,8 +448,8 @@ class DestinationSession(Session):
         """The guest does not come: removes by name what this session put in and no other session claims."""
         self.host.release_places(self.id)
         self._waiting = []
-        for part in self._unverified:
-            part.port.doubtful.append((part.scope, part.batch.take(part.made["outcome"] == Outcome.IMPORTED)))
+        for part in self._unverified:  # what became of it the device was not asked yet
+            part.port.former.put(part.batch.take(part.made["outcome"] == Outcome.IMPORTED))
         self._unverified = []
         for port in self._ports:
             with self.host.deciding(port.scope):
@@ -451,7 +457,11 @@ class DestinationSession(Session):
                 now = self._with_arrived(port.scope)
                 for batch in port.held.batches():
                     self._discarded += self._removed(now, batch, by_id=not port.scope.is_shared)
-                for batch in (*(batch for _, batch in port.doubtful), *port.former.batches()):
+                for ours, theirs_too in port.doubtful_parts():
+                    self._discarded += self._removed(now, ours, by_id=False)
+                    if len(theirs_too):
+                        self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
+                for batch in port.former.batches():
                     self._discarded += self._removed(now, batch, by_id=False)
                 self.host.arriving.release(self.id, port.scope)
             port.held, port.former, port.doubtful = FlowTable(), FlowTable(), []

@@ -65,6 +65,8 @@ from sami_plugin.model.settings import Limits
 from sami_plugin.model.verdict import Verdict
 
 ZONE_POLL_SECONDS = 0.02
+MOST_TIMES_ASKED = 32
+"""Each new start of the source's agent takes one; more than that is no accident."""
 
 
 class State(enum.Enum):
@@ -112,6 +114,8 @@ class Destination:
     imported: int = 0
     refused: int = 0
     reason: str = ""
+    times_asked: int = 1
+    """This session and those with which it goes on."""
 
 
 Decision = tuple[Destination, list[Action]]
@@ -124,7 +128,15 @@ def new(limits: Limits, now: float, *, is_held: bool = False) -> Destination:
 
 
 def continuing(
-    limits: Limits, now: float, source: str, *, has_all: bool, is_started: bool, runs_here: bool, is_held: bool = False
+    limits: Limits,
+    now: float,
+    source: str,
+    *,
+    has_all: bool,
+    is_started: bool,
+    runs_here: bool,
+    is_held: bool = False,
+    times_asked: int = 1,
 ) -> Destination:
     """What is known when this session goes on with another one; `has_all`: everything is in the device."""
     return replace(
@@ -136,6 +148,7 @@ def continuing(
         is_started=is_started or runs_here,
         zone_deadline=now + limits.zone_seconds,
         runs_here=runs_here,
+        times_asked=times_asked,
     )
 
 
@@ -499,6 +512,8 @@ def _could_not_end(session: Destination, event: Event, now: float) -> Decision:
 
 def _ask_again(session: Destination, event: Event, now: float) -> Decision:
     """The source cannot go on with this session. Another one takes over what this one has."""
+    if session.times_asked >= MOST_TIMES_ASKED:
+        return _give_up(session, f"{session.source} has begun anew {session.times_asked} times", now)
     return replace(session, state=State.ENDED), [HandOver()]
 
 

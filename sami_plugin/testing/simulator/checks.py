@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sami_plugin.handover import DestinationSession
+from sami_plugin.handover.destination import NOT_DISCARDED
 from sami_plugin.leaving import KEPT
 from sami_plugin.model.migration import Outcome
 from sami_plugin.model.scope import Scope
@@ -298,7 +299,7 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):
         return
-    if any(_is_named(one.report.named.get(KEPT), flow) for _, one in sessions):
+    if any(_is_named(one.report.named.get(reason), flow) for _, one in sessions for reason in (KEPT, NOT_DISCARDED)):
         return
     world.violated(NOWHERE_ELSE, f"{flow.conversation.name} of {guests[0].name} is on {name} still, in zone {zone}")
 

@@ -184,6 +184,10 @@ class FailsOnce(MemoryDriver):
         self._fail("read_back")
         return super().read_back(scope, batch)
 
+    def insert(self, scope: Scope, batch: Batch) -> Results:
+        self._fail("insert")
+        return super().insert(scope, batch)
+
     def _fail(self, what: str) -> None:
         if what == self.what:
             self.what = ""
@@ -701,6 +705,27 @@ def test_a_shared_flow_is_discarded_with_the_last_of_both_roll_backs(tmp_path: P
         until_idle(hosts)
         assert held(hosts, "host-b") == set()
         assert len(held(hosts, "host-a")) == 1
+
+
+def test_a_roll_back_after_a_failed_insert_takes_nothing_from_a_guest_that_runs_here(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=lambda name: FailsOnce(MemoryDevice(name))) as hosts:
+        guest, resident = new_guest(), new_guest()
+        between = tcp_flows(1)
+        between.rows["destinationIPv4Address"] = int(netaddr.IPAddress(SECOND_ADDRESS))
+        hosts.plug("host-a", guest, ZONES["host-a"], GUEST_ADDRESS, shared=True)
+        hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), between)
+        hosts.plug("host-b", resident, ZONES["host-b"], SECOND_ADDRESS, shared=True)
+        hosts.drivers["host-b"].insert(hosts.scope("host-b", resident), between)
+        hosts.say("host-a", Phase.OUTGOING, guest)
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS, shared=True)
+        hosts.drivers["host-b"].what = "insert"  # type: ignore[attr-defined]
+        hosts.say("host-b", Phase.STARTED, guest)
+        until(lambda: is_orphaned(hosts))
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 1
+        assert [name for name in report(hosts, "host-b", guest)["named"] if name.startswith("not discarded")]
 
 
 def test_a_roll_back_after_a_new_start_takes_nothing_from_a_guest_that_has_come(tmp_path: Path) -> None:

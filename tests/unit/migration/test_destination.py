@@ -252,6 +252,15 @@ def test_source_that_is_lost_after_complete_costs_the_guest_no_flow() -> None:
     assert made.kinds()[-1] == "Arrived"
 
 
+def test_source_that_begins_anew_for_ever_is_given_up() -> None:
+    times = {"has_all": False, "is_started": True, "runs_here": False}
+    for count, kind in ((destination.MOST_TIMES_ASKED - 1, HandOver), (destination.MOST_TIMES_ASKED, LapsePlaces)):
+        session = destination.continuing(LIMITS, 0.0, "host-a", times_asked=count, **times)
+        session, actions = destination.step(session, PeerSaid(AskAgain("any")), 0.0)
+        assert any(isinstance(action, kind) for action in actions)
+        assert session.state is (State.ENDED if kind is HandOver else State.ORPHANED)
+
+
 def test_purge_that_nobody_told_of_is_said_so() -> None:
     made = shell(*IN_STATE[State.ARRIVED])
     made.wait_until(20)
