@@ -93,7 +93,8 @@ class Guard:
             world.violated(NOTHING_FOREIGN, f"{host.name} removes {named} for {guest.name}")
             return
         for port in flow.owners:
-            if port.guest is not guest and port.guest.place == host.name and host.name in port.zones:
+            is_known = not port.guest.left_at or port.guest.told_at == host.name  # that it is there
+            if port.guest is not guest and port.guest.place == host.name and is_known and host.name in port.zones:
                 self._taken.append(_Taken(device, place, flow, port.guest))
         if session.role == "source":
             self._purged(host, session, guest, device, entry, flow)
@@ -222,7 +223,7 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
     told = list(_tellers(world, guest, flow))
     if flow.was_cleaned and (told or world.hindrances):
         return  # it was gone before anybody at the source could see what it was
-    if not told and _was_seen_by_nobody(world, guest):
+    if not told and (flow.is_lost_unseen or was_seen_by_nobody(world, guest)):
         return
     if not told:
         world.violated(
@@ -234,7 +235,7 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
         )
 
 
-def _was_seen_by_nobody(world: World, guest: Guest) -> bool:
+def was_seen_by_nobody(world: World, guest: Guest) -> bool:
     """Whether the destination's agent was not told that the guest came last, and the source's was down when it left."""
     missed = {host for host, one in world.unheard if one == guest.id}
     since = WALL + guest.moves_since

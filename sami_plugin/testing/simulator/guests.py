@@ -119,6 +119,8 @@ class Flow:
     """When it is forgotten if nothing more is said in it."""
     is_cleaned: bool = False
     """The network's own agent took it at the source, in the pause that is now."""
+    is_lost_unseen: bool = False
+    """In a move of which nobody was told."""
     was_cleaned: bool = False
     """The network's own agent took it at the source, in a pause."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sami_plugin.handover import DestinationSession
 from sami_plugin.model.migration import MigrationEvent, Phase
-from sami_plugin.testing.simulator.checks import LATE_ANSWER, MOVED_ON
+from sami_plugin.testing.simulator.checks import LATE_ANSWER, MOVED_ON, was_seen_by_nobody
 from sami_plugin.testing.simulator.guests import Guest
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ class Migration:
         world, guest, mix, dice = self._world, self._guest, self._world.mix, self._random.random
         source, destination = self._source, self._destination
         fate = self._fate()
+        if was_seen_by_nobody(world, guest):
+            for flow in guest.flows:
+                flow.is_lost_unseen = True
         guest.moves_since = world.now
         world.tell("", f"{guest.name} begins to move from {source} to {destination}; {fate}")
         guest.jobs[source] = destination
