@@ -77,7 +77,7 @@ LOG = logging.getLogger(__name__)
 BULK = (ExportNext, ExportChanges, Resync)
 """Actions that send much: the next of them waits until the sender has room."""
 
-PUT_IN_SECONDS = 2.0
+PUT_IN_SECONDS = 10.0
 """For so long a session waits at most until others have put in what they are putting in, to know what room is left."""
 
 ROUTINE = (*BULK, WakeAt, FindScope, Import, Verify, Renew)

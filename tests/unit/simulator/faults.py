@@ -232,7 +232,10 @@ def flows_of_local_neighbours_are_replaced() -> Any:
 
 @fault(400, is_shared=1.0, guests=2, residents=0, abort=0.5, copy_seconds=0.5)
 def shared_entry_goes_with_the_first_of_two_sessions() -> Any:
-    return mock.patch.object(Claims, "unclaimed_by_others", lambda self, session, scope, batch: batch)
+    def none(self: Claims, session: str, scope: Any, batch: Batch) -> Any:
+        return np.zeros(len(batch), bool)
+
+    return mock.patch.object(Claims, "claimed_by_others", none)
 
 
 # --- the journal
