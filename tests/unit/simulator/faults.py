@@ -230,7 +230,7 @@ def flows_of_local_neighbours_are_replaced() -> Any:
     return mock.patch.object(DestinationSession, "_with_neighbours", lambda self, scope: scope)
 
 
-@fault(400, is_shared=1.0, guests=2, residents=0, abort=0.5, copy_seconds=0.5)
+@fault(400, is_shared=1.0, guests=3, flows=4, residents=0, abort=0.5, copy_seconds=0.5)
 def shared_entry_goes_with_the_first_of_two_sessions() -> Any:
     def none(self: Claims, session: str, scope: Any, batch: Batch) -> Any:
         return np.zeros(len(batch), bool)
