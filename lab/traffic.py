@@ -17,6 +17,7 @@ from typing import Protocol
 from lab import addresses, programs
 from lab.errors import DeadlinePassed, LabError
 from lab.guest import Guest
+from lab.host import Host
 from lab.lab import Lab
 from lab.verdict import Sample, parse_samples
 
@@ -123,6 +124,12 @@ def flows(lab: Lab, guest: Guest, *, family: int = 4, count: int = 100_000, new_
     sender = start_program(guest, "udp-flows", _outside(family), 0, *more, log=log)
     wait_until_ready(sender, 60.0)
     return Traffic("flows", (sender,), log)
+
+
+def quiet(guest: Guest, host: Host, number: int) -> None:
+    """Makes an entry of the guest's in its zone there, of a UDP stream in which nothing is said."""
+    ends = ["-s", guest.v4, "-d", addresses.OUTSIDE_V4, "-p", "udp", "--sport", str(5000 + number), "--dport", "53"]
+    host.run(["conntrack", "-I", "-w", str(host.zone(guest)), *ends, "-t", "600", "-u", "SEEN_REPLY,ASSURED"])
 
 
 def _udp(lab: Lab, guest: Guest, family: int, packets: float, answers: float) -> Traffic:

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import uuid
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -43,7 +43,7 @@ from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket, guest_of, text_of
 from sami_plugin.journal.journal import Journal, opened
 from sami_plugin.leaving import Inventory, Leaving, Piece, foremost
-from sami_plugin.line import Line
+from sami_plugin.line import Ended, Line
 from sami_plugin.migration import destination
 from sami_plugin.migration.negotiation import Demand
 from sami_plugin.model.domain import Domain
@@ -83,8 +83,6 @@ LOG = logging.getLogger(__name__)
 VERDICT_MARGIN_SECONDS = 0.5
 """What a session gets beyond its own limits to say what comes of them."""
 MOST_ANNOUNCED = 1024
-ENDED_REMEMBERED = 1024
-"""Sessions of which a late or repeated message is still taken, and dropped, after their end."""
 
 SessionT = TypeVar("SessionT", bound=Session)
 Older = SourceSession | tuple[Former, dict[str, Any]]
@@ -135,10 +133,7 @@ class Agent:
         self.host = host
         self._hypervisor = hypervisor
         self._sessions: dict[str, Session] = {}
-        self._ended: OrderedDict[str, Line | None] = OrderedDict()
-        """With the line of each that has not brought its last words to the other end yet."""
-        self._last_words: deque[tuple[float, str]] = deque()
-        """Until when each of them may try to."""
+        self._ended = Ended(host.settings.message_seconds)
         self._greetings: dict[str, _Greeting] = {}
         self._questions: dict[str, Question] = {}
         self._announced: OrderedDict[str, _Announced] = OrderedDict()
@@ -229,6 +224,8 @@ class Agent:
         self.host.peers.stop()
         for session in self.sessions():
             session.stop()
+        with self._lock:
+            self._ended.close()
         self.host.refusals.write()
         self.host.notifications.stop()
 
@@ -351,7 +348,7 @@ class Agent:
         finally:
             with self._lock:
                 del self._questions[session]
-                self._remember_ended(session, question.line)
+                self._ended.add(session, question.line, self.host.monotonic())
 
     def note(self, event: MigrationEvent) -> None:
         """This host's hypervisor said something of a guest. The same may be said twice. Returns at once.
@@ -508,7 +505,7 @@ class Agent:
         with self._lock:  # a session is there before its greeting is gone, so one of both is found
             known: Session | Question | _Greeting | None
             known = self._sessions.get(session_id) or self._questions.get(session_id)
-            line = self._ended.get(session_id)
+            line = self._ended.line(session_id)
             if known is None and session_id not in self._ended:
                 known = self._greeting(sender, session_id)
         if known is None:  # of interest only where the other end needs an answer to hear what was said last
@@ -576,7 +573,7 @@ class Agent:
             greeting = self._greetings.pop(session_id, None)
             if greeting is not None:
                 greeting.line.finish()
-                self._remember_ended(session_id, greeting.line)
+                self._ended.add(session_id, greeting.line, self.host.monotonic())
 
     def sessions(self) -> list[Session]:
         """Those under way, oldest first."""
@@ -859,26 +856,8 @@ class Agent:
                     self._hypervisor.mark(session.guest)
             if is_last and has_stayed == (session.role == "destination"):
                 self.host.scopes.learn(session.guest, ())  # it is not here any more
-            self._remember_ended(session.id, session.line)
+            self._ended.add(session.id, session.line, self.host.monotonic())
             self._idle.notify_all()
-
-    def _remember_ended(self, session: str, line: Line) -> None:
-        now = self.host.monotonic()
-        self._ended[session] = None if line.is_closed else line
-        if not line.is_closed:
-            self._last_words.append((now + self.host.settings.message_seconds, session))
-        while len(self._ended) > ENDED_REMEMBERED:
-            self._shut(self._ended.popitem(last=False)[1])
-        while self._last_words and self._last_words[0][0] <= now:
-            over = self._last_words.popleft()[1]
-            if over in self._ended:
-                self._shut(self._ended[over])
-                self._ended[over] = None
-
-    @staticmethod
-    def _shut(line: Line | None) -> None:
-        if line is not None:
-            line.close()
 
 
 def _is_uuid(text: str) -> bool:

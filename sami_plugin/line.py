@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from sami_plugin.channel.tls import Channel
@@ -14,6 +15,9 @@ from sami_plugin.peers import Peers
 from sami_plugin.transport.rpc import Sender
 
 LOG = logging.getLogger(__name__)
+
+ENDED_REMEMBERED = 1024
+"""Sessions of which a late or repeated message is still taken, and dropped, after their end."""
 
 
 class Line:
@@ -134,3 +138,44 @@ class Line:
     def _send(self, channel: Channel) -> None:
         for packet in channel.packets():
             self._sender.send(packet)
+
+
+class Ended:
+    """Sessions that have ended, with the line of each that has not brought its last words to the other end yet.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """For so long each may try to."""
+        self._seconds = seconds
+        self._lines: OrderedDict[str, Line | None] = OrderedDict()
+        self._until: deque[tuple[float, str]] = deque()
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._lines
+
+    def line(self, session: str) -> Line | None:
+        return self._lines.get(session)
+
+    def add(self, session: str, line: Line, now: float) -> None:
+        """Closes what has had its time, and forgets the oldest of too many."""
+        self._lines[session] = None if line.is_closed else line
+        self._until.append((now + self._seconds, session))
+        while self._until[0][0] <= now:
+            self._shut(self._until.popleft()[1])
+        while len(self._lines) > ENDED_REMEMBERED:
+            oldest = next(iter(self._lines))
+            self._shut(oldest)
+            del self._lines[oldest]
+
+    def close(self) -> None:
+        """Gives up what has not got there by now."""
+        for session in self._lines:
+            self._shut(session)
+
+    def _shut(self, session: str) -> None:
+        line = self._lines.get(session)
+        if line is not None:
+            line.close()
+            self._lines[session] = None

@@ -381,7 +381,7 @@ class Session(abc.ABC):
         self._events.put(None)
         if self.thread is not None:
             self.thread.join()
-        self.line.finish()
+        self.line.close()
         self._let_go()
 
     # In the session's own thread.

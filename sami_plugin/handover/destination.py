@@ -60,7 +60,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
-from sami_plugin.model.results import Outcome, Reason, lost_fields
+from sami_plugin.model.results import Outcome, Reason, Results, lost_fields
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
@@ -332,15 +332,17 @@ class DestinationSession(Session):
                     raise
                 finally:
                     self.host.used_places(self.id)
-                # What another session put in, this one might have put in as well.
-                is_present = made["outcome"] == Outcome.PRESENT
-                is_sessions = is_present & self.host.arriving.claimed_by_others(self.id, port.scope, mine)
-                made["outcome"][is_sessions] = Outcome.IMPORTED
-                self.host.arriving.claim(
-                    self.id, port.scope, mine.take(is_present | (made["outcome"] == Outcome.IMPORTED))
-                )
+                if scope.is_shared:
+                    self._claim(scope, mine, made)
             look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
             self._unverified.append(Unverified(port, scope, mine, made, look))
+
+    def _claim(self, scope: Scope, mine: Batch, made: Results) -> None:
+        """What another session put in counts as put in here as well: it goes with the last of those that want it."""
+        is_present = made["outcome"] == Outcome.PRESENT
+        is_sessions = is_present & self.host.arriving.claimed_by_others(self.id, scope, mine)
+        made["outcome"][is_sessions] = Outcome.IMPORTED
+        self.host.arriving.claim(self.id, scope, mine.take(is_present | (made["outcome"] == Outcome.IMPORTED)))
 
     def _untouched(self, port: Arriving, mine: Batch) -> Batch:
         """Less the flows that the guest has changed or ended since they were put in: what came is older than that."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from lab import addresses, isolation, judge, traffic
+from lab import isolation, judge, traffic
 from lab.agents import AgentProcess, file_and_broker
 from lab.broker import Broker
 from lab.deadline import wait_until
@@ -105,7 +105,7 @@ class Cloud:
         self.agents: dict[str, AgentProcess] = {}
         for host, guest in self.residents.items():
             for number in range(4):
-                lab.hosts[host].run(entry_of(guest, lab.hosts[host].zone(guest), number))
+                traffic.quiet(guest, lab.hosts[host], number)
         wanted = [*((guest, SIX) for guest in self.guests.values()), *((guest, THREE) for guest in self.pair.values())]
         with ThreadPoolExecutor(4) as pool:  # each waits for its processes most of the time
             begun = pool.map(lambda one: {name: begin(lab, one[0]) for name, begin in one[1].items()}, wanted)
@@ -167,12 +167,6 @@ class Cloud:
             for family in judge.FAMILIES:
                 with suppress(CommandFailed):  # where there is none
                     host.run(["conntrack", "-D", "-f", family, "-w", str(host.zone(guest))])
-
-
-def entry_of(guest: Guest, zone: int, number: int) -> list[str]:
-    """The command that makes an entry of the guest's, for a connection that is long."""
-    ends = ["-s", guest.v4, "-d", addresses.OUTSIDE_V4, "-p", "udp", "--sport", str(5000 + number), "--dport", "53"]
-    return ["conntrack", "-I", "-w", str(zone), *ends, "-t", "600", "-u", "SEEN_REPLY,ASSURED"]
 
 
 def sami(*arguments: object, code: int = 0) -> tuple[str, Any]:

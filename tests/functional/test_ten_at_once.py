@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from lab import addresses, isolation, judge, traffic
+from lab import isolation, judge, traffic
 from lab.agents import AgentProcess, file_and_broker
 from lab.broker import Broker
 from lab.deadline import wait_until
@@ -47,7 +47,7 @@ class Ten:
         for name, guest in self.guests.items():
             host = lab.hosts[WAYS[name][0]]
             for number in range(FLOWS - 1):
-                host.run(quiet_flow(guest, host.zone(guest), number))
+                traffic.quiet(guest, host, number)
             guest.close_egress()  # else what it says itself begins its download anew
 
     def flows(self, host: str, guest: Guest) -> set[judge.Flow]:
@@ -57,11 +57,6 @@ class Ten:
     def of_everybody(self, host: str) -> int:
         """How many entries the kernel there has in all."""
         return sum(len(self.lab.hosts[host].run(["conntrack", "-L", "-f", one]).splitlines()) for one in judge.FAMILIES)
-
-
-def quiet_flow(guest: Guest, zone: int, number: int) -> list[str]:
-    ends = ["-s", guest.v4, "-d", addresses.OUTSIDE_V4, "-p", "udp", "--sport", str(5000 + number), "--dport", "53"]
-    return ["conntrack", "-I", "-w", str(zone), *ends, "-t", "600", "-u", "SEEN_REPLY,ASSURED"]
 
 
 @pytest.fixture

@@ -324,13 +324,19 @@ def test_the_source_purges_though_its_port_is_still_there_when_the_guest_arrives
         assert report(hosts, "host-a", guest)["outcome"] == "moved"
 
 
+def has_moved(hosts: Hosts) -> tuple[str, Scope]:
+    """A guest that has left host-a, where its flows have been purged and the watch goes on; and where they were."""
+    guest = guest_with_flows(hosts)
+    here = hosts.scope("host-a", guest)
+    begin(hosts, guest)
+    finish(hosts, guest)
+    until(lambda: hosts.has_step("host-a", guest, "proved"))
+    return guest, here
+
+
 def test_what_late_packets_made_at_the_source_after_the_purge_is_removed_and_named(tmp_path: Path) -> None:
     with hosts_in(tmp_path, limited(watch_seconds=1.0)) as hosts:
-        guest = guest_with_flows(hosts)
-        here = hosts.scope("host-a", guest)
-        begin(hosts, guest)
-        finish(hosts, guest)
-        until(lambda: hosts.has_step("host-a", guest, "proved"))
+        guest, here = has_moved(hosts)
         hosts.drivers["host-a"].insert(here, tcp_flows(3, first_port=7000))
         assert len(held(hosts, "host-a")) == 3
         until_idle(hosts)
@@ -344,11 +350,7 @@ def test_what_late_packets_made_at_the_source_after_the_purge_is_removed_and_nam
 def test_watch_takes_nothing_where_the_zone_is_another_guest_s(tmp_path: Path, zone: str) -> None:
     """Not even what has an address of the guest that left: the other one may be a router, or speak with it."""
     with hosts_in(tmp_path, limited(watch_seconds=1.0)) as hosts:
-        guest = guest_with_flows(hosts)
-        here = hosts.scope("host-a", guest)
-        begin(hosts, guest)
-        finish(hosts, guest)
-        until(lambda: hosts.has_step("host-a", guest, "proved"))
+        guest, here = has_moved(hosts)
         if zone == "reassigned":
             hosts.plug("host-a", new_guest(), ZONES["host-a"], "192.0.2.99")
         hosts.drivers["host-a"].insert(here, tcp_flows(3, first_port=7000))
