@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sami_plugin.model.flows import Batch, has_end_in, names
-from sami_plugin.model.keys import FlowTable
+from sami_plugin.model.keys import FlowTable, KeyIndex
 from sami_plugin.model.report import Report
 from sami_plugin.model.results import WORDS, Outcome, Reason, Results, is_in_device, lost_fields
 from sami_plugin.model.scope import Scope
@@ -58,6 +58,12 @@ class Unverified:
     made: Results
     look: Future[tuple[Batch, npt.NDArray[np.bool_]]]
     """Rows and presence of each flow of `batch`."""
+
+    def has(self, wanted: Batch) -> npt.NDArray[np.bool_]:
+        """Which of these flows are among those that the device says it took."""
+        if wanted.template.key != self.batch.template.key:
+            return np.zeros(len(wanted), bool)
+        return KeyIndex(self.batch.take(is_in_device(self.made))).find(wanted) >= 0
 
 
 @dataclass(frozen=True, slots=True)

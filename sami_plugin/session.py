@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sami_plugin.codec import messages
-from sami_plugin.drivers.base import FlowDriver
+from sami_plugin.drivers.base import Capabilities, FlowDriver
 from sami_plugin.errors import Busy, IllegalMessage, JournalError, RepresentationError, SamiError
 from sami_plugin.former import FlowsByPort, Former
 from sami_plugin.journal.journal import Journal
@@ -159,8 +159,8 @@ class Host:
         can, domain = self.driver.capabilities(scope), self.peers.way_to(source).domain
 
         def promise(wanted: int) -> int:
-            with self._promising:
-                granted = self._places.promise(session, wanted, self._look(scope))
+            with self._counted(session, wanted, scope) as look:
+                granted = self._places.promise(session, wanted, look)
                 if not is_kept:
                     self._places.lapse(session)
                 return granted
@@ -181,19 +181,29 @@ class Host:
 
     def take_places(self, session: str, scope: Scope, wanted: int) -> int:
         """How many new entries of `wanted` the session may put into the scope's device now; see Places."""
-        look = self._look(scope)
-        with self._promising:
-            self._promising.wait_for(lambda: not self._places.needs_to_wait(session, wanted, look), PUT_IN_SECONDS)
+        with self._counted(session, wanted, scope) as look:
             return self._places.take(session, wanted, look)
 
-    def _look(self, scope: Scope) -> Look:
-        """For Places, while nobody else takes or is promised any: what was seen before may be taken since."""
+    @contextmanager
+    def _counted(self, session: str, wanted: int, scope: Scope) -> Iterator[Look]:
+        """What the device tells while nobody else takes or is promised any place; it is asked only if need be.
+
+        Where it makes a difference, that is once nothing is counted twice that others are putting in.
+        """
+        told: list[Capabilities] = []
 
         def look() -> tuple[int | None, int]:
-            capabilities = self.driver.capabilities(scope)
-            return capabilities.capacity, capabilities.in_use
+            if not told:
+                told.append(self.driver.capabilities(scope))
+            return told[0].capacity, told[0].in_use
 
-        return look
+        def is_known() -> bool:
+            told.clear()
+            return not self._places.needs_to_wait(session, wanted, look)
+
+        with self._promising:
+            self._promising.wait_for(is_known, PUT_IN_SECONDS)
+            yield look
 
     def lapse_places(self, session: str) -> int:
         """No more places are kept for the session; how many it had that it has put nothing in."""

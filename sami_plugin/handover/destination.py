@@ -377,14 +377,14 @@ class DestinationSession(Session):
     def _with_a_place(self, port: Arriving, batch: Batch) -> Batch:
         """Those of the flows for which there is room; the others are refused by name."""
         is_new = ~port.held.find(batch)[0]
+        for part in self._unverified:  # is held only when it was looked at
+            if part.port is port:
+                is_new &= ~part.has(batch)
         wanted = int(np.count_nonzero(is_new))
         promised = self.host.places_left(self.id)
         granted = self.host.take_places(self.id, port.scope, wanted) if wanted else 0
         if granted == wanted:
             return batch
-        if self._unverified:  # what was put in a moment ago is known to be held only when it was looked at
-            self._settle()
-            return self._with_a_place(port, batch)
         if granted < promised:
             self._tell_room(f"traffic on {self.host.name} has taken the others")
         first = np.lexsort((-importance(batch), ~is_new))

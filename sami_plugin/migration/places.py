@@ -57,7 +57,9 @@ class Places:
                 return wanted
             granted = min(wanted, free)
             self._unasked[session] = _spare(free - granted)
-            self._left[session] = max(min(self.left(session), free) - granted, self._unasked[session])
+            if not self._is_another_at_it(session):  # else some are counted twice, and no promise is broken for that
+                self._left[session] = min(self.left(session), free)
+            self._left[session] = max(self.left(session) - granted, self._unasked[session])
         self._taken[session] = granted
         return granted
 
@@ -66,11 +68,13 @@ class Places:
 
         Until then what they took is counted, whether the device has it already or not.
         """
-        is_anybody_at_it = any(count for one, count in self._taken.items() if one != session)
-        if not is_anybody_at_it or wanted <= self._unasked.get(session, 0):
+        if not self._is_another_at_it(session) or wanted <= self._unasked.get(session, 0):
             return False
         free = self._free(session, look)
         return free is not None and free < wanted
+
+    def _is_another_at_it(self, session: str) -> bool:
+        return any(count for one, count in self._taken.items() if one != session)
 
     def _free(self, session: str, look: Look) -> int | None:
         """What no other session was promised; None where there is no limit."""

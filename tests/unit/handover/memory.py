@@ -116,3 +116,15 @@ def guest_with_flows(hosts: Hosts, count: int = 100, timeout: int = 432000) -> s
     flows.rows["remainingTimeoutSeconds"] = timeout
     hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), flows)
     return guest
+
+
+def mark(hosts: Hosts, host: str, guest: str, port: int, value: int) -> None:
+    """Traffic changes an entry where it is."""
+    driver, scope = hosts.drivers[host], hosts.agents[host].host.scopes.find(guest)[0]
+    assert isinstance(driver, MemoryDriver)
+    with driver.device.lock:
+        place, entry = driver._find(scope, tcp_flows(1, first_port=port), 0)
+        assert place is not None
+        assert entry is not None
+        entry.row["flowMark"] = value
+        driver.device.changed(place, entry)

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from tests.unit.handover.memory import (
     finish,
     guest_with_flows,
     held,
+    mark,
     ports,
     tcp_flows,
     until,
@@ -429,6 +431,34 @@ def test_what_traffic_takes_of_a_promise_is_told_to_the_source(tmp_path: Path) -
         assert ports(hosts, "host-b") == {1003}
         assert destination["named"][f"refused: {NO_PLACE}"]["count"] == 3
         assert any("traffic on host-b has taken the others" in remark for remark in source["remarks"])
+
+
+def test_change_of_a_flow_that_was_put_in_a_moment_ago_takes_no_place(tmp_path: Path) -> None:
+    with six_against_four(tmp_path) as (hosts, guest):
+        agent, driver, may_look = hosts.agents["host-b"], hosts.drivers["host-b"], Event()
+
+        def slow_look(*asked: Any) -> Any:
+            may_look.wait(10)
+            return MemoryDriver.read_back(driver, *asked)  # type: ignore[arg-type]
+
+        driver.read_back = slow_look  # type: ignore[method-assign]
+        hosts.drivers["host-a"].remove(hosts.scope("host-a", guest), tcp_flows(4).identities)
+        hosts.plug("host-a", guest, 99, "192.0.2.8")
+        hosts.drivers["host-a"].insert(hosts.agents["host-a"].host.scopes.find(guest)[1], tcp_flows(2, "192.0.2.8"))
+        prepare(hosts, guest)
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)  # and the other port comes later
+        hosts.say("host-b", Phase.STARTED, guest)
+        until(lambda: ports(hosts, "host-b") == {1004, 1005})
+        (session,) = agent.sessions()
+        assert agent.host.places_left(session.id) == 2
+        mark(hosts, "host-a", guest, 1005, 7)
+        until(lambda: (1005, 7) in held(hosts, "host-b"))
+        assert agent.host.places_left(session.id) == 2
+        may_look.set()
+        hosts.plug("host-b", guest, 99, "192.0.2.8")
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert reports(hosts, guest)[1]["flows"]["imported"] == 4
 
 
 # --- versions

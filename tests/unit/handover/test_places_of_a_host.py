@@ -75,3 +75,14 @@ def test_place_that_is_taken_while_the_device_is_asked_is_not_promised_again() -
 
     device.meanwhile.append(import_six)
     assert promised(made, "two") == 4
+
+
+def test_promise_is_kept_while_what_another_session_takes_gets_into_the_device() -> None:
+    device = Device()
+    made = host(device, [None])
+    scope = Scope("port", "guest", {}, ())
+    assert promised(made, "one") == 6
+    assert promised(made, "two") == 4
+    assert made.take_places("one", scope, 6) == 6
+    device.meanwhile.append(lambda: setattr(device, "in_use", 6))
+    assert made.take_places("two", scope, 4) == 4

@@ -33,6 +33,7 @@ from tests.unit.handover.memory import (
     held,
     hosts_in,
     limited,
+    mark,
     ports,
     tcp_flows,
     until,
@@ -740,18 +741,6 @@ def test_a_roll_back_after_a_new_start_takes_nothing_from_a_guest_that_has_come(
         hosts.say("host-b", Phase.STOPPED, two)
         until(lambda: len(hosts.reports("host-b", two)) > 1)
         assert len(held(hosts, "host-b")) == 1
-
-
-def mark(hosts: Hosts, host: str, guest: str, port: int, value: int) -> None:
-    """Traffic changes an entry where it is."""
-    driver, scope = hosts.drivers[host], hosts.scope(host, guest)
-    assert isinstance(driver, MemoryDriver)
-    with driver.device.lock:
-        place, entry = driver._find(scope, tcp_flows(1, first_port=port), 0)
-        assert place is not None
-        assert entry is not None
-        entry.row["flowMark"] = value
-        driver.device.changed(place, entry)
 
 
 def test_what_the_guest_changed_or_ended_since_it_runs_is_not_put_back_by_the_last_changes(tmp_path: Path) -> None:

@@ -79,3 +79,38 @@ def test_who_was_promised_a_place_waits_for_it_while_another_session_puts_in_its
     places.used("one")
     assert not places.needs_to_wait("other", 1, lambda: (8, 7))
     assert places.take("other", 1, lambda: (8, 7)) == 1
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 5), st.booleans()), max_size=60), st.integers(0, 40)
+)
+def test_promise_is_kept_where_nobody_else_takes_what_is_free(life: list[tuple[str, int, bool]], capacity: int) -> None:
+    """Sessions ask for places one after the other, take them in parts, and say `used` only later, if at all."""
+    places = Places(0.0)
+    in_use = 0
+    promised: dict[str, int] = {}
+
+    def look() -> tuple[int, int]:
+        return capacity, in_use
+
+    def take(session: str, wanted: int) -> int:
+        assert places.take(session, wanted, look) == wanted
+        promised[session] -= wanted
+        return wanted
+
+    for session, most, is_late in life:
+        places.used(session)
+        wanted = min(most, promised.get(session, 10))
+        if not wanted or places.needs_to_wait(session, wanted, look):
+            continue
+        if session not in promised:
+            promised[session] = places.promise(session, 10, look)
+            continue
+        in_use += take(session, wanted)
+        if not is_late:
+            places.used(session)
+    for session in promised:
+        places.used(session)
+    for session, left in promised.items():
+        in_use += take(session, left)
+        places.used(session)
