@@ -393,6 +393,8 @@ class Agent:
                         leaving.tell(event)
                 self._lead(event, SourceSession, DestinationSession)
             case Phase.ROLLBACK:
+                if self._is_leaving(event.guest):  # again: the word is about the job before this one
+                    return
                 with self._lock:
                     self._outgoing.pop(event.guest)
                 self._lead(event, SourceSession)
@@ -606,6 +608,10 @@ class Agent:
         if is_leaving or (is_leaving is None and has_token):
             self._note_outgoing(guest)
         return is_leaving is not False
+
+    def _is_leaving(self, guest: str) -> bool:
+        """Whether the hypervisor says now that it moves the guest away from here."""
+        return self._hypervisor is not None and not self._is_coming(guest) and bool(self._hypervisor.is_leaving(guest))
 
     def _is_coming(self, guest: str) -> bool:
         """Then the hypervisor is not asked about it: it may answer only when its hooks have returned."""
@@ -847,11 +853,13 @@ class Agent:
 
     def _forget(self, session: Session) -> None:
         has_stayed = session.report.outcome == Outcome.STAYED.value
+        leaves_again = has_stayed and self._is_leaving(session.guest)  # the word that it stays came late
         with self._idle:
             self._sessions.pop(session.id, None)
             is_last = all(one.guest != session.guest for one in self._sessions.values())
             if is_last and has_stayed:
-                self._outgoing.pop(session.guest)
+                if not leaves_again:
+                    self._outgoing.pop(session.guest)
                 if session.role == "source" and self._hypervisor is not None:
                     self._hypervisor.mark(session.guest)
             if is_last and has_stayed == (session.role == "destination"):

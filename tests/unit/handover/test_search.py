@@ -121,6 +121,38 @@ def test_the_guest_s_description_says_which_host_it_leaves(hosts: Hosts, hypervi
     assert hosts.reports("host-b", guest)[0]["peer"] == "host-a"
 
 
+def test_word_that_the_guest_stays_is_of_the_job_before_while_the_hypervisor_says_that_it_leaves(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = is_copying(hosts, hypervisors)
+    hosts.agents["host-a"].note(MigrationEvent(guest, Phase.ROLLBACK, role="source"))
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert outcome(hosts, "host-a", guest)[0] == "moved"
+    assert len(held(hosts, "host-b")) == 100
+
+
+def test_destination_s_word_that_the_guest_stays_takes_nothing_back_of_its_next_migration(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = guest_with_flows(hosts)
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+    wait_for_step(hosts, "host-a", guest, "export ended")
+    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")  # again, and the word of the first's end is late
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert outcome(hosts, "host-a", guest)[0] == "stayed"
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+    hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+    hosts.say("host-b", Phase.STARTED, guest)
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert outcome(hosts, "host-a", guest)[0] == "moved"
+
+
 def test_where_no_hook_is_installed_the_event_is_enough(hosts: Hosts, hypervisors: dict[str, Hypervisor]) -> None:
     guest = marked(hosts, hypervisors)
     hypervisors["host-a"].leaving.add(guest)
