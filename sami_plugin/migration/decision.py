@@ -303,14 +303,17 @@ SessionT = TypeVar("SessionT")
 
 def replace(session: SessionT, **changes: Any) -> SessionT:
     """As `dataclasses.replace`, of what a decision depends on: each decision makes some, so it has to be quick."""
-    names, values_of = _fields(type(session))  # type: ignore[arg-type]
-    return type(session)(**{**dict(zip(names, values_of(session), strict=True)), **changes})
+    places, values_of = _fields(type(session))  # type: ignore[arg-type]
+    values = list(values_of(session))
+    for name, value in changes.items():
+        values[places[name]] = value
+    return type(session)(*values)
 
 
 @functools.cache
-def _fields(kind: type[Any]) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
-    names = tuple(field.name for field in fields(kind))
-    return names, operator.attrgetter(*names)
+def _fields(kind: type[Any]) -> tuple[dict[str, int], Callable[[Any], tuple[Any, ...]]]:
+    names = [field.name for field in fields(kind)]
+    return {name: place for place, name in enumerate(names)}, operator.attrgetter(*names)
 
 
 StateT = TypeVar("StateT")

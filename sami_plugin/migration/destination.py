@@ -64,6 +64,7 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.settings import Limits
 from sami_plugin.model.verdict import Verdict
 
+NO_ANSWER = "the source did not answer; is its agent running?"
 ZONE_POLL_SECONDS = 0.02
 MOST_TIMES_ASKED = 32
 """Each new start of the source's agent takes one; more than that is no accident."""
@@ -366,7 +367,7 @@ def _tick(session: Destination, event: Event, now: float) -> Decision:
         return _verdict_is_due(session, now)
     if now >= session.deadline:
         if session.state is State.ASKED:
-            return _give_up(session, "the source did not answer; is its agent running?", now)
+            return _give_up(session, NO_ANSWER, now)
         if session.state is State.COMPLETE:  # the guest may run here, and then these are its flows
             return _end(session, Outcome.UNCLEAR, "nobody said whether the guest came; its flows were kept")
         return _give_up(session, "the migration took longer than session_seconds", now)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from sami_plugin.handover import DestinationSession
+from sami_plugin.migration.destination import NO_ANSWER
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.testing.simulator.checks import LATE_ANSWER, MOVED_ON, was_seen_by_nobody
 from sami_plugin.testing.simulator.guests import Guest
@@ -195,7 +196,7 @@ class Migration:
             if dice() < 0.7:
                 self._decide(may_come=dice() < 0.5)
             yield from self._until(self._has_verdict, limits.ask_seconds + 0.5)
-        if any(one._state() in ("looking", "asked") for one in self._coming()):
+        if any(one._state() in ("looking", "asked") or one._known.reason == NO_ANSWER for one in self._coming()):
             world.hinder(LATE_ANSWER)
 
     def _decide(self, *, may_come: bool) -> None:

@@ -313,13 +313,11 @@ class World:
         """Lets all sessions do what there is to do for them now, or a little later where they are slow."""
         for host in [one for one in self.hosts.values() if one.live]:
             for session in list(host.live):
-                if self._has_work(host, session):
+                while self._has_work(host, session):
                     if self.mix.slow_sessions:
                         self._step_later(host, session)
-                    else:
-                        self._step(host, session)
-                        while self._has_work(host, session):
-                            self._step(host, session)
+                        break
+                    self._step(host, session)
                 wake_at = session.wake_at
                 if wake_at is not None and host.timers.get(session.id) != wake_at:
                     host.timers[session.id] = wake_at
