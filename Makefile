@@ -60,6 +60,7 @@ run-lint: lint-style lint-layers lint-types
 lint-style:
 	$(PYTHON_HERE) -m ruff check --quiet .
 	$(PYTHON_HERE) -m ruff format --check --quiet .
+	.venv/bin/bashate devstack/*
 
 lint-layers:
 	.venv/bin/lint-imports --no-logo
