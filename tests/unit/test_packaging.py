@@ -16,10 +16,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = ("sami_plugin", "tempest_tests")
 
 LOAD_ALL = """
-import importlib.metadata, pathlib, sys
+import importlib.metadata, importlib.util, pathlib, sys
 here = pathlib.Path(sys.argv[1])
 (distribution,) = importlib.metadata.distributions(path=[str(here)])
 for entry_point in distribution.entry_points:
+    if entry_point.group == "tempest.test_plugins" and importlib.util.find_spec("tempest") is None:
+        continue  # there is nobody to load it
     name = f"{entry_point.group}: {entry_point.name} = {entry_point.value}"
     try:
         entry_point.load()
