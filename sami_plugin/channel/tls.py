@@ -119,6 +119,8 @@ class _Stream:
         self.number = number
         self._bounds = bounds
         self.is_broken = False
+        self.has_begun = False
+        """The other end's first packet has come."""
         self._inbox = Inbox()
         self._sent = 0
         self._connection = connection
@@ -161,6 +163,7 @@ class _Stream:
         waiting = 0 if packet.number == self._inbox.next_number else self._inbox.waiting_octets
         if waiting + len(packet.octets) > most:
             raise Busy(f"packet {packet.number} of stream {self.number} is more than can be kept")
+        self.has_begun |= packet.number == 0
         plain = bytearray()
         try:
             for octets in self._inbox.accept(packet.number, packet.octets):
@@ -254,6 +257,8 @@ class Channel:
             return []
         was_established, was_broken = stream.is_established, stream.is_broken
         try:
+            if self._is_server and packet.number and not stream.has_begun:  # a client waits for the answer to the first
+                raise StreamBroken("its beginning was said to somebody else, as to an agent that has ended")
             plain = stream.take(packet)
             if stream.is_established and not was_established:
                 self._enter(stream)

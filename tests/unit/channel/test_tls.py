@@ -129,6 +129,17 @@ def test_stream_that_is_forged_at_the_server_is_followed_by_another(pair: Pair) 
     assert max(packet.stream for _, packet in pair.every) == 1
 
 
+def test_server_that_was_started_anew_in_the_midst_of_the_handshake_is_called_anew(
+    pair: Pair, credentials: Callable[[str], Credentials]
+) -> None:
+    pair.say("d", b"one")
+    for _ in range(2):  # the hello, and its answer
+        pair.carry(*pair.under_way.pop())
+    pair.ends["s"] = server(credentials("s"), "d")
+    pair.carry_all()
+    assert pair.heard["s"] == [b"one"]
+
+
 def test_server_keeps_the_old_stream_until_the_new_one_has_shown_who_it_is(pair: Pair) -> None:
     pair.say("d", b"one")
     pair.carry_all()
@@ -232,10 +243,15 @@ def test_older_tls_is_refused(credentials: Callable[[str], Credentials], certifi
         carry_between(caller, called)
 
 
-def test_strangers_octets_are_few(pair: Pair) -> None:
+def test_strangers_octets_are_few(pair: Pair, credentials: Callable[[str], Credentials]) -> None:
     with pytest.raises(Busy):
         pair.ends["s"].take(Packet(0, 0, bytes(Bounds().handshake_octets + 1)))
     part = bytes(Bounds().handshake_octets // 2)
+    with pytest.raises(StreamBroken, match="its beginning was said to somebody else"):
+        pair.ends["s"].take(Packet(0, 2, part))
+    pair.ends["s"] = server(credentials("s"), "d")
+    pair.say("d", b"open")
+    pair.carry(*pair.under_way.pop())
     pair.ends["s"].take(Packet(0, 2, part))
     pair.ends["s"].take(Packet(0, 3, part))
     with pytest.raises(Busy):
