@@ -34,12 +34,9 @@ SEQUENCES = {
 CHOSEN = (
     "plain",
     "post-copy",
-    "its user had paused it",
     "another hook refuses started",
     "abort while memory is copied",
-    "destination dies when all is sent",
     "source's libvirtd is killed",
-    "source's libvirtd ends while memory is copied",
     "our own veto",
 )
 """Without --every-write."""
