@@ -458,10 +458,14 @@ class Agent:
         self._note_ports(event.guest)
 
     def _note_ports(self, guest: str) -> None:
-        """Where no session knows of the guest, its ports are noted now: when it is gone, so are they."""
-        if self._sessions_of(guest, SourceSession):
+        """Where no session knows the guest's ports, they are noted now: when it is gone, so are they."""
+        leaving = self._sessions_of(guest, SourceSession)
+        if leaving and not leaving[0].lacks_ports:
             return
         scopes = self.host.scopes.find(guest)
+        if leaving:
+            leaving[0].note_ports(scopes)
+            return
         with self._lock:  # where a word is said again, they may be gone: what was known of them stays known
             if scopes and (outgoing := self._outgoing.get(guest)) is not None:
                 self._outgoing.put(guest, replace(outgoing, scopes=scopes))
@@ -837,6 +841,7 @@ class Agent:
         with self._lock:
             for older in self._sessions_of(session.guest, type(session)):
                 older.supersede()
+            session.enter()
             self._sessions[session.id] = session
             self.host.run(session)
 

@@ -394,6 +394,23 @@ class Session(abc.ABC):
         self.line.close()
         self._let_go()
 
+    def enter(self) -> None:
+        """Into the journal, where a later start finds it: before it lives, and before the peer hears that it does."""
+        if self._former is not None:  # it is there as the one that goes on
+            return
+        try:
+            self.host.journal.begin(
+                self.id,
+                self.guest,
+                self.role,
+                self.peer,
+                self._state(),
+                destination=self.destination,
+                token=self.token,
+            )
+        except JournalError as error:
+            self.lose_journal(error)
+
     # In the session's own thread.
 
     def live(self) -> None:
@@ -422,19 +439,6 @@ class Session(abc.ABC):
 
     def begin(self) -> None:
         """First of all."""
-        if self._former is None:
-            try:
-                self.host.journal.begin(
-                    self.id,
-                    self.guest,
-                    self.role,
-                    self.peer,
-                    self._state(),
-                    destination=self.destination,
-                    token=self.token,
-                )
-            except JournalError as error:
-                self.lose_journal(error)
         self._begin()
         self.note_knowledge()
 

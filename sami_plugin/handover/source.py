@@ -50,6 +50,7 @@ from sami_plugin.model.flows import (
     has_end_in,
     names,
 )
+from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
     Answer,
     Arrived,
@@ -156,13 +157,14 @@ class SourceSession(Session):
             self._ports.append(port)
 
     def _flows_by_port(self) -> FlowsByPort:
-        return tuple((port.scope, port.told()) for port in self._ports)
+        known = tuple((port.scope, port.told()) for port in self._ports)
+        return known or tuple((scope, FlowTable()) for scope in self._scopes)
 
     def _made_successor(self) -> Session:
         raise AssertionError("only a destination opens sessions")
 
     def _scopes_known(self) -> tuple[Scope, ...]:
-        return tuple(port.scope for port in self._ports)
+        return tuple(port.scope for port in self._ports) or self._scopes
 
     def may_be_fetched_by(self, host: str, token: str) -> bool:
         """Whether the guest left to that host, as far as one knows here, and nobody has asked for its flows by now."""
@@ -170,6 +172,15 @@ class SourceSession(Session):
             not self.destination and self.token and hmac.compare_digest(self.token.encode(), token.encode())
         )
         return not self.peer and is_its and source.may_be_continued(self._known)
+
+    @property
+    def lacks_ports(self) -> bool:
+        """Whether it does not know where the guest's ports are, or were."""
+        return not self._scopes_known()
+
+    def note_ports(self, scopes: tuple[Scope, ...]) -> None:
+        """Where they are while the guest is here. From any thread."""
+        self._scopes = scopes
 
     @property
     def has_purged(self) -> bool:

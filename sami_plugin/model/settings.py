@@ -62,7 +62,7 @@ class Settings:
     bounds: Bounds = field(default_factory=Bounds)
     batch_flows: int = 16384
     window: int = 4
-    call_seconds: float = 10.0
+    call_seconds: float = 3.0
     message_seconds: float = 120.0
     started_seconds: float = 2.0
     headroom_percent: float = 5.0

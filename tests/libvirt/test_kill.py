@@ -23,13 +23,14 @@ from tests.libvirt.sequences import Case, downloading
 
 pytestmark = [pytest.mark.usefixtures("libvirt_here"), pytest.mark.timeout(1800)]
 
+VETOED = "our own veto"
 SEQUENCES = {
     **sequences.MOVING,
     **sequences.LEFT_PAUSED,
     **sequences.STAYING,
     "source's libvirtd ends while memory is copied": sequences.source_libvirtd_ends,
     "the broker is away at the cut-over": sequences.broker_away,
-    "our own veto": sequences.refused_by_us,
+    VETOED: sequences.refused_by_us,
 }
 CHOSEN = (
     "plain",
@@ -37,7 +38,7 @@ CHOSEN = (
     "another hook refuses started",
     "abort while memory is copied",
     "source's libvirtd is killed",
-    "our own veto",
+    VETOED,
 )
 """Without --every-write."""
 ROLES = ("source", "destination")
@@ -57,12 +58,20 @@ class Mortals:
 
 
 @pytest.fixture(scope="module")
-def mortals(lab: LibvirtLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortals]:
+def mortals(
+    lab: LibvirtLab, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Mortals]:
+    """By the guest's policy: a veto is also for a source of which nothing is heard, as while its agent is away."""
     guest, flow = downloading(lab, "mortal", "a")
     with (
         Broker(tmp_path_factory.mktemp("broker")) as broker,
         Sami(
-            lab, broker, program=MORTAL, policy={"guests": f"{guest.uuid}:veto"}, arrival_limit=20, watch_seconds=0.2
+            lab,
+            broker,
+            program=MORTAL,
+            policy={"guests": f"{guest.uuid}:{request.param}"},
+            arrival_limit=20,
+            watch_seconds=0.2,
         ) as sami,
     ):
         yield Mortals(lab, sami, guest, flow)
@@ -97,7 +106,9 @@ def dying(agent: HostAgent, write: int, deaths: list[bool]) -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("name", SEQUENCES if metafunc.config.getoption("--every-write") else CHOSEN)
+    names = SEQUENCES if metafunc.config.getoption("--every-write") else CHOSEN
+    cases = [pytest.param("veto" if name == VETOED else "proceed", name, id=name) for name in names]
+    metafunc.parametrize(("mortals", "name"), cases, indirect=["mortals"], scope="module")
 
 
 def test_connection_lives_whichever_agent_dies(mortals: Mortals, name: str, pytestconfig: pytest.Config) -> None:

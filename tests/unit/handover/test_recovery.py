@@ -18,6 +18,7 @@ from sami_plugin.model.flows import Batch, ZoneRole
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
+from sami_plugin.session import Host, Session
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -114,6 +115,30 @@ def recall(hosts: Hosts, guest: str, victims: list[str], step: str) -> None:
             words(hosts, guest, ("host-b", Phase.RESUMED))
         elif host == "host-b" and at >= STEPS.index("started"):
             words(hosts, guest, ("host-b", Phase.STARTED))
+
+
+def test_what_a_source_was_asked_is_in_the_journal_before_it_has_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, it would leave a destination that waits for an answer to what was taken."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        asked: list[Session] = []
+        run = Host.run
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                Host, "run", lambda host, one: run(host, one) if host.name == "host-b" else asked.append(one)
+            )
+            words(hosts, guest, ("host-a", Phase.OUTGOING), ("host-b", Phase.PREPARE))
+            until(lambda: bool(asked))
+        hosts.kill("host-a")
+        hosts.start("host-a")
+        words(hosts, guest, ("host-a", Phase.OUTGOING))
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert (held(hosts, "host-a"), ports(hosts, "host-b")) == (set(), ALL)
 
 
 def test_where_the_ports_are_is_in_the_journal_before_anything_is_put_in(tmp_path: Path) -> None:
