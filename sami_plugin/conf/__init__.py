@@ -237,8 +237,9 @@ MIGRATION_OPTIONS = [
         "call_seconds",
         default=_DEFAULTS.call_seconds,
         min=0.1,
-        help="Seconds to wait for the other agent to take a message before it is sent again. Less than verdict_seconds, "
-        "so that what was lost with an agent that was killed is there again before anybody decides without it.",
+        help="Seconds to wait for the other agent to take a message before it is sent again. Less than "
+        "verdict_seconds, so that what was lost with an agent that was killed is there again before anybody decides "
+        "without it.",
     ),
     cfg.FloatOpt(
         "message_seconds",

@@ -34,6 +34,11 @@ Underway = Callable[[], Iterable[tuple[str, str]]]
 
 SOURCE, DESTINATION = "source", "destination"
 
+Words = tuple[tuple[Phase, str | None], ...]
+"""What an event says, and which role of this host it is about."""
+COPIES: Words = ((Phase.OUTGOING, SOURCE),)
+"""If it is a job that moves the guest."""
+
 
 class LibvirtHost:
     """This host's libvirt. Works by itself from `start` on, through restarts of the daemon, until `stop`."""
@@ -55,10 +60,10 @@ class LibvirtHost:
         self._phases = _phases(libvirt)
         self._runs = _events_of_guests_that_run(libvirt)
         self._connection: Any = None
-        self._callback = -1
+        self._callbacks: list[int] = []
         self._descriptions: dict[str, str] = {}
         """Of the guests that run here, as far as they were marked."""
-        self._queue: queue.SimpleQueue[tuple[str, int, int] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, Words] | None] = queue.SimpleQueue()
         self._to_mark: queue.SimpleQueue[tuple[str, bool] | None] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
         self._is_lost = threading.Event()
@@ -151,9 +156,13 @@ class LibvirtHost:
         try:
             connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
             connection.registerCloseCallback(lambda *_: self._is_lost.set(), None)
-            self._callback = connection.domainEventRegisterAny(
-                None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._heard, None
-            )
+            self._callbacks = [
+                connection.domainEventRegisterAny(None, kind, callback, None)
+                for kind, callback in (
+                    (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._heard),
+                    (libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._copies),
+                )
+            ]
         except libvirt.libvirtError:
             connection.close()
             raise
@@ -166,7 +175,8 @@ class LibvirtHost:
         if not self._is_stopping.is_set():
             LOG.warning("libvirt %s ended the connection", self._uri)
         try:
-            connection.domainEventDeregisterAny(self._callback)  # a connection with a callback is not closed by close()
+            for callback in self._callbacks:  # a connection with one is not closed by close()
+                connection.domainEventDeregisterAny(callback)
             connection.close()
         except self._libvirt.libvirtError:
             LOG.debug("libvirt %s was gone already", self._uri)
@@ -297,12 +307,21 @@ class LibvirtHost:
         if event == self._libvirt.VIR_DOMAIN_EVENT_STOPPED:
             self._descriptions.pop(domain.UUIDString(), None)
         if (event, detail) in self._phases:
-            self._queue.put((domain.UUIDString(), event, detail))
+            self._queue.put((domain.UUIDString(), self._phases[event, detail]))
+
+    def _copies(self, connection: Any, domain: Any, iteration: int, opaque: object) -> None:
+        """The guest's memory is being copied, to another host or into a file. In libvirt's own thread.
+
+        Of a guest that its user had paused there is no other word before it has left.
+        """
+        self._queue.put((domain.UUIDString(), COPIES))
 
     def _pass_on(self) -> None:
         while (heard := self._queue.get()) is not None:
-            guest, event, detail = heard
-            for phase, role in self._phases[event, detail]:
+            guest, words = heard
+            if words == COPIES and self._job(guest) is not Phase.OUTGOING:
+                continue
+            for phase, role in words:
                 self._say(MigrationEvent(guest, phase, role=role, is_incoming=phase is Phase.STARTED))
 
     def _say(self, event: MigrationEvent) -> None:
@@ -314,8 +333,8 @@ class LibvirtHost:
             LOG.exception("guest %s, %s", event.guest, event.phase.value)
 
 
-def _phases(libvirt: Any) -> dict[tuple[int, int], tuple[tuple[Phase, str | None], ...]]:
-    """What each lifecycle event that concerns us says, and which role of this host it is about."""
+def _phases(libvirt: Any) -> dict[tuple[int, int], Words]:
+    """What each lifecycle event that concerns us says."""
     started, suspended = libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED
     resumed, stopped = libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_STOPPED
     ends = (

@@ -389,7 +389,7 @@ def _looks_for_scope(session: Destination) -> bool:
 
 def _next_wake(session: Destination, now: float) -> WakeAt:
     if session.state is State.ORPHANED:
-        return WakeAt(max(now, min(session.session_deadline, session.verdict_deadline, session.renew_at)))
+        return WakeAt(max(now, min(_orphaned_until(session), session.verdict_deadline, session.renew_at)))
     times = [session.deadline, session.verdict_deadline, session.kept_until]
     if _looks_for_scope(session):
         times.append(now + ZONE_POLL_SECONDS)
@@ -463,6 +463,11 @@ def _give_up(session: Destination, reason: str, now: float) -> Decision:
         return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.FAILED, reason)]
     asked_until = session.verdict_deadline if session.verdict is Verdict.ASK else math.inf
     session = replace(session, state=State.ORPHANED, reason=reason, verdict_deadline=asked_until)
+    # Of a guest that has not begun to come, and of which nothing came: if it comes all the same, it is asked for anew.
+    is_of_nothing = session.renew_at == math.inf and not session.is_started
+    session = replace(
+        session, deadline=now + session.limits.open_seconds if is_of_nothing else session.session_deadline
+    )
     actions: list[Action] = [Say(GivesUp(reason)), LapsePlaces(), _next_wake(session, now)]
     if session.verdict is None:
         actions.append(Negotiate(None, why_unknown=reason))
@@ -474,8 +479,16 @@ def _peer_lost_after_complete(session: Destination, event: Event, now: float) ->
     return session, []
 
 
+def _orphaned_until(session: Destination) -> float:
+    return session.session_deadline if session.verdict is Verdict.ASK else session.deadline
+
+
 def _started_without(session: Destination, event: Event, now: float) -> Decision:
-    return _go_on(session, now) if session.verdict in (None, Verdict.ASK) else (session, [])
+    was_expected = session.deadline == session.session_deadline
+    session = replace(session, deadline=session.session_deadline)
+    if session.verdict in (None, Verdict.ASK):
+        return _go_on(session, now)
+    return session, [] if was_expected else [_next_wake(session, now)]
 
 
 def _came_without(session: Destination, event: Event, now: float) -> Decision:
@@ -490,7 +503,7 @@ def _stayed_without(session: Destination, event: Event, now: float) -> Decision:
 def _orphan_ends(session: Destination, event: Event, now: float) -> Decision:
     if now >= session.verdict_deadline:
         return _verdict_is_due(session, now)
-    if now >= session.session_deadline:
+    if now >= _orphaned_until(session):
         return _end(session, Outcome.FAILED, f"{session.reason}; nobody said whether the guest came")
     actions: list[Action] = []
     if now >= session.renew_at:

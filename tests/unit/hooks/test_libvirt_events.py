@@ -36,6 +36,7 @@ NAMES = [
     "VIR_DOMAIN_EVENT_STOPPED_MIGRATED",
     "VIR_DOMAIN_EVENT_STOPPED_FAILED",
     "VIR_DOMAIN_EVENT_ID_LIFECYCLE",
+    "VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION",
     "VIR_DOMAIN_RUNNING",
     "VIR_DOMAIN_PAUSED",
     "VIR_DOMAIN_SHUTOFF",
@@ -109,7 +110,7 @@ class Libvirt(SimpleNamespace):
         self.is_up = True
         self.domain = Domain()
         self.domain.job, self.domain.now = {"type": 0}, (self.VIR_DOMAIN_RUNNING, 0)
-        self.heard: Callable[..., None] | None = None
+        self.heard: dict[int, Callable[..., None]] = {}
         self.closed: Callable[..., None] | None = None
         self.connections = 0
 
@@ -134,10 +135,12 @@ class Libvirt(SimpleNamespace):
     def registerCloseCallback(self, callback: Callable[..., None], opaque: object) -> None:  # noqa: N802
         self.closed = callback
 
-    def domainEventRegisterAny(self, domain: object, kind: int, callback: Callable[..., None], _: object) -> None:  # noqa: N802
-        self.heard = callback
+    def domainEventRegisterAny(self, domain: object, kind: int, callback: Callable[..., None], _: object) -> int:  # noqa: N802
+        self.heard[kind] = callback
+        return kind
 
-    def domainEventDeregisterAny(self, callback: object) -> None: ...  # noqa: N802
+    def domainEventDeregisterAny(self, callback: int) -> None:  # noqa: N802
+        del self.heard[callback]
 
     def lookupByUUIDString(self, uuid: str) -> Domain:  # noqa: N802
         if self.domain.now is None:
@@ -150,9 +153,8 @@ class Libvirt(SimpleNamespace):
     def close(self) -> None: ...
 
     def say(self, event: str, detail: str) -> None:
-        assert self.heard is not None
         number = NUMBERS[f"VIR_DOMAIN_EVENT_{event}"], NUMBERS[f"VIR_DOMAIN_EVENT_{event}_{detail}"]
-        self.heard(self, self.domain, *number, None)
+        self.heard[self.VIR_DOMAIN_EVENT_ID_LIFECYCLE](self, self.domain, *number, None)
 
 
 class Heard:
@@ -231,6 +233,17 @@ def test_words_behind_one_that_fails_are_told(libvirt: Libvirt, heard: Heard) ->
     for said in (("SUSPENDED", "MIGRATED"), ("STOPPED", "MIGRATED")):
         libvirt.say(*said)
     wait_until(lambda: heard.words() == [("suspended", "source"), ("stopped", "source")], "both words")
+
+
+@pytest.mark.usefixtures("host")
+def test_guest_whose_memory_is_copied_leaves_unless_it_is_saved(libvirt: Libvirt, heard: Heard) -> None:
+    for words, operation in ((1, "SAVE"), (3, "MIGRATION_OUT")):
+        job = {"type": "UNBOUNDED", "operation": f"OPERATION_{operation}"}
+        libvirt.domain.job = {name: NUMBERS[f"VIR_DOMAIN_JOB_{value}"] for name, value in job.items()}
+        libvirt.heard[libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION](libvirt, libvirt.domain, 1, None)
+        libvirt.say("RESUMED", "UNPAUSED")
+        wait_until(lambda count=words: len(heard.events) == count, "the word behind it")
+    assert heard.words() == [("resumed", "source"), ("outgoing", "source"), ("resumed", "source")]
 
 
 JOBS = {

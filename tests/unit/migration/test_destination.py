@@ -245,6 +245,19 @@ def test_source_that_does_not_answer_is_given_up_after_open_seconds() -> None:
     assert made.done[-1][1] == End(Outcome.FAILED, reason)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_guest_that_never_began_to_come_is_not_waited_for_as_long_as_one_that_did(is_late: bool) -> None:
+    made = shell()
+    made.wait_until(10)
+    assert made.session.state is State.ORPHANED
+    if is_late:
+        made.tell(STARTED)
+    made.wait_until(2 * LIMITS.open_seconds)
+    assert made.session.state is (State.ORPHANED if is_late else State.ENDED)
+    made.wait_until(100)
+    assert made.session.state is State.ENDED
+
+
 def test_source_that_is_lost_after_complete_costs_the_guest_no_flow() -> None:
     made = shell(*IN_STATE[State.COMPLETE], PeerLost("lost"), GIVES_UP)
     assert made.session.state is State.COMPLETE
