@@ -6,7 +6,7 @@ As in `handover`, what counts is what the device holds when it is read back, not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ def export(driver: FlowDriver, scope: Scope, done: Count) -> Exported:
     :raises SamiError: as `FlowDriver.export`.
     """
     # A driver looks at addresses in shared scopes only. Who names addresses here wants their flows and no others.
-    scope = Scope(scope.port, scope.guest, scope.zones, scope.addresses, scope.namespace, bool(scope.addresses))
+    scope = replace(scope, is_shared=bool(scope.addresses))
     parts: dict[str, list[Batch]] = {}
     exported = Exported()
     count = 0
@@ -155,9 +155,7 @@ def _pieces(scope: Scope, batches: Iterable[Batch], outcomes: Outcomes, refused:
         else:
             groups = _by_address(batch)
         for addresses, group in groups:
-            place = Scope(
-                scope.port, scope.guest, scope.zones, addresses, scope.namespace, scope.is_shared, scope.neighbours
-            )
+            place = replace(scope, addresses=addresses)
             for begin in range(0, len(group), _FLOWS_AT_ONCE):
                 yield place, group.take(np.arange(begin, min(begin + _FLOWS_AT_ONCE, len(group))))
 

@@ -100,7 +100,8 @@ class FlowDriver(abc.ABC):
         """The scope's flows, in batches as the device gives them, while it goes on changing.
 
         A flow that is there from beginning to end is told at least once, one that comes or goes meanwhile may be.
-        The iterator may be abandoned. Rows are complete; `flowId` is the device's id of the flow.
+        The iterator may be abandoned. Rows are complete; `flowId` is the device's id of the flow. Flows with a mark of
+        `scope.barred_marks` are omitted, and a watch tells a flow that gets such a mark as removed.
 
         :raises DeviceFailed: the device gave up; what was told so far is right but not all.
         """
@@ -116,7 +117,8 @@ class FlowDriver(abc.ABC):
     def insert(self, scope: Scope, batch: Batch) -> Results:
         """Puts flows into the device; one result per record, in order. Does not say what the device kept of them.
 
-        A flow of which neither end is an address of the scope is refused: FOREIGN_ADDRESS. An entry of the same key, or
+        A flow of which neither end is an address of the scope is refused: FOREIGN_ADDRESS; one with a mark of
+        `scope.barred_marks` too: BARRED. An entry of the same key, or
         of the same tuple turned round, is replaced, unless `scope` is shared and the
         other end is one of its neighbours: then it is left alone and the result is PRESENT, or REFUSED with
         LOCAL_PORTS_OWN where there is none.

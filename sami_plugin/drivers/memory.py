@@ -20,7 +20,17 @@ import numpy.typing as npt
 
 from sami_plugin.drivers.base import Capabilities, Changes, FlowDriver, Watch
 from sami_plugin.errors import DeviceFailed, OutOfSync, UndeclaredAbility
-from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, FirewallEvent, Omitted, Template, ZoneRole, has_end_in
+from sami_plugin.model.flows import (
+    BARRED,
+    TEMPLATES,
+    Addresses,
+    Batch,
+    FirewallEvent,
+    Omitted,
+    Template,
+    ZoneRole,
+    has_end_in,
+)
 from sami_plugin.model.results import Outcome, Reason, Results, results
 from sami_plugin.model.risk import MARKS
 from sami_plugin.model.scope import Scope
@@ -199,7 +209,14 @@ class MemoryDriver(FlowDriver):
             ]
             batches = _batches(self.device, scope, told)
         undeclared = [batch for batch in batches if batch.template.name not in self._templates]
-        yield from (batch for batch in batches if batch.template.name in self._templates)
+        barred = 0
+        for batch in (batch for batch in batches if batch.template.name in self._templates):
+            is_barred = _is_barred(scope, batch)
+            barred += int(is_barred.sum())
+            if not is_barred.all():
+                yield batch.take(~is_barred)
+        if barred:
+            yield Omitted(BARRED, barred)
         if undeclared:
             yield Omitted("the driver does not carry this kind of flow", sum(map(len, undeclared)))
 
@@ -214,6 +231,7 @@ class MemoryDriver(FlowDriver):
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
         made = self._refusals(scope, batch)
+        _refuse(made, _is_barred(scope, batch), Reason.BARRED)
         faults = self.device.faults
         if faults.refuse is not None:
             _refuse(made, faults.refuse(batch), faults.refuse_reason)
@@ -349,7 +367,9 @@ class _MemoryWatch(Watch):
                 role = self._roles[place]
                 removed += [(entry.template.name, role, entry) for entry in gone.values()]
                 current = device.zone(place).entries.get(original)
-                if current is not None:
+                if current is not None and int(current.row["flowMark"]) & self._scope.barred_marks:
+                    removed.append((current.template.name, role, current))
+                elif current is not None:
                     upserted.append((current.template.name, role, current))
             removals = [_deleted(batch) for batch in _batches(device, self._scope, removed)]
             upserts = _batches(device, self._scope, upserted)
@@ -383,6 +403,11 @@ def _refuse(made: Results, which: npt.NDArray[np.bool_], reason: Reason) -> None
 def _has_neighbour(scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:
     neighbours: Addresses = scope.neighbours if scope.is_shared else ()
     return has_end_in(batch, neighbours)
+
+
+def _is_barred(scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:
+    barred: npt.NDArray[np.bool_] = batch.rows["flowMark"] & np.uint32(scope.barred_marks) != 0
+    return barred
 
 
 def _is_theirs(scope: Scope, entry: Entry) -> bool:

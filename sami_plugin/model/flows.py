@@ -239,6 +239,9 @@ class Omitted:
     examples: tuple[str, ...] = ()
 
 
+BARRED = "the firewall drops it, by its mark"
+"""Why a flow is omitted that has a mark of `Scope.barred_marks`."""
+
 Addresses = tuple[netaddr.IPAddress, ...]
 
 

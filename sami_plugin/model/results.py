@@ -49,6 +49,7 @@ class Reason(enum.IntEnum):
     PEER_CANNOT_FOLLOW = 18
     FOREIGN_TRANSLATION = 19
     NO_PLACE = 20
+    BARRED = 21
 
 
 MEND_NO_PLACE = "raise nf_conntrack_max or capacity, or lower headroom_percent"
@@ -75,6 +76,7 @@ WORDS: dict[Reason, str] = {
     Reason.PEER_CANNOT_FOLLOW: "its peer would see another address than before, and nothing in between translates it; "
     "if something does, set peers_follow",
     Reason.FOREIGN_TRANSLATION: "it is translated from or to an address that is not the port's",
+    Reason.BARRED: "the firewall's mark on it says that its packets are dropped",
     Reason.NO_PLACE: f"there was no free place for it; {MEND_NO_PLACE}",
 }
 

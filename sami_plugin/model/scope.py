@@ -28,6 +28,9 @@ class Scope:
     """Path of the network namespace that holds the firewall; None is the agent's own."""
     is_shared: bool = False
     neighbours: Addresses = field(default=())
+    barred_marks: int = 0
+    """Bits of an entry's mark by which this host's firewall says that it drops the flow's packets, although the entry
+    is there: a rule that admitted it has gone. Such an entry is not told, and none is put in."""
 
     def as_dict(self) -> dict[str, Any]:
         """For the journal, which only this host reads; without the neighbours, who come and go."""
@@ -38,6 +41,7 @@ class Scope:
             "addresses": [str(address) for address in self.addresses],
             "namespace": self.namespace,
             "is_shared": self.is_shared,
+            "barred_marks": self.barred_marks,
         }
 
     @classmethod
@@ -50,4 +54,5 @@ class Scope:
             tuple(netaddr.IPAddress(address) for address in told["addresses"]),
             told["namespace"],
             told["is_shared"],
+            barred_marks=told.get("barred_marks", 0),  # not in what agents before the finder `ovs` wrote
         )

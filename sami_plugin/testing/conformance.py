@@ -27,6 +27,7 @@ import numpy.typing as npt
 from sami_plugin.drivers.base import Changes, FlowDriver
 from sami_plugin.errors import UndeclaredAbility
 from sami_plugin.model.flows import (
+    BARRED,
     TEMPLATES,
     Addresses,
     Batch,
@@ -59,6 +60,8 @@ _PROTOCOLS = {"tcp": 6, "udp": 17, "icmp-ipv4": 1, "icmp-ipv6": 58}
 _REPLIED = FlowStatus.SEEN_REPLY | FlowStatus.ASSURED | FlowStatus.CONFIRMED
 _TRANSLATED = FlowStatus.SRC_NAT | FlowStatus.SRC_NAT_DONE | FlowStatus.DST_NAT_DONE
 TIMEOUT_SECONDS = 600
+_BARRING = 0x4
+"""Of five flows with the marks 1 to 5, two have it."""
 
 
 def flows(
@@ -480,6 +483,54 @@ class FlowDriverConformance:
             _promise(bool((kept.rows["flowId"] == before).all()), "a flow that a neighbour shares was replaced")
             driver.remove(alone, _named(between))
 
+    # Flows that the firewall drops although their entries are there.
+
+    def test_barred_flows_are_omitted_and_named_and_the_others_told(self) -> None:
+        for template, driver, scope in self._each_marked():
+            barring = dataclasses.replace(scope, barred_marks=_BARRING)
+            sent = self.some_flows(template, self.count)
+            driver.insert(scope, sent)
+            told = list(driver.export(barring))
+            batches = [part for part in told if not isinstance(part, Omitted)]
+            is_barred = sent.rows["flowMark"] & _BARRING != 0
+            found = KeyIndex(_merged(batches, template)).find(sent) >= 0
+            _promise(not found[is_barred].any(), f"{_said(sent, found & is_barred)} exported, which the firewall drops")
+            _promise(bool(found[~is_barred].all()), f"{_said(sent, ~found & ~is_barred)} not exported")
+            counts = [part.count for part in told if isinstance(part, Omitted) and part.reason == BARRED]
+            _promise(sum(counts) == is_barred.sum(), f"{is_barred.sum()} flows are barred and {sum(counts)} named so")
+            self._clear(driver, scope)
+
+    def test_barred_flows_are_refused_and_the_others_put_in(self) -> None:
+        for template, driver, scope in self._each_marked():
+            barring = dataclasses.replace(scope, barred_marks=_BARRING)
+            sent = self.some_flows(template, self.count)
+            made = driver.insert(barring, sent)
+            is_barred = sent.rows["flowMark"] & _BARRING != 0
+            _all(made[is_barred], Outcome.REFUSED, "inserting flows that the firewall drops")
+            _promise(bool((made["reason"][is_barred] == Reason.BARRED).all()), "the reason is not BARRED")
+            _all(made[~is_barred], Outcome.IMPORTED, "inserting the others")
+            found = driver.read_back(scope, sent)[1]
+            _promise(not found[is_barred].any(), f"{_said(sent, found & is_barred)} there although refused")
+            self._clear(driver, scope)
+
+    def test_watch_tells_a_flow_that_became_barred_as_removed(self) -> None:
+        for template, driver, scope in self._each_marked():
+            self._watches(driver, scope)
+            barring = dataclasses.replace(scope, barred_marks=_BARRING)
+            before = self.some_flows(template, 1)
+            before.rows["flowMark"] = 0
+            driver.insert(scope, before)
+            known = _Known(template)
+            with driver.watch(barring) as watch:
+                known.export(driver, barring)
+                _promise(len(known.ids) == 1, "a flow without a mark is not exported")
+                marked = Batch(template, before.rows.copy())
+                marked.rows["flowMark"] = _BARRING
+                driver.insert(scope, marked)
+                known.apply(self._complete(watch.collect()))
+            _promise(not known.ids, "a flow that the firewall drops now is not told as removed, or told as there")
+            self._clear(driver, scope)
+
     # Watching.
 
     def test_watch_that_is_not_declared_raises(self) -> None:
@@ -596,6 +647,14 @@ class FlowDriverConformance:
         driver, scope = self.make_driver(), self.make_scope()
         self._watches(driver, scope)
         for template in self._declared(driver, scope):
+            yield template, driver, scope
+
+    def _each_marked(self) -> Iterable[tuple[Template, FlowDriver, Scope]]:
+        driver, scope = self.make_driver(), self.make_scope()
+        marked = [one for one in self._declared(driver, scope) if "flowMark" not in self.lost_by_nature(one)]
+        if not marked:
+            raise unittest.SkipTest("the device keeps no marks")
+        for template in marked:
             yield template, driver, scope
 
     def _watches(self, driver: FlowDriver, scope: Scope) -> None:

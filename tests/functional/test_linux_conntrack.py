@@ -23,7 +23,7 @@ from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoder
 from sami_plugin.drivers.linux_conntrack.encode import dump_request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
+from sami_plugin.model.flows import BARRED, TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
 from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.results import Outcome, Reason, Results, lost_fields
 from sami_plugin.model.scope import Scope
@@ -398,6 +398,25 @@ def test_entry_in_the_way_that_ends_at_a_neighbour_stays(places: list[str], driv
     shared = scope_of(places[0], is_shared=True, neighbours=NEIGHBOUR_ADDRESSES)
     assert outcomes(driver.insert(shared, flows(UDP, 1))) == [(Outcome.REFUSED, Reason.EXISTS)]
     assert set(exported(driver, scope_of(places[0]))) == {"udp-nat-ipv4"}
+
+
+def test_flow_that_the_firewall_bars_while_it_is_watched_is_told_as_removed_and_omitted(
+    places: list[str], driver: LinuxConntrackDriver
+) -> None:
+    # conntrack 1.4.7 updates entries of zone 0 only.
+    barring = dataclasses.replace(scope_of(places[0], 0), barred_marks=1)
+    with keep_events_on(places[0]):
+        for template in (TCP, UDP):
+            driver.insert(barring, changed(flows(template, 1), flowMark=0))
+        ids = exported(driver, barring)["udp-ipv4"].rows["flowId"].tolist()
+        with driver.watch(barring) as watch:
+            # As Neutron's firewall in Open vSwitch does it: ct(commit,zone=...,exec(set_field:0x1->ct_mark)).
+            tool(places[0], "-U", "-p", "udp", "-s", "192.0.2.10", "--mark", "1")
+            told = watch.collect()
+    assert not told.upserts
+    assert [one for batch in told.removals for one in batch.rows["flowId"].tolist()] == ids
+    assert [part.template for part in driver.export(barring) if isinstance(part, Batch)] == [TCP]
+    assert omitted(driver, barring) == [Omitted(BARRED, 1, ("udp 192.0.2.10:20000 > 198.51.100.1:443",))]
 
 
 def test_same_flow_several_times_in_one_batch_ends_as_one_entry(

@@ -18,7 +18,7 @@ from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Offsets, Torn, failure
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
-from sami_plugin.model.flows import Addresses, Batch, Omitted, Rows, Template, has_end_in
+from sami_plugin.model.flows import BARRED, Addresses, Batch, Omitted, Rows, Template, has_end_in, names
 from sami_plugin.model.keys import KeyIndex, key_words
 from sami_plugin.model.results import Outcome, Reason, Results, results
 from sami_plugin.model.risk import MARKS
@@ -108,10 +108,14 @@ class LinuxConntrackDriver(FlowDriver):
             omitted: dict[str, Omitted] = {}
             try:
                 for part in self._dump(scope, scope.addresses if scope.is_shared else None):
-                    if isinstance(part, Decoded):
-                        yield part.batch
-                    else:
+                    if isinstance(part, Omitted):
                         _merge(omitted, part)
+                        continue
+                    is_barred = _is_barred(scope, part.batch)
+                    if is_barred.any():
+                        _merge(omitted, _omitted(part.batch.take(is_barred)))
+                    if not is_barred.all():
+                        yield part.batch.take(~is_barred) if is_barred.any() else part.batch
             except Torn:
                 continue
             yield from omitted.values()
@@ -125,7 +129,10 @@ class LinuxConntrackDriver(FlowDriver):
 
         def look(keys: Batch) -> list[Decoded]:
             with self._connections.lend(scope.namespace) as asking:
-                return _of_same_key(keys, self._look(asking, scope, keys)[1])
+                found = _of_same_key(keys, self._look(asking, scope, keys)[1])
+            # What is barred counts as gone.
+            admitted = (_without(part, _is_barred(scope, part.batch)) for part in found)
+            return [part for part in admitted if len(part.batch)]
 
         connection = Connection(scope.namespace, self._watch_receive_octets)
         try:
@@ -150,6 +157,7 @@ class LinuxConntrackDriver(FlowDriver):
         made = results(len(batch))
         _refuse(made, ~_has_zone(scope, batch), Reason.NOT_DECLARED)
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
+        _refuse(made, _is_barred(scope, batch), Reason.BARRED)
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)
         if "tcpConnectionState" in (batch.rows.dtype.names or ()):
             _refuse(made, nl.STATE_TO_KERNEL[batch.rows["tcpConnectionState"]] == nl.NO_STATE, Reason.INVALID)
@@ -312,6 +320,19 @@ def _has_zone(scope: Scope, batch: Batch) -> Mask:
     known[list(scope.zones)] = True
     chosen: Mask = known[batch.rows["zoneRole"]]
     return chosen
+
+
+def _is_barred(scope: Scope, batch: Batch) -> Mask:
+    barred: Mask = batch.rows["flowMark"] & np.uint32(scope.barred_marks) != 0
+    return barred
+
+
+def _without(part: Decoded, which: Mask) -> Decoded:
+    return Decoded(part.batch.take(~which), part.numbers[~which]) if which.any() else part
+
+
+def _omitted(barred: Batch) -> Omitted:
+    return Omitted(BARRED, len(barred), names(barred, 5))
 
 
 def _neighbours(scope: Scope) -> Addresses:

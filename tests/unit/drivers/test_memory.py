@@ -106,6 +106,20 @@ class _ForgetsToRenew(MemoryDriver):
         return results(len(batch))
 
 
+class _KnowsNoBarring(MemoryDriver):
+    def _all(self, scope: Scope) -> Scope:
+        return dataclasses.replace(scope, barred_marks=0)
+
+    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        return super().export(self._all(scope))
+
+    def insert(self, scope: Scope, batch: Batch) -> Results:
+        return super().insert(self._all(scope), batch)
+
+    def watch(self, scope: Scope) -> Watch:
+        return super().watch(self._all(scope))
+
+
 class _SharedZonesAreAllMine(MemoryDriver):
     def _mine(self, scope: Scope) -> Scope:
         return dataclasses.replace(scope, is_shared=False, neighbours=())
@@ -248,6 +262,9 @@ WRONG: list[tuple[type[MemoryDriver], str]] = [
     (_SharedZonesAreAllMine, "test_shared_zone_shows_the_flows_of_the_port_alone"),
     (_SharedZonesAreAllMine, "test_neighbours_flows_are_never_touched"),
     (_SharedZonesAreAllMine, "test_flow_with_a_neighbour_is_the_neighbours"),
+    (_KnowsNoBarring, "test_barred_flows_are_omitted_and_named_and_the_others_told"),
+    (_KnowsNoBarring, "test_barred_flows_are_refused_and_the_others_put_in"),
+    (_KnowsNoBarring, "test_watch_tells_a_flow_that_became_barred_as_removed"),
     (_TakesWhatItDoesNotDeclare, "test_undeclared_template_is_refused_by_record"),
     (_AnswersBackwards, "test_results_are_one_per_record_in_order"),
     (_DropsTheLastResult, "test_results_are_one_per_record_in_order"),
