@@ -22,6 +22,7 @@ _RETENTION = Retention()
 
 AGENT = cfg.OptGroup("agent", title="The agent of this host")
 MIGRATION = cfg.OptGroup("migration", title="How a guest's flows are carried")
+OVS = cfg.OptGroup("ovs", title="Open vSwitch on this host, for the scope finders `ovs` and `ovn`")
 
 AGENT_OPTIONS = [
     cfg.HostAddressOpt(
@@ -47,7 +48,8 @@ AGENT_OPTIONS = [
         "scopes",
         default="static",
         help="Scope finder, a name of the entry points `sami.scopes`: what knows where a port's state lives here. "
-        "`bridge_iptables` and `routed_nftables` ask this host's firewall and need no file, `static` reads a file.",
+        "`bridge_iptables`, `routed_nftables`, `ovs` and `ovn` ask this host's firewall and need no file, `static` "
+        "reads one. The documentation says which is for which of Neutron's drivers.",
     ),
     cfg.StrOpt(
         "scope_file",
@@ -57,10 +59,10 @@ AGENT_OPTIONS = [
     cfg.BoolOpt(
         "trust_guest_xml",
         default=False,
-        help="For the scope finders `bridge_iptables` and `routed_nftables`: believe the addresses that a guest's "
-        "libvirt XML gives its ports even where ports share a conntrack zone and this host's own firewall does not say "
-        "whose they are. The XML comes with the guest, so the host that it comes from can then have flows admitted "
-        "for any address of that zone. In a zone of the port's own it is believed without this.",
+        help="For the scope finders `bridge_iptables`, `routed_nftables` and `ovs`: believe the addresses that a "
+        "guest's libvirt XML gives its ports even where ports share a conntrack zone and this host's own firewall does "
+        "not say whose they are. The XML comes with the guest, so the host that it comes from can then have flows "
+        "admitted for any address of that zone. In a zone of the port's own it is believed without this.",
     ),
     cfg.ListOpt(
         "domains",
@@ -119,6 +121,21 @@ AGENT_OPTIONS = [
         help="IANA private enterprise number under which our own information elements travel. Equal on all hosts. The "
         "default is the number that RFC 5612 reserves for documentation; change it to your own to write files that "
         "other software keeps apart.",
+    ),
+]
+
+OVS_OPTIONS: list[cfg.Opt] = [
+    cfg.StrOpt(
+        "ovsdb_connection",
+        default="unix:/run/openvswitch/db.sock",
+        help="Where Open vSwitch's database answers, as of ovsdb(7): unix:FILE, or tcp:127.0.0.1:6640 as in Neutron's "
+        "[ovs] ovsdb_connection. Beside the file are the sockets of the bridges; with tcp they are where ovs-ofctl "
+        "looks by itself. Change it where Open vSwitch runs in a container that has another folder for them.",
+    ),
+    cfg.StrOpt(
+        "integration_bridge",
+        default="br-int",
+        help="Name of the bridge that the guests' ports are in, as Neutron's [ovs] integration_bridge.",
     ),
 ]
 
@@ -560,6 +577,7 @@ def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
 
 _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (AGENT, AGENT_OPTIONS),
+    (OVS, OVS_OPTIONS),
     (MIGRATION, MIGRATION_OPTIONS),
     (POLICY, POLICY_OPTIONS),
     (TLS, TLS_OPTIONS),

@@ -41,6 +41,8 @@ _DEVICE = re.compile(r"[^\s/:]{1,15}")
 """What the kernel takes for a name (dev_valid_name in net/core/dev.c)."""
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _TOKEN = re.compile(r"[0-9a-f]{64}")
+_INTERFACE_ID = re.compile(r"[!-~]{1,64}")
+"""A UUID everywhere that is known (https://libvirt.org/formatdomain.html), but only compared here."""
 _HOST = re.compile(r"[!-~]{1,255}")
 _FILTER_PARAMETERS = ("IP", "IPV6")
 
@@ -134,7 +136,11 @@ def _ports(
             if (parameter.get("name") or "").upper() in _FILTER_PARAMETERS
         ]
         claimed: Addresses = (*by_mac.get(mac, ()), *filtered, *by_device.get(device, ()))
-        yield GuestPort(device, mac, _attribute(interface, "source", "bridge"), tuple(dict.fromkeys(claimed)))
+        name = _attribute(interface, "virtualport/parameters", "interfaceid") or ""
+        if name and not _INTERFACE_ID.fullmatch(name):
+            raise Malformed(f"{name[:40]!r} is no name of a port", f"domain XML, {place}, virtualport")
+        bridge = _attribute(interface, "source", "bridge")
+        yield GuestPort(device, mac, bridge, tuple(dict.fromkeys(claimed)), name)
 
 
 def _attribute(interface: ElementTree.Element, element: str, name: str) -> str | None:

@@ -17,3 +17,5 @@ class GuestPort:
     bridge: str | None = None
     claimed: Addresses = ()
     """Addresses that the guest's own description gives the port."""
+    interface_id: str = ""
+    """By which the network knows the port, in Open vSwitch `external_ids:iface-id`; empty where nothing says it."""

@@ -13,13 +13,13 @@ SECONDS = 5.0
 _FORBIDDEN = ("permission denied", "not permitted", "must be root")
 
 
-def output_of(argv: Sequence[str], package: str) -> tuple[str, str]:
+def output_of(argv: Sequence[str], package: str, needs: str = "CAP_NET_ADMIN") -> tuple[str, str]:
     """What the tool writes, and in one line what it remarks beside that.
 
     It runs in the network namespace of the calling thread. Blocks until it ends.
 
     :raises NotAvailable: it is not installed (`package` has it), fails, or does not end in time.
-    :raises NotPermitted: the kernel does not tell this process.
+    :raises NotPermitted: it may not be told; `needs` is what the agent lacks.
     """
     environment = os.environ | {"PATH": f"{os.environ.get('PATH', os.defpath)}:{SBIN}", "LC_ALL": "C"}
     try:
@@ -36,6 +36,6 @@ def output_of(argv: Sequence[str], package: str) -> tuple[str, str]:
     if done.returncode != 0:
         said = said or f"exit code {done.returncode}"
         if any(word in said.lower() for word in _FORBIDDEN):
-            raise NotPermitted(f"{' '.join(argv)}: {said}; the agent needs CAP_NET_ADMIN")
+            raise NotPermitted(f"{' '.join(argv)}: {said}; the agent needs {needs}")
         raise NotAvailable(f"{' '.join(argv)}: {said}")
     return done.stdout.decode(errors="replace"), said

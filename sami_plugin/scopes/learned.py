@@ -38,6 +38,9 @@ class LearnedScopes(ScopeFinder):
     does, and counts only in a zone that no other device has, or where the operator trusts it.
     """
 
+    barred_marks = 0
+    """As of the scopes."""
+
     def __init__(self, trust_guest_xml: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._trusts_claims = trust_guest_xml
         self._clock = clock
@@ -115,6 +118,10 @@ class LearnedScopes(ScopeFinder):
         device = port.device
         if device not in known.present:
             return None
+        name = known.ports.get(device, "")
+        if port.interface_id and name and name != port.interface_id:
+            self._say(guest, device, f"it is port {name} here, and the guest's description says {port.interface_id}")
+            return None
         zones = known.zones.get(device, frozenset())
         if not zones:
             self._say(guest, device, "no rule gives its packets a zone yet")
@@ -134,7 +141,14 @@ class LearnedScopes(ScopeFinder):
         if not addresses:
             self._say(guest, device, f"its zone is {zone}, and nothing that counts here says an address of it")
             return None
-        return Scope(device, guest, {ZoneRole.PORT: zone}, addresses, is_shared=is_shared)
+        return Scope(
+            device,
+            guest,
+            {ZoneRole.PORT: zone},
+            addresses,
+            is_shared=is_shared,
+            barred_marks=self.barred_marks,
+        )
 
     def _addresses(self, port: GuestPort, zone: int, is_shared: bool, known: Knowledge) -> Addresses:
         """Of each family, what the best of those says that say anything."""

@@ -81,6 +81,8 @@ class Knowledge:
     """By device, the addresses that it may send from, or that are reached by it."""
     present: frozenset[str] = frozenset()
     """The devices that are there."""
+    ports: Mapping[str, str] = field(default_factory=dict)
+    """By device, the name that the network's agent has for its port, where it has one."""
 
     @classmethod
     def of(

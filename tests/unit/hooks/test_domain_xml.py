@@ -116,6 +116,18 @@ def test_other_interfaces_are_ports_too() -> None:
     assert ports == (GuestPort(""), GuestPort(""))
 
 
+def test_name_of_the_port_in_open_vswitch() -> None:
+    inside = f"<virtualport type='openvswitch'><parameters interfaceid='{PORT_UUID}'/></virtualport>"
+    assert ports_of(domain(interface(inside)))[0].interface_id == PORT_UUID
+
+
+@pytest.mark.parametrize("name", ["a b", "x" * 65, "\u00e9"])
+def test_name_that_no_port_has_is_refused(name: str) -> None:
+    inside = f"<virtualport type='openvswitch'><parameters interfaceid='{name}'/></virtualport>"
+    with pytest.raises(Malformed, match="interface 1, virtualport"):
+        ports_of(domain(interface(inside)))
+
+
 def test_metadata_of_others_is_skipped() -> None:
     others = "<x:ports xmlns:x='urn:other'><x:port mac='nonsense'/></x:ports><ports><port mac='nonsense'/></ports>"
     newer = SAMI.replace("<sami:address>", "<sami:label/><sami:address preferred='yes'>")

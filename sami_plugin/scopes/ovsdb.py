@@ -1,0 +1,171 @@
+"""What an OVSDB says, as a thread of ovsdbapp keeps it current: the host's own of Open vSwitch, or OVN's southbound."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from sami_plugin.errors import NotAvailable, NotPermitted, OperatorError
+
+LOG = logging.getLogger(__name__)
+
+PACKAGE = "ovsdbapp"
+SECONDS = 5.0
+"""How long a server may take to tell all for the first time, and how long to wait before it is asked again."""
+RESTRICT_SECONDS = 1.0
+_POLL_SECONDS = 0.01
+
+T = TypeVar("T")
+Tables = Mapping[str, Any]
+"""By name, the tables of the IDL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Files for connections by TLS (`ssl:`); python-ovs has one set of them for the whole process."""
+
+    private_key: str
+    certificate: str
+    ca_certificate: str
+
+
+class Copy(Generic[T]):
+    """What `picture` makes of some columns of a database, made anew by the copy's own thread whenever they change.
+
+    Nothing is imported and nobody is asked before the first question.
+    """
+
+    def __init__(
+        self,
+        connection: str,
+        database: str,
+        columns: Mapping[str, Sequence[str]],
+        picture: Callable[[Tables], T],
+        credentials: Credentials | None = None,
+    ) -> None:
+        """`connection` is as of ovsdb(7): unix:FILE, tcp:ADDRESS:PORT or ssl:ADDRESS:PORT, several with commas."""
+        self._connection = connection
+        self._database = database
+        self._columns = columns
+        self._picture = picture
+        self._credentials = credentials
+        self._conditions: dict[str, list[Any]] = {}
+        self._starting = threading.Lock()
+        self._running: Any = None
+        self._idl: Any = None
+        self._made: tuple[T] | None = None
+        self._next_try = 0.0
+        self._said = ""
+
+    def current(self) -> T:
+        """What is known now. The first question waits for the server, for some seconds at most where it is local.
+
+        :raises NotAvailable: ovsdbapp is missing, or nobody answers.
+        :raises NotPermitted: this process may not open the server's socket.
+        """
+        with self._starting:
+            if self._running is None:
+                self._start()
+        made = self._made
+        # A server that is away may come back with other numbers: what it said before is no answer.
+        if made is None or not self._idl.is_current():
+            raise NotAvailable(f"{self._database} at {self._connection} has no connection; is its server running?")
+        return made[0]
+
+    def latest(self) -> T | None:
+        """As `current`, but never waits: None as long as nothing is known. Goes on trying beside."""
+        if self._running is None:
+            if time.monotonic() >= self._next_try and not self._starting.locked():
+                self._next_try = time.monotonic() + SECONDS
+                threading.Thread(target=self._try, name=f"start of {self._database}", daemon=True).start()
+            return None
+        made = self._made
+        return made[0] if made is not None and self._idl.is_current() else None
+
+    def restrict(self, table: str, condition: list[Any]) -> None:
+        """The server tells only the table's rows for which one of these clauses holds (RFC 7047, section 5.1).
+
+        Where there is a connection this waits until it does, a second at the most.
+        """
+        if self._conditions.get(table) == condition:
+            return
+        self._conditions[table] = condition
+        running = self._running
+        if running is None:
+            return
+        with running.lock:
+            wanted = self._idl.cond_change(table, condition)
+            running.txns.alert_notify()  # wakes the thread, and that sends it
+        end = time.monotonic() + RESTRICT_SECONDS
+        while wanted is not None and self._idl.cond_seqno < wanted and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+
+    def close(self) -> None:
+        """Ends the thread; the next question begins again. May be repeated."""
+        with self._starting:
+            running, self._running, self._made = self._running, None, None
+        if running is not None:
+            running.stop(SECONDS)
+
+    def _try(self) -> None:
+        try:
+            self.current()
+        except OperatorError as error:
+            if str(error) != self._said:
+                self._said = str(error)
+                LOG.warning("%s", error)
+
+    def _start(self) -> None:
+        try:
+            from ovs import stream
+            from ovsdbapp.backend.ovs_idl import connection, idlutils
+        except ImportError as error:
+            raise NotAvailable(
+                f"the package {PACKAGE} cannot be imported ({error}); install it with the extra: sami_plugin[ovs]"
+            ) from error
+        self._may_open()
+        if self._credentials is not None:
+            stream.Stream.ssl_set_private_key_file(self._credentials.private_key)
+            stream.Stream.ssl_set_certificate_file(self._credentials.certificate)
+            stream.Stream.ssl_set_ca_cert_file(self._credentials.ca_certificate)
+        copy = self
+
+        class Watched(connection.OvsdbIdl):
+            """Rows change in `run` alone, so they are looked at there, by the thread that changes them."""
+
+            def run(self) -> bool:
+                has_changed: bool = super().run()
+                if has_changed and self.is_current():
+                    copy._made = (copy._picture(self.tables),)
+                return has_changed
+
+            def is_current(self) -> bool:
+                return bool(self._session.is_connected()) and self.state == self.IDL_S_MONITORING
+
+        try:
+            schema = idlutils.get_schema_helper(self._connection, self._database)
+            for table, columns in self._columns.items():
+                # Older servers' tables lack what newer ones have.
+                there = schema.schema_json["tables"].get(table, {"columns": {}})["columns"]
+                schema.register_columns(table, [column for column in columns if column in there])
+            self._idl = Watched(self._connection, schema)
+            for table, condition in self._conditions.items():
+                self._idl.cond_change(table, condition)
+            running = connection.Connection(self._idl, timeout=SECONDS)
+            running.start()
+        except Exception as error:  # a bare one is what ovsdbapp raises for a server that is away
+            raise NotAvailable(
+                f"{self._database} at {self._connection} cannot be read ({error}); is its server running?"
+            ) from error
+        self._running = running
+
+    def _may_open(self) -> None:
+        for one in self._connection.split(","):
+            kind, _, path = one.strip().partition(":")
+            if kind == "unix" and os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+                raise NotPermitted(f"{path} may not be opened by this process; run the agent in the group that may")

@@ -1,0 +1,176 @@
+"""What the finders read of a real Open vSwitch, whose database and flows are as Neutron leaves them."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import netaddr
+import pytest
+
+from lab.deadline import wait_until
+from lab.errors import LabUnavailable
+from lab.open_vswitch import OpenVswitch
+from sami_plugin.errors import NotAvailable
+from sami_plugin.model.flows import Addresses, ZoneRole
+from sami_plugin.model.guest_port import GuestPort
+from sami_plugin.model.scope import Scope
+from sami_plugin.scopes.learned import FRESH_SECONDS, LearnedScopes
+from sami_plugin.scopes.open_vswitch import Integration
+from sami_plugin.scopes.ovs import OvsScopes
+from tests.unit.scopes.open_vswitch_texts import BASE_EGRESS, TRANSIENT
+
+pytestmark = [
+    pytest.mark.usefixtures("world"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("ovsdbapp") is None,
+        reason="the package ovsdbapp is not here, so no database of Open vSwitch is read: pip install '.[ovs]'",
+    ),
+]
+
+FIRST, SECOND, THIRD = (
+    ("tap1234abcd-5e", "1234abcd-5e00-4000-8000-000000000007", "fa:16:3e:00:00:07"),
+    ("tap9876fedc-5e", "9876fedc-5e00-4000-8000-000000000008", "fa:16:3e:00:00:08"),
+    ("tapaaaabbbb-5e", "aaaabbbb-5e00-4000-8000-000000000009", "fa:16:3e:00:00:09"),
+)
+SECONDS = 10.0
+
+
+def addresses(*texts: str) -> Addresses:
+    return tuple(map(netaddr.IPAddress, texts))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    # Names of sockets have room for 107 octets, and pytest's own folders are deep.
+    with tempfile.TemporaryDirectory(prefix="ovs-") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def switch(folder: Path) -> Iterator[OpenVswitch]:
+    try:
+        started = OpenVswitch(folder)
+    except LabUnavailable as error:
+        pytest.skip(f"the finder `ovs` is not tried against a real Open vSwitch: {error}")
+    with started:
+        yield started
+
+
+@pytest.fixture
+def finder(switch: OpenVswitch) -> Iterator[OvsScopes]:
+    made = OvsScopes(Integration(switch.connection, "br-int"))
+    made.learn("g", (GuestPort(FIRST[0], interface_id=FIRST[1]),))
+    yield made
+    made.close()
+
+
+def scope_of(finder: LearnedScopes) -> Scope | None:
+    time.sleep(FRESH_SECONDS)
+    found = finder.find("g")
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def wait_for_scope(finder: LearnedScopes, seconds: float = SECONDS) -> Scope:
+    wait_until(lambda: scope_of(finder) is not None, "the port is found", seconds, poll_seconds=0.05)
+    found = scope_of(finder)
+    assert found is not None
+    return found
+
+
+def wire(switch: OpenVswitch, tag: int = 3) -> None:
+    """Three ports of one network, and their flows, as Neutron 29.0.0 programs them."""
+    for tap, port, mac in (FIRST, SECOND, THIRD):
+        switch.plug(tap, port, mac)
+        switch.tag(tap, tag)
+    flows = (TRANSIENT + BASE_EGRESS).replace("load:0x3->NXM_NX_REG6", f"load:{tag:#x}->NXM_NX_REG6")
+    switch.add_flows(flows)
+
+
+def test_port_is_found_once_the_agent_has_tagged_and_programmed_it(switch: OpenVswitch, finder: OvsScopes) -> None:
+    assert scope_of(finder) is None  # no such device
+    number = switch.plug(*FIRST)
+    assert scope_of(finder) is None  # no tag
+    switch.vsctl("set", "port", FIRST[0], "tag=4095")
+    assert scope_of(finder) is None  # the dead one
+    switch.tag(FIRST[0], 3)
+    assert scope_of(finder) is None  # no flows
+    assert number == 1
+    switch.add_flows(TRANSIENT)
+    assert scope_of(finder) is None  # none that say an address
+    switch.add_flows(BASE_EGRESS)
+    scope = wait_for_scope(finder)
+    assert (scope.zones, scope.is_shared, scope.barred_marks) == ({ZoneRole.PORT: 3}, True, 1)
+    own = ("192.0.2.7", "192.0.2.100", "2001:db8::7", "2001:db8::100", "fe80::f816:3eff:fe00:7")
+    assert set(scope.addresses) == set(addresses(*own))
+
+
+def test_neighbours_are_those_that_are_there(switch: OpenVswitch, finder: OvsScopes) -> None:
+    wire(switch)
+    scope = wait_for_scope(finder)
+    assert finder.neighbours(scope) == addresses("192.0.2.8", "fe80::f816:3eff:fe00:8")
+    switch.unplug(SECOND[0])
+    wait_until(lambda: finder.neighbours(scope) == (), "the neighbour is gone", SECONDS, poll_seconds=0.05)
+
+
+def test_port_that_left_is_not_found_although_its_flows_stay(switch: OpenVswitch, finder: OvsScopes) -> None:
+    wire(switch)
+    wait_for_scope(finder)
+    switch.unplug(FIRST[0])
+    wait_until(lambda: scope_of(finder) is None, "the port is gone", SECONDS, poll_seconds=0.05)
+
+
+def test_network_that_is_renumbered_is_not_found_before_its_flows_are(switch: OpenVswitch, finder: OvsScopes) -> None:
+    wire(switch)
+    wait_for_scope(finder)
+    switch.tag(FIRST[0], 9)
+    wait_until(lambda: scope_of(finder) is None, "the old number is no answer", SECONDS, poll_seconds=0.05)
+    switch.add_flows(
+        "table=60, priority=100,in_port=1 actions=load:0x1->NXM_NX_REG5[],load:0x9->NXM_NX_REG6[],resubmit(,71)"
+    )
+    assert wait_for_scope(finder).zones == {ZoneRole.PORT: 9}
+
+
+def test_bridge_that_speaks_newer_versions_only_is_read(switch: OpenVswitch, finder: OvsScopes) -> None:
+    wire(switch)
+    for version in ("OpenFlow13", "OpenFlow14"):
+        switch.vsctl("set", "bridge", "br-int", f"protocols={version}")
+        assert wait_for_scope(finder).zones == {ZoneRole.PORT: 3}
+
+
+def test_database_that_goes_away_is_said_and_is_read_again_when_it_is_back(
+    switch: OpenVswitch, finder: OvsScopes
+) -> None:
+    wire(switch)
+    wait_for_scope(finder)
+    switch.stop_database()
+
+    def is_said() -> bool:
+        try:
+            scope_of(finder)
+        except NotAvailable as error:
+            return "Open_vSwitch at unix:" in str(error)
+        return False
+
+    wait_until(is_said, "the error", SECONDS, poll_seconds=0.05)
+    switch.start_database()
+    wait_until(lambda: not is_said(), "the connection", 30, poll_seconds=0.2)
+    assert wait_for_scope(finder).zones == {ZoneRole.PORT: 3}
+
+
+def test_missing_database_is_named(folder: Path) -> None:
+    finder = OvsScopes(Integration(f"unix:{folder}/db.sock", "br-int"))
+    finder.learn("g", (GuestPort(FIRST[0]),))
+    with pytest.raises(NotAvailable, match=r"Open_vSwitch at unix:.*cannot be read .*; is its server running\?"):
+        finder.find("g")
+
+
+def test_missing_bridge_holds_no_port(switch: OpenVswitch) -> None:
+    finder = OvsScopes(Integration(switch.connection, "br-other"))
+    finder.learn("g", (GuestPort(FIRST[0]),))
+    assert finder.find("g") == ()
+    finder.close()

@@ -1,0 +1,64 @@
+"""What `ovs-ofctl --no-names --no-stats dump-flows br-int` writes on the hosts that are meant.
+
+The flows of Neutron are those that its OVSFirewallDriver (29.0.0) programmed for three ports of one network: the first
+with allowed address pairs, the third without port security.
+"""
+
+TRANSIENT = """\
+ table=60, priority=100,in_port=1 actions=load:0x1->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],resubmit(,71)
+ table=60, priority=100,in_port=2 actions=load:0x2->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],resubmit(,71)
+ table=60, priority=100,in_port=3 actions=load:0x3->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],resubmit(,73)
+ table=60, priority=90,dl_vlan=3,dl_dst=00:00:5e:00:01:01 actions=load:0x1->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],strip_vlan,resubmit(,81)
+ table=60, priority=90,dl_vlan=3,dl_dst=fa:16:3e:00:00:07 actions=load:0x1->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],strip_vlan,resubmit(,81)
+ table=60, priority=90,dl_vlan=3,dl_dst=fa:16:3e:00:00:08 actions=load:0x2->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],strip_vlan,resubmit(,81)
+"""  # noqa: E501
+
+BASE_EGRESS = """\
+ table=71, priority=110,ct_state=+trk actions=ct_clear,resubmit(,71)
+ table=71, priority=95,arp,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,arp_spa=192.0.2.7 actions=resubmit(,94)
+ table=71, priority=65,ip,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,nw_src=192.0.2.7 actions=ct(table=72,zone=NXM_NX_REG6[0..15])
+ table=71, priority=95,arp,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,arp_spa=192.0.2.100 actions=resubmit(,94)
+ table=71, priority=65,ip,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,nw_src=192.0.2.100 actions=ct(table=72,zone=NXM_NX_REG6[0..15])
+ table=71, priority=95,arp,reg5=0x2,in_port=2,dl_src=fa:16:3e:00:00:08,arp_spa=192.0.2.8 actions=resubmit(,94)
+ table=71, priority=65,ip,reg5=0x2,in_port=2,dl_src=fa:16:3e:00:00:08,nw_src=192.0.2.8 actions=ct(table=72,zone=NXM_NX_REG6[0..15])
+ table=71, priority=95,rarp,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07 actions=resubmit(,94)
+ table=71, priority=95,rarp,reg5=0x2,in_port=2,dl_src=fa:16:3e:00:00:08 actions=resubmit(,94)
+ table=71, priority=95,arp,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,arp_spa=203.0.113.0/24 actions=resubmit(,94)
+ table=71, priority=65,ip,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,nw_src=203.0.113.0/24 actions=ct(table=72,zone=NXM_NX_REG6[0..15])
+ table=71, priority=95,icmp6,reg5=0x1,in_port=1,icmp_type=136,nd_target=2001:db8::100 actions=resubmit(,94)
+ table=71, priority=95,icmp6,reg5=0x1,in_port=1,icmp_type=136,nd_target=2001:db8::7 actions=resubmit(,94)
+ table=71, priority=95,icmp6,reg5=0x1,in_port=1,icmp_type=136,nd_target=fe80::f816:3eff:fe00:7 actions=resubmit(,94)
+ table=71, priority=95,icmp6,reg5=0x2,in_port=2,icmp_type=136,nd_target=fe80::f816:3eff:fe00:8 actions=resubmit(,94)
+ table=71, priority=80,udp,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,nw_src=192.0.2.7,tp_src=68,tp_dst=67 actions=resubmit(,73)
+ table=71, priority=80,udp,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,nw_src=192.0.2.100,tp_src=68,tp_dst=67 actions=resubmit(,73)
+ table=71, priority=80,udp,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,nw_src=0.0.0.0,tp_src=68,tp_dst=67 actions=resubmit(,73)
+ table=71, priority=80,udp,reg5=0x2,in_port=2,dl_src=fa:16:3e:00:00:08,nw_src=192.0.2.8,tp_src=68,tp_dst=67 actions=resubmit(,73)
+ table=71, priority=80,udp,reg5=0x2,in_port=2,dl_src=fa:16:3e:00:00:08,nw_src=0.0.0.0,tp_src=68,tp_dst=67 actions=resubmit(,73)
+ table=71, priority=80,udp,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,nw_src=203.0.113.0/24,tp_src=68,tp_dst=67 actions=resubmit(,73)
+ table=71, priority=80,udp6,reg5=0x1,in_port=1,dl_src=00:00:5e:00:01:01,ipv6_src=2001:db8::100,tp_src=546,tp_dst=547 actions=resubmit(,73)
+ table=71, priority=80,udp6,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,ipv6_src=2001:db8::7,tp_src=546,tp_dst=547 actions=resubmit(,73)
+ table=71, priority=80,udp6,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,ipv6_src=fe80::f816:3eff:fe00:7,tp_src=546,tp_dst=547 actions=resubmit(,73)
+ table=71, priority=80,udp6,reg5=0x2,in_port=2,dl_src=fa:16:3e:00:00:08,ipv6_src=fe80::f816:3eff:fe00:8,tp_src=546,tp_dst=547 actions=resubmit(,73)
+ table=71, priority=70,udp,reg5=0x1,in_port=1,tp_src=67,tp_dst=68 actions=resubmit(,93)
+ table=71, priority=70,udp6,reg5=0x1,in_port=1,tp_src=547,tp_dst=546 actions=resubmit(,93)
+ table=71, priority=70,udp,reg5=0x2,in_port=2,tp_src=67,tp_dst=68 actions=resubmit(,93)
+ table=71, priority=70,udp6,reg5=0x2,in_port=2,tp_src=547,tp_dst=546 actions=resubmit(,93)
+ table=71, priority=70,icmp6,reg5=0x1,in_port=1,icmp_type=134 actions=resubmit(,93)
+ table=71, priority=70,icmp6,reg5=0x2,in_port=2,icmp_type=134 actions=resubmit(,93)
+ table=71, priority=65,ipv6,reg5=0x1,in_port=1,dl_src=00:00:5e:00:01:01,ipv6_src=2001:db8::100 actions=ct(table=72,zone=NXM_NX_REG6[0..15])
+ table=71, priority=65,ipv6,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,ipv6_src=2001:db8::7 actions=ct(table=72,zone=NXM_NX_REG6[0..15])
+ table=71, priority=65,ipv6,reg5=0x1,in_port=1,dl_src=fa:16:3e:00:00:07,ipv6_src=fe80::f816:3eff:fe00:7 actions=ct(table=72,zone=NXM_NX_REG6[0..15])
+ table=71, priority=65,ipv6,reg5=0x2,in_port=2,dl_src=fa:16:3e:00:00:08,ipv6_src=fe80::f816:3eff:fe00:8 actions=ct(table=72,zone=NXM_NX_REG6[0..15])
+ table=71, priority=10,reg5=0x1,in_port=1 actions=ct_clear,resubmit(,93)
+ table=71, priority=10,reg5=0x2,in_port=2 actions=ct_clear,resubmit(,93)
+ table=71, priority=0 actions=drop
+"""  # noqa: E501
+
+TRANSIENT_14 = """\
+ table=60, reset_counts priority=100,in_port=1 actions=load:0x1->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],resubmit(,71)
+ table=60, reset_counts priority=100,in_port=2 actions=load:0x2->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],resubmit(,71)
+ table=60, reset_counts priority=100,in_port=3 actions=load:0x3->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],resubmit(,73)
+ table=60, reset_counts priority=90,dl_vlan=3,dl_dst=00:00:5e:00:01:01 actions=load:0x1->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],pop_vlan,resubmit(,81)
+ table=60, reset_counts priority=90,dl_vlan=3,dl_dst=fa:16:3e:00:00:07 actions=load:0x1->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],pop_vlan,resubmit(,81)
+ table=60, reset_counts priority=90,dl_vlan=3,dl_dst=fa:16:3e:00:00:08 actions=load:0x2->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],pop_vlan,resubmit(,81)
+"""  # noqa: E501
