@@ -169,7 +169,7 @@ class Ovn(OpenVswitch):
 
     def start_controller(self) -> None:
         """Takes up what it left."""
-        self._controller = self._run_on("ovn-controller", self.connection, f"--unixctl={self.folder}/controller.ctl")
+        self._controller = self._run_on("ovn-controller", self.connection)
 
     def stop_controller(self) -> None:
         """It dies: what it has programmed stays."""

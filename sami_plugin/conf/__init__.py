@@ -23,6 +23,7 @@ _RETENTION = Retention()
 AGENT = cfg.OptGroup("agent", title="The agent of this host")
 MIGRATION = cfg.OptGroup("migration", title="How a guest's flows are carried")
 OVS = cfg.OptGroup("ovs", title="Open vSwitch on this host, for the scope finders `ovs` and `ovn`")
+OVN = cfg.OptGroup("ovn", title="OVN, for the scope finder `ovn`")
 
 AGENT_OPTIONS = [
     cfg.HostAddressOpt(
@@ -137,6 +138,22 @@ OVS_OPTIONS: list[cfg.Opt] = [
         default="br-int",
         help="Name of the bridge that the guests' ports are in, as Neutron's [ovs] integration_bridge.",
     ),
+]
+
+OVN_OPTIONS: list[cfg.Opt] = [
+    cfg.StrOpt(
+        "ovn_sb_connection",
+        help="Where OVN's southbound database answers, as Neutron's [ovn] ovn_sb_connection: tcp:ADDRESS:PORT or "
+        "ssl:ADDRESS:PORT, several with commas. Without it the addresses of a guest's ports are those that OVN lets "
+        "them send from on this host, and of ports without port security those of the guest's libvirt XML. With it the "
+        "addresses of ports without port security come from OVN too.",
+    ),
+    cfg.StrOpt(
+        "ovn_sb_private_key",
+        help="PEM file with the private key for ssl:. All three files have to be named, or none.",
+    ),
+    cfg.StrOpt("ovn_sb_certificate", help="PEM file with the certificate for that key."),
+    cfg.StrOpt("ovn_sb_ca_cert", help="PEM file with the certificate of the authority that the database's is of."),
 ]
 
 MIGRATION_OPTIONS = [
@@ -578,6 +595,7 @@ def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
 _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (AGENT, AGENT_OPTIONS),
     (OVS, OVS_OPTIONS),
+    (OVN, OVN_OPTIONS),
     (MIGRATION, MIGRATION_OPTIONS),
     (POLICY, POLICY_OPTIONS),
     (TLS, TLS_OPTIONS),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sami_plugin.errors import NotAvailable
 from sami_plugin.scopes.command import output_of
 from sami_plugin.scopes.ovsdb import Copy, Tables
 
@@ -76,13 +77,15 @@ class Integration:
         self._target = f"unix:{path.rpartition('/')[0]}/{bridge}.mgmt" if kind == "unix" and "/" in path else bridge
         self._has_warned = False
 
-    def look(self) -> Bridge | None:
-        """The bridge now; None where there is none of this name.
+    def look(self) -> Bridge:
+        """The bridge now.
 
-        :raises NotAvailable, NotPermitted: as `Copy.current`.
+        :raises NotAvailable, NotPermitted: as `Copy.current`, or there is no bridge of this name.
         """
         bridge = self._copy.current()
-        if bridge is not None and not bridge.is_in_kernel and not self._has_warned:
+        if bridge is None:
+            raise NotAvailable(f"Open vSwitch has no bridge {self._name}; [ovs] integration_bridge names the guests'")
+        if not bridge.is_in_kernel and not self._has_warned:
             self._has_warned = True
             LOG.warning(
                 "%s has a datapath in user space, which tracks connections by itself: the kernel has none of its ports",

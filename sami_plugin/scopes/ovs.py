@@ -49,8 +49,6 @@ class OvsScopes(LearnedScopes):
 
     def _look(self) -> Knowledge:
         bridge = self._integration.look()
-        if bridge is None:
-            return Knowledge()
         zones = zones_of(self._integration.flows(TRANSIENT_TABLE))
         return knowledge_of(bridge, zones, addresses_of(self._integration.flows(BASE_EGRESS_TABLE)))
 
@@ -95,12 +93,13 @@ def zones_of(flows: Iterable[Flow]) -> dict[int, int]:
 
 def addresses_of(flows: Iterable[Flow]) -> dict[int, Addresses]:
     """By number of a port, the addresses from which it may send what is tracked."""
-    found = defaultdict[int, dict[netaddr.IPAddress, None]](dict)
+    found = defaultdict[int, set[netaddr.IPAddress]](set)
     for flow in flows:
         if flow.table != BASE_EGRESS_TABLE or not set(flow.match) <= _ASKED or not _IN_ZONE.search(flow.actions):
             continue
         port = number_of(flow.match.get("in_port", ""))
         address = host_address(flow.match.get("nw_src") or flow.match.get("ipv6_src") or "")
         if port is not None and address is not None:
-            found[port][address] = None
-    return {port: tuple(some) for port, some in found.items()}
+            found[port].add(address)
+    # Sorted: the switch tells its flows in any order, and the same scope is to be the same.
+    return {port: tuple(sorted(some)) for port, some in found.items()}

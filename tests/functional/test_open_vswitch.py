@@ -13,13 +13,14 @@ import pytest
 
 from lab.deadline import wait_until
 from lab.errors import LabUnavailable
-from lab.open_vswitch import OpenVswitch
+from lab.open_vswitch import OpenVswitch, Ovn
 from sami_plugin.errors import NotAvailable
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.learned import FRESH_SECONDS, LearnedScopes
 from sami_plugin.scopes.open_vswitch import Integration
+from sami_plugin.scopes.ovn import OvnScopes, southbound_of
 from sami_plugin.scopes.ovs import OvsScopes
 from tests.unit.scopes.open_vswitch_texts import BASE_EGRESS, TRANSIENT
 
@@ -169,8 +170,150 @@ def test_missing_database_is_named(folder: Path) -> None:
         finder.find("g")
 
 
-def test_missing_bridge_holds_no_port(switch: OpenVswitch) -> None:
+def test_missing_bridge_is_named(switch: OpenVswitch) -> None:
     finder = OvsScopes(Integration(switch.connection, "br-other"))
     finder.learn("g", (GuestPort(FIRST[0]),))
-    assert finder.find("g") == ()
+    with pytest.raises(NotAvailable, match="no bridge br-other"):
+        finder.find("g")
     finder.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- OVN
+
+
+@pytest.fixture
+def ovn(folder: Path) -> Iterator[Ovn]:
+    try:
+        started = Ovn(folder)
+    except LabUnavailable as error:
+        pytest.skip(f"the finder `ovn` is not tried against a real OVN: {error}")
+    with started:
+        yield started
+
+
+@pytest.fixture
+def ovn_finder(ovn: Ovn) -> Iterator[OvnScopes]:
+    made = OvnScopes(Integration(ovn.connection, "br-int"))
+    made.learn("g", (GuestPort(FIRST[0], interface_id=FIRST[1]),))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def asking_finder(ovn: Ovn) -> Iterator[OvnScopes]:
+    """One that asks the southbound database too."""
+    made = OvnScopes(Integration(ovn.connection, "br-int"), southbound_of(ovn.southbound))
+    made.learn("g", (GuestPort(FIRST[0], interface_id=FIRST[1]),))
+    yield made
+    made.close()
+
+
+def logical_port(ovn: Ovn, *security: str, which: tuple[str, str, str] = FIRST, host: int = 7) -> None:
+    """As Neutron's server writes it: fixed addresses, and with port security the pairs that are allowed."""
+    _, port, mac = which
+    ovn.nbctl("--may-exist", "ls-add", "net", "--", "lsp-add", "net", port)
+    ovn.nbctl("lsp-set-addresses", port, f"{mac} 192.0.2.{host} 2001:db8::{host}")
+    if security:
+        ovn.nbctl("lsp-set-port-security", port, *security)
+
+
+def zone_in_bridge(ovn: Ovn, port: str = FIRST[1]) -> int:
+    return int(ovn.vsctl("get", "bridge", "br-int", f"external_ids:ct-zone-{port}").strip().strip('"'))
+
+
+PAIRS = ("fa:16:3e:00:00:07 192.0.2.7 2001:db8::7 192.0.2.100 203.0.113.0/24", "00:00:5e:00:01:01 2001:db8::100")
+SECURED = {
+    *addresses("192.0.2.7", "192.0.2.100", "2001:db8::7", "2001:db8::100"),
+    # OVN lets a port send from the link-local addresses of its MAC addresses.
+    *addresses("fe80::f816:3eff:fe00:7", "fe80::200:5eff:fe00:101"),
+}
+
+
+def test_logical_port_has_a_zone_of_its_own_and_the_addresses_of_its_port_security(
+    ovn: Ovn, ovn_finder: OvnScopes
+) -> None:
+    for which, host in ((FIRST, 7), (SECOND, 8)):
+        logical_port(ovn, *(PAIRS if which is FIRST else (f"{SECOND[2]} 192.0.2.8",)), which=which, host=host)
+        ovn.plug(*which)
+    scope = wait_for_scope(ovn_finder)
+    assert (scope.zones, scope.is_shared, scope.barred_marks) == ({ZoneRole.PORT: zone_in_bridge(ovn)}, False, 1)
+    assert set(scope.addresses) == SECURED
+    assert zone_in_bridge(ovn) != zone_in_bridge(ovn, SECOND[1])
+    assert ovn_finder.neighbours(scope) == ()
+
+
+def test_port_is_found_when_ovn_has_given_it_a_zone_and_not_before(ovn: Ovn, ovn_finder: OvnScopes) -> None:
+    logical_port(ovn, *PAIRS)
+    ovn.stop_controller()
+    ovn.plug(*FIRST)
+    for _ in range(10):
+        assert scope_of(ovn_finder) is None
+    ovn.start_controller()
+    assert wait_for_scope(ovn_finder).zones == {ZoneRole.PORT: zone_in_bridge(ovn)}
+
+
+def test_port_that_left_ovn_is_not_found(ovn: Ovn, ovn_finder: OvnScopes) -> None:
+    logical_port(ovn, *PAIRS)
+    ovn.plug(*FIRST)
+    wait_for_scope(ovn_finder)
+    ovn.unplug(FIRST[0])
+    wait_until(lambda: scope_of(ovn_finder) is None, "the port is gone", SECONDS, poll_seconds=0.05)
+
+
+def test_zone_is_known_while_ovn_controller_is_away(ovn: Ovn, ovn_finder: OvnScopes) -> None:
+    logical_port(ovn, *PAIRS)
+    ovn.plug(*FIRST)
+    scope = wait_for_scope(ovn_finder)
+    ovn.stop_controller()
+    assert scope_of(ovn_finder) == scope
+    ovn.start_controller()
+    time.sleep(1)
+    assert scope_of(ovn_finder) == scope
+
+
+def test_port_without_port_security_has_the_addresses_of_the_guests_description(
+    ovn: Ovn, ovn_finder: OvnScopes
+) -> None:
+    logical_port(ovn)
+    ovn.plug(*FIRST)
+    ovn_finder.learn("g", (GuestPort(FIRST[0], claimed=addresses("192.0.2.66")),))
+    assert wait_for_scope(ovn_finder).addresses == addresses("192.0.2.66")
+
+
+def test_port_without_port_security_has_the_addresses_of_the_southbound_database_where_it_is_asked(
+    ovn: Ovn, asking_finder: OvnScopes
+) -> None:
+    logical_port(ovn)
+    ovn.plug(*FIRST)
+    asking_finder.learn("g", (GuestPort(FIRST[0], claimed=addresses("192.0.2.66")),))
+
+    def is_told() -> bool:
+        scope = scope_of(asking_finder)
+        return scope is not None and scope.addresses == addresses("192.0.2.7", "2001:db8::7")
+
+    wait_until(is_told, "the southbound database's addresses are known", SECONDS, poll_seconds=0.05)
+
+
+def test_southbound_database_that_does_not_answer_is_warned_of_and_waited_for_by_nobody(
+    ovn: Ovn, caplog: pytest.LogCaptureFixture
+) -> None:
+    finder = OvnScopes(Integration(ovn.connection, "br-int"), southbound_of(f"unix:{ovn.folder}/nobody.sock"))
+    finder.learn("g", (GuestPort(FIRST[0]),))
+    logical_port(ovn, *PAIRS)
+    ovn.plug(*FIRST)
+    assert set(wait_for_scope(finder).addresses) == SECURED
+    wait_until(lambda: "OVN_Southbound at unix:" in caplog.text, "the warning", SECONDS)
+    finder.close()
+
+
+def test_port_that_is_still_another_chassis_has_its_zone_and_addresses_here(ovn: Ovn, ovn_finder: OvnScopes) -> None:
+    """As Neutron asks for it while the guest migrates: bound there, and here until the guest's RARP comes."""
+    logical_port(ovn, *PAIRS)
+    ovn.sbctl("chassis-add", "host-b", "geneve", "127.0.0.8")
+    options = ("requested-chassis=host-b,host-a", "activation-strategy=rarp")
+    ovn.nbctl("lsp-set-options", FIRST[1], *options)
+    ovn.plug(*FIRST)
+    scope = wait_for_scope(ovn_finder)
+    assert scope.zones == {ZoneRole.PORT: zone_in_bridge(ovn)}
+    assert set(scope.addresses) == SECURED
+    assert "[]" not in ovn.sbctl("get", "port_binding", FIRST[1], "additional_chassis")

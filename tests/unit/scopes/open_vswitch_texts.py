@@ -1,7 +1,8 @@
 """What `ovs-ofctl --no-names --no-stats dump-flows br-int` writes on the hosts that are meant.
 
 The flows of Neutron are those that its OVSFirewallDriver (29.0.0) programmed for three ports of one network: the first
-with allowed address pairs, the third without port security.
+with allowed address pairs, the third without port security. The flows of OVN are those of 23.03.1 for a port with
+port security and allowed address pairs, which has a distributed floating IP.
 """
 
 TRANSIENT = """\
@@ -61,4 +62,28 @@ TRANSIENT_14 = """\
  table=60, reset_counts priority=90,dl_vlan=3,dl_dst=00:00:5e:00:01:01 actions=load:0x1->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],pop_vlan,resubmit(,81)
  table=60, reset_counts priority=90,dl_vlan=3,dl_dst=fa:16:3e:00:00:07 actions=load:0x1->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],pop_vlan,resubmit(,81)
  table=60, reset_counts priority=90,dl_vlan=3,dl_dst=fa:16:3e:00:00:08 actions=load:0x2->NXM_NX_REG5[],load:0x3->NXM_NX_REG6[],pop_vlan,resubmit(,81)
+"""  # noqa: E501
+
+OVN_PHYSICAL = """\
+ priority=100,in_port=1 actions=load:0x8->NXM_NX_REG13[],load:0x2->NXM_NX_REG11[],load:0x7->NXM_NX_REG12[],load:0x1->OXM_OF_METADATA[],load:0x1->NXM_NX_REG14[],resubmit(,8)
+ priority=0 actions=drop
+"""  # noqa: E501
+
+OVN_PORT_SECURITY = """\
+ table=73, priority=95,arp,reg14=0x1,metadata=0x1 actions=resubmit(,74)
+ table=73, priority=90,ipv6,reg14=0x1,metadata=0x1,dl_src=00:00:5e:00:01:01,ipv6_src=2001:db8::100 actions=resubmit(,74)
+ table=73, priority=90,ipv6,reg14=0x1,metadata=0x1,dl_src=00:00:5e:00:01:01,ipv6_src=fe80::200:5eff:fe00:101 actions=resubmit(,74)
+ table=73, priority=90,ipv6,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,ipv6_src=2001:db8::7 actions=resubmit(,74)
+ table=73, priority=90,ipv6,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,ipv6_src=fe80::f816:3eff:fe00:7 actions=resubmit(,74)
+ table=73, priority=90,icmp6,reg14=0x1,metadata=0x1,dl_src=00:00:5e:00:01:01,ipv6_src=::,ipv6_dst=ff02::/16,icmp_type=131,icmp_code=0 actions=load:0->NXM_NX_REG10[12]
+ table=73, priority=90,icmp6,reg14=0x1,metadata=0x1,dl_src=00:00:5e:00:01:01,ipv6_src=::,ipv6_dst=ff02::/16,icmp_type=143,icmp_code=0 actions=load:0->NXM_NX_REG10[12]
+ table=73, priority=90,icmp6,reg14=0x1,metadata=0x1,dl_src=00:00:5e:00:01:01,ipv6_src=::,ipv6_dst=ff02::/16,icmp_type=135,icmp_code=0 actions=resubmit(,74)
+ table=73, priority=90,icmp6,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,ipv6_src=::,ipv6_dst=ff02::/16,icmp_type=131,icmp_code=0 actions=load:0->NXM_NX_REG10[12]
+ table=73, priority=90,icmp6,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,ipv6_src=::,ipv6_dst=ff02::/16,icmp_type=143,icmp_code=0 actions=load:0->NXM_NX_REG10[12]
+ table=73, priority=90,icmp6,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,ipv6_src=::,ipv6_dst=ff02::/16,icmp_type=135,icmp_code=0 actions=resubmit(,74)
+ table=73, priority=90,ip,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,nw_src=192.0.2.7 actions=load:0->NXM_NX_REG10[12]
+ table=73, priority=90,ip,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,nw_src=192.0.2.100 actions=load:0->NXM_NX_REG10[12]
+ table=73, priority=90,ip,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,nw_src=203.0.113.0/24 actions=load:0->NXM_NX_REG10[12]
+ table=73, priority=90,udp,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,nw_src=0.0.0.0,nw_dst=255.255.255.255,tp_src=68,tp_dst=67 actions=load:0->NXM_NX_REG10[12]
+ table=73, priority=80,reg14=0x1,metadata=0x1 actions=load:0x1->NXM_NX_REG10[12]
 """  # noqa: E501

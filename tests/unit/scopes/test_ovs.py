@@ -44,11 +44,11 @@ BRIDGE = Bridge(
 
 
 class FakeIntegration(Integration):
-    def __init__(self, bridge: Bridge | None = BRIDGE, *texts: str) -> None:
+    def __init__(self, bridge: Bridge = BRIDGE, *texts: str) -> None:
         self.bridge = bridge
         self.texts = texts or (TRANSIENT, BASE_EGRESS)
 
-    def look(self) -> Bridge | None:
+    def look(self) -> Bridge:
         return self.bridge
 
     def flows(self, table: int) -> Iterator[Flow]:
@@ -56,7 +56,7 @@ class FakeIntegration(Integration):
             yield from (flow for flow in flows_of(text) if flow.table == table)
 
 
-def told(bridge: Bridge | None = BRIDGE, *texts: str, trust_guest_xml: bool = False) -> OvsScopes:
+def told(bridge: Bridge = BRIDGE, *texts: str, trust_guest_xml: bool = False) -> OvsScopes:
     finder = OvsScopes(FakeIntegration(bridge, *texts), trust_guest_xml)
     finder.learn("g", (GuestPort(FIRST, interface_id=FIRST_PORT),))
     return finder
@@ -108,7 +108,6 @@ def test_port_without_port_security_has_no_zone(caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(
     ("bridge", "texts"),
     [
-        (None, ()),
         (replace(BRIDGE, interfaces={}), ()),
         (changed(FIRST, tag=None), ()),
         (changed(FIRST, tag=5), ()),  # a number that its flows do not have
@@ -118,7 +117,7 @@ def test_port_without_port_security_has_no_zone(caplog: pytest.LogCaptureFixture
         (BRIDGE, (BASE_EGRESS,)),
     ],
 )
-def test_port_is_not_here_before_database_and_flows_agree(bridge: Bridge | None, texts: tuple[str, ...]) -> None:
+def test_port_is_not_here_before_database_and_flows_agree(bridge: Bridge, texts: tuple[str, ...]) -> None:
     assert told(bridge, *texts).find("g") == ()
 
 

@@ -1,0 +1,180 @@
+"""Scopes of OVN: a zone of its own for each logical port, which ovn-controller writes into the integration bridge.
+
+    external_ids:ct-zone-1234abcd-5e00-4000-8000-000000000007="8"
+
+It writes the key once the switch has acknowledged that the zone was emptied, so a flow that is put in after that stays.
+What the port may send from is in table 73 of the bridge, by numbers that the flow of table 0 gives the port
+(OFTABLE_CHK_IN_PORT_SEC, since OVN 22.09); allowed address pairs are there too:
+
+    table=0, priority=100,in_port=1 actions=load:0x8->NXM_NX_REG13[],...,load:0x1->OXM_OF_METADATA[],
+        load:0x1->NXM_NX_REG14[],resubmit(,8)
+    table=73, priority=90,ip,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,nw_src=192.0.2.7 actions=...
+
+The southbound database says the same, and the addresses of ports without port security as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Self
+
+import netaddr
+
+from sami_plugin.errors import ConfigurationError
+from sami_plugin.model.flows import Addresses
+from sami_plugin.scopes.learned import LearnedScopes
+from sami_plugin.scopes.open_vswitch import Bridge, Flow, Integration, loaded, number_of
+from sami_plugin.scopes.ovsdb import Copy, Credentials, Tables
+from sami_plugin.scopes.rules import Knowledge, host_address
+
+if TYPE_CHECKING:
+    from oslo_config import cfg
+
+ZONE_PREFIX = "ct-zone-"
+PHYSICAL_TABLE, PORT_SECURITY_TABLE = 0, 73
+BLOCKED_MARK = 0x1
+"""ct_mark.blocked (OVN 22.03 and later): the rule that admitted the flow has gone, and its packets are dropped."""
+
+_ASKED = frozenset({"ip", "ipv6", "reg14", "metadata", "dl_src", "nw_src", "ipv6_src"})
+_ZONE = re.compile("[1-9][0-9]{0,4}", re.ASCII)
+_BINDINGS = {"Port_Binding": ("logical_port", "mac", "port_security")}
+
+Ports = Mapping[str, Addresses]
+"""By name of a logical port, its addresses."""
+
+
+class OvnScopes(LearnedScopes):
+    """Asks the database of Open vSwitch, `ovs-ofctl` for two tables of the integration bridge, and OVN's southbound
+    database where the operator names it.
+    """
+
+    barred_marks = BLOCKED_MARK
+
+    def __init__(self, integration: Integration, southbound: Copy[Ports] | None = None) -> None:
+        super().__init__()
+        self._integration = integration
+        self._southbound = southbound
+
+    @classmethod
+    def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
+        """Takes `[ovs]` and `[ovn]`.
+
+        :raises ConfigurationError: some of the files for TLS are named, and others are not.
+        """
+        southbound = None
+        if conf.ovn.ovn_sb_connection:
+            southbound = southbound_of(conf.ovn.ovn_sb_connection, _credentials(conf))
+        return cls(Integration(conf.ovs.ovsdb_connection, conf.ovs.integration_bridge), southbound)
+
+    def _look(self) -> Knowledge:
+        bridge = self._integration.look()
+        numbers = numbers_of(self._integration.flows(PHYSICAL_TABLE))
+        addresses = addresses_of(self._integration.flows(PORT_SECURITY_TABLE))
+        return knowledge_of(bridge, numbers, addresses, self._bound(bridge))
+
+    def _bound(self, bridge: Bridge) -> Ports:
+        if self._southbound is None:
+            return {}
+        names = sorted({one.port for one in bridge.interfaces.values() if one.port})
+        self._southbound.restrict("Port_Binding", [["logical_port", "==", name] for name in names])
+        return self._southbound.latest() or {}
+
+    def close(self) -> None:
+        """Ends what was started to look."""
+        self._integration.close()
+        if self._southbound is not None:
+            self._southbound.close()
+
+
+def _credentials(conf: cfg.ConfigOpts) -> Credentials | None:
+    names = ("ovn_sb_private_key", "ovn_sb_certificate", "ovn_sb_ca_cert")
+    files = {name: conf.ovn[name] for name in names}
+    missing = [name for name, file in files.items() if not file]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        raise ConfigurationError(f"[ovn] {', '.join(missing)}: name all three files, or none")
+    return Credentials(*files.values())
+
+
+def southbound_of(connection: str, credentials: Credentials | None = None) -> Copy[Ports]:
+    """The ports of OVN's southbound database, of which it is asked for none at first."""
+    made: Copy[Ports] = Copy(connection, "OVN_Southbound", _BINDINGS, bound_of, credentials)
+    made.restrict("Port_Binding", [])
+    return made
+
+
+def knowledge_of(
+    bridge: Bridge, numbers: Mapping[int, tuple[int, int]], addresses: Mapping[tuple[int, int], Addresses], bound: Ports
+) -> Knowledge:
+    """What the bridge's database says, its flows, and the southbound database.
+
+    A port counts once OVN says, beside its zone, that all its flows are in place: then all its addresses are there. It
+    says so on the host where a guest migrates to as well, before the guest is there (seen with OVN 23.03.1).
+    """
+    zones, own = dict[str, frozenset[int]](), dict[str, Addresses]()
+    for one in bridge.interfaces.values():
+        zone = bridge.external_ids.get(f"{ZONE_PREFIX}{one.port}", "") if one.port else ""
+        place = numbers.get(one.number)
+        said = (*addresses.get(place, ()), *bound.get(one.port, ())) if place is not None else bound.get(one.port, ())
+        own[one.name] = tuple(sorted(set(said)))
+        if one.is_installed and _ZONE.fullmatch(zone) and int(zone) <= 0xFFFF:
+            zones[one.name] = frozenset({int(zone)})
+    users = defaultdict[int, set[str]](set)
+    for name, some in zones.items():
+        for number in some:
+            users[number].add(name)
+    return Knowledge(
+        zones=zones,
+        users={zone: frozenset(names) for zone, names in users.items()},
+        own=own,
+        present=frozenset(bridge.interfaces),
+        ports={one.name: one.port for one in bridge.interfaces.values()},
+    )
+
+
+def numbers_of(flows: Iterable[Flow]) -> dict[int, tuple[int, int]]:
+    """By number of a port in the bridge, its datapath's in OVN and its own there."""
+    found = {}
+    for flow in flows:
+        if flow.table != PHYSICAL_TABLE or set(flow.match) != {"in_port"}:
+            continue
+        port = number_of(flow.match["in_port"])
+        datapath = loaded(flow.actions, "OXM_OF_METADATA", "metadata")
+        number = loaded(flow.actions, "NXM_NX_REG14", "reg14")
+        if port is not None and datapath is not None and number is not None:
+            found[port] = datapath, number
+    return found
+
+
+def addresses_of(flows: Iterable[Flow]) -> dict[tuple[int, int], Addresses]:
+    """By a port's numbers in OVN, the addresses from which it may send. Flows that say so differ in nothing else."""
+    found = defaultdict[tuple[int, int], set[netaddr.IPAddress]](set)
+    for flow in flows:
+        if flow.table != PORT_SECURITY_TABLE or not set(flow.match) <= _ASKED:
+            continue
+        if loaded(flow.actions, "NXM_NX_REG10", "reg10"):  # its bit says that the packet is dropped
+            continue
+        place = number_of(flow.match.get("metadata", "")), number_of(flow.match.get("reg14", ""))
+        address = host_address(flow.match.get("nw_src") or flow.match.get("ipv6_src") or "")
+        datapath, number = place
+        if datapath is not None and number is not None and address is not None:
+            found[datapath, number].add(address)
+    # Sorted: the switch tells its flows in any order, and the same scope is to be the same.
+    return {place: tuple(sorted(some)) for place, some in found.items()}
+
+
+def bound_of(tables: Tables) -> Ports:
+    """The ports of OVN's southbound database, see ovn-sb(5), Port_Binding."""
+    rows = tables["Port_Binding"].rows.values()
+    # The column port_security is there since OVN 22.09.
+    return {row.logical_port: _said([*row.mac, *getattr(row, "port_security", ())]) for row in rows}
+
+
+def _said(texts: Iterable[str]) -> Addresses:
+    """Of texts such as `fa:16:3e:00:00:07 192.0.2.7 2001:db8::7`; words that are no address of one host are skipped."""
+    words = dict.fromkeys(word for text in texts for word in text.split())
+    found = (host_address(word) for word in words)
+    return tuple(dict.fromkeys(address for address in found if address is not None))
