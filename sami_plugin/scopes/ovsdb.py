@@ -16,7 +16,9 @@ LOG = logging.getLogger(__name__)
 
 PACKAGE = "ovsdbapp"
 SECONDS = 5.0
-"""How long a server may take to tell all for the first time, and how long to wait before it is asked again."""
+"""How long a server may take to tell all for the first time."""
+RETRY_SECONDS = 30.0
+"""Between tries beside, of which ovsdbapp logs each that fails."""
 RESTRICT_SECONDS = 1.0
 _POLL_SECONDS = 0.01
 
@@ -81,7 +83,7 @@ class Copy(Generic[T]):
         """As `current`, but never waits: None as long as nothing is known. Goes on trying beside."""
         if self._running is None:
             if time.monotonic() >= self._next_try and not self._starting.locked():
-                self._next_try = time.monotonic() + SECONDS
+                self._next_try = time.monotonic() + RETRY_SECONDS
                 threading.Thread(target=self._try, name=f"start of {self._database}", daemon=True).start()
             return None
         made = self._made
@@ -121,6 +123,7 @@ class Copy(Generic[T]):
                 LOG.warning("%s", error)
 
     def _start(self) -> None:
+        self._may_open()
         try:
             from ovs import stream
             from ovsdbapp.backend.ovs_idl import connection, idlutils
@@ -128,7 +131,6 @@ class Copy(Generic[T]):
             raise NotAvailable(
                 f"the package {PACKAGE} cannot be imported ({error}); install it with the extra: sami_plugin[ovs]"
             ) from error
-        self._may_open()
         if self._credentials is not None:
             stream.Stream.ssl_set_private_key_file(self._credentials.private_key)
             stream.Stream.ssl_set_certificate_file(self._credentials.certificate)

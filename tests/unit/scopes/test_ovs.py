@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sami_plugin.errors import NotAvailable
+from sami_plugin.errors import NotAvailable, NotPermitted
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.scope import Scope
+from sami_plugin.scopes import open_vswitch
 from sami_plugin.scopes.open_vswitch import Bridge, Flow, Integration, Interface, bridge_of, flows_of, loaded, number_of
 from sami_plugin.scopes.ovs import OvsScopes, addresses_of, knowledge_of, zones_of
 from tests.unit.scopes.open_vswitch_texts import BASE_EGRESS, TRANSIENT, TRANSIENT_14
+from tests.unit.scopes.test_loading import configured
 
 FIRST, SECOND, UNFILTERED = "tap1234abcd-5e", "tap9876fedc-5e", "tapaaaabbbb-5e"
 FIRST_PORT = "1234abcd-5e00-4000-8000-000000000007"
@@ -267,6 +270,35 @@ def test_datapath_in_user_space_is_warned_of_once(caplog: pytest.LogCaptureFixtu
     assert [record.message for record in caplog.records if "user space" in record.message] == [
         "br-int has a datapath in user space, which tracks connections by itself: the kernel has none of its ports"
     ]
+
+
+def test_socket_that_may_not_be_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    socket = tmp_path / "db.sock"
+    socket.touch()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(NotPermitted, match=r"db\.sock may not be opened by this process; run the agent in the group"):
+        Integration(f"unix:{socket}", "br-int").look()
+
+
+@pytest.mark.parametrize(
+    ("connection", "target"),
+    [("unix:/run/ovs/db.sock", "unix:/run/ovs/br-x.mgmt"), ("tcp:127.0.0.1:6640", "br-x"), ("unix:db.sock", "br-x")],
+)
+def test_finder_takes_its_options_and_finds_the_bridges_socket_beside_the_databases(
+    connection: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def output_of(argv: list[str], package: str, needs: str) -> tuple[str, str]:
+        asked.append(argv)
+        return TRANSIENT, ""
+
+    monkeypatch.setattr(open_vswitch, "output_of", output_of)
+    text = f"[ovs]\novsdb_connection = {connection}\nintegration_bridge = br-x\n[agent]\ntrust_guest_xml = true\n"
+    finder = OvsScopes.from_conf(configured(tmp_path, text))
+    assert finder._trusts_claims
+    assert len(list(finder._integration.flows(60))) == len(TRANSIENT.splitlines())
+    assert [argv[-2:] for argv in asked] == [[target, "table=60"]]
 
 
 def test_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
