@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ LOG = logging.getLogger(__name__)
 PACKAGE = "ovsdbapp"
 SECONDS = 5.0
 """How long a server may take to tell all for the first time."""
+WAIT_SECONDS = 2 * SECONDS
 RETRY_SECONDS = 30.0
 """Between tries beside, of which ovsdbapp logs each that fails."""
 RESTRICT_SECONDS = 1.0
@@ -34,6 +36,25 @@ class Credentials:
     private_key: str
     certificate: str
     ca_certificate: str
+
+
+def libraries() -> tuple[Any, Any, Any]:
+    """python-ovs' stream, and ovsdbapp's connection and idlutils.
+
+    :raises ImportError: one of them is not there.
+    """
+    # python-ovs imports eventlet where that is installed, and does without where it is not. Its import makes a second
+    # module threading, which takes the lock of the importing thread away: nobody could wait for its end any more.
+    hides = "eventlet" not in sys.modules
+    if hides:
+        sys.modules["eventlet"] = None  # type: ignore[assignment]
+    try:
+        from ovs import stream
+        from ovsdbapp.backend.ovs_idl import connection, idlutils
+    finally:
+        if hides:
+            del sys.modules["eventlet"]
+    return stream, connection, idlutils
 
 
 class Copy(Generic[T]):
@@ -62,17 +83,25 @@ class Copy(Generic[T]):
         self._idl: Any = None
         self._made: tuple[T] | None = None
         self._next_try = 0.0
-        self._said = ""
+        self._attempting: threading.Thread | None = None
+        self._failure: OperatorError | None = None
 
     def current(self) -> T:
-        """What is known now. The first question waits for the server, for some seconds at most where it is local.
+        """What is known now. Waits for the server as long as it has not answered once, but not for ever.
 
         :raises NotAvailable: ovsdbapp is missing, or nobody answers.
         :raises NotPermitted: this process may not open the server's socket.
         """
-        with self._starting:
-            if self._running is None:
-                self._start()
+        if self._running is None:
+            attempt = self._attempt()
+            attempt.join(WAIT_SECONDS)
+            if attempt.is_alive():
+                raise NotAvailable(
+                    f"{self._database} at {self._connection} has not answered within {WAIT_SECONDS:g} s; "
+                    "is its server all right?"
+                )
+            if self._failure is not None:
+                raise self._failure
         made = self._made
         # A server that is away may come back with other numbers: what it said before is no answer.
         if made is None or not self._idl.is_current():
@@ -82,9 +111,9 @@ class Copy(Generic[T]):
     def latest(self) -> T | None:
         """As `current`, but never waits: None as long as nothing is known. Goes on trying beside."""
         if self._running is None:
-            if time.monotonic() >= self._next_try and not self._starting.locked():
+            if time.monotonic() >= self._next_try:
                 self._next_try = time.monotonic() + RETRY_SECONDS
-                threading.Thread(target=self._try, name=f"start of {self._database}", daemon=True).start()
+                self._attempt()
             return None
         made = self._made
         return made[0] if made is not None and self._idl.is_current() else None
@@ -114,19 +143,29 @@ class Copy(Generic[T]):
         if running is not None:
             running.stop(SECONDS)
 
+    def _attempt(self) -> threading.Thread:
+        """In a thread of its own: ovsdbapp waits for the schema without a limit. One at a time."""
+        with self._starting:
+            if self._attempting is None or not self._attempting.is_alive():
+                self._attempting = threading.Thread(target=self._try, name=f"start of {self._database}", daemon=True)
+                self._attempting.start()
+            return self._attempting
+
     def _try(self) -> None:
+        if self._running is not None:
+            return
         try:
-            self.current()
+            self._start()
+            self._failure = None
         except OperatorError as error:
-            if str(error) != self._said:
-                self._said = str(error)
+            if str(error) != str(self._failure):
                 LOG.warning("%s", error)
+            self._failure = error
 
     def _start(self) -> None:
         self._may_open()
         try:
-            from ovs import stream
-            from ovsdbapp.backend.ovs_idl import connection, idlutils
+            stream, connection, idlutils = libraries()
         except ImportError as error:
             raise NotAvailable(
                 f"the package {PACKAGE} cannot be imported ({error}); install it with the extra: sami_plugin[ovs]"
@@ -137,7 +176,7 @@ class Copy(Generic[T]):
             stream.Stream.ssl_set_ca_cert_file(self._credentials.ca_certificate)
         copy = self
 
-        class Watched(connection.OvsdbIdl):
+        class Watched(connection.OvsdbIdl):  # type: ignore[name-defined]
             """Rows change in `run` alone, so they are looked at there, by the thread that changes them."""
 
             def run(self) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from sami_plugin.errors import NotAvailable
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.scope import Scope
+from sami_plugin.scopes import ovsdb
 from sami_plugin.scopes.learned import FRESH_SECONDS, LearnedScopes
 from sami_plugin.scopes.open_vswitch import Integration
 from sami_plugin.scopes.ovn import OvnScopes, southbound_of
@@ -170,6 +174,26 @@ def test_missing_database_is_named(folder: Path) -> None:
     for question in (lambda: finder.find("g"), finder.namespaces):
         with pytest.raises(NotAvailable, match=r"Open_vSwitch at unix:.*cannot be read .*; is its server running\?"):
             question()
+
+
+def test_eventlet_is_not_imported_with_ovsdbapp() -> None:
+    code = "import sys; from sami_plugin.scopes import ovsdb; ovsdb.libraries(); sys.exit('eventlet' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_database_that_never_answers_is_not_waited_for_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ovsdb, "WAIT_SECONDS", 0.3)
+    finder = OvsScopes(Integration(f"unix:{folder}/db.sock", "br-int"))
+    finder.learn("g", (GuestPort(FIRST[0]),))
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(f"{folder}/db.sock")
+        silent.listen()
+        for _ in range(2):
+            with pytest.raises(NotAvailable, match=r"has not answered within 0\.3 s"):
+                finder.find("g")
+    # The connection ended, and now the attempt fails by itself.
+    with pytest.raises(NotAvailable, match=r"has not answered|cannot be read"):
+        finder.find("g")
 
 
 def test_missing_bridge_is_named(switch: OpenVswitch) -> None:
