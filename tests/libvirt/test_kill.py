@@ -133,7 +133,8 @@ def settles(case: Case, what: str) -> None:
             host.virsh("resume", case.guest.name)
     here = case.lab.host_of(case.guest.name)
     (there,) = (host for host in case.lab.hosts.values() if host is not here)
-    assert case.goes_on(), f"{what}: {case.sami.words()}"
+    # A peer that got no answer while the agent was away tries again after as long as that was once more.
+    wait_until(case.goes_on, f"{what}: the connection to go on; {case.sami.words()}", 40)
     wait_until(lambda: case.entries(here) == 1, f"{what}: the entry where the guest is; {case.sami.words()}", 15)
     wait_until(lambda: case.entries(there) == 0, f"{what}: the entry to be gone; {case.sami.words()}", 40)
     for agent in case.sami.agents.values():
