@@ -9,7 +9,7 @@ function sami {
 
 function install_sami {
     install_package conntrack
-    setup_develop "$SAMI_DIR" libvirt
+    setup_develop "$SAMI_DIR" libvirt,ovs
 }
 
 # This host's certificate, of the authority that all hosts share.

@@ -6,7 +6,7 @@
 #
 # The environment says what DevStack knows: DEST (where the plugin's source is below), DATA_DIR, STACK_USER, NOVA_CONF,
 # RABBIT_URL, PYTHON_BIN (where the project's commands are), NOVA_PYTHON (where nova-compute finds packages; may be
-# empty), RUN (for logs and process ids), SERVICES (n-cpu by default) and any setting of the plugin.
+# empty), Q_AGENT, RUN (for logs and process ids), SERVICES (n-cpu by default) and any setting of the plugin.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -53,6 +53,7 @@ class Host:
             "SAMI_STATE_DIR": str(folder / "state"),
             "SAMI_LIBVIRT_HOOKS": str(folder / "hooks"),
             "SAMI_HOST": "cmp1",
+            "Q_AGENT": "linuxbridge",
         }
 
     def devstack(self, *words: str) -> str:
