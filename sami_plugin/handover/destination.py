@@ -118,6 +118,7 @@ class DestinationSession(Session):
             has_all=self._has_all,
             is_started=former.has("guest started"),
             runs_here=former.has("guest resumed"),
+            has_some=any(len(table) for _, table in former.ports),
             is_held=self._is_held,
             times_asked=self.times_asked,
         )

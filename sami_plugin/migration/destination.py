@@ -136,16 +136,20 @@ def continuing(
     has_all: bool,
     is_started: bool,
     runs_here: bool,
+    has_some: bool = True,
     is_held: bool = False,
     times_asked: int = 1,
 ) -> Destination:
-    """What is known when this session goes on with another one; `has_all`: everything is in the device."""
+    """What is known when this session goes on with another one.
+
+    `has_all`: everything is in the device; `has_some`: something may be.
+    """
     return replace(
         new(limits, now, is_held=is_held),
         state=State.COMPLETE if has_all else State.ASKED,
         deadline=now + (limits.session_seconds if has_all else limits.open_seconds),
         source=source,
-        renew_at=now,
+        renew_at=now if has_some else math.inf,
         is_started=is_started or runs_here,
         zone_deadline=now + limits.zone_seconds,
         runs_here=runs_here,

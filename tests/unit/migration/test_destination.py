@@ -258,6 +258,15 @@ def test_guest_that_never_began_to_come_is_not_waited_for_as_long_as_one_that_di
     assert made.session.state is State.ENDED
 
 
+@pytest.mark.parametrize("has_some", [False, True])
+def test_session_that_goes_on_with_one_that_had_nothing_is_of_nothing_too(has_some: bool) -> None:
+    times = {"has_all": False, "is_started": False, "runs_here": False}
+    session = destination.continuing(LIMITS, 0.0, "host-a", has_some=has_some, **times)
+    session, _ = destination.step(session, GIVES_UP, 0.0)
+    session, _ = destination.step(session, TimePassed(), LIMITS.open_seconds)
+    assert session.state is (State.ORPHANED if has_some else State.ENDED)
+
+
 def test_source_that_is_lost_after_complete_costs_the_guest_no_flow() -> None:
     made = shell(*IN_STATE[State.COMPLETE], PeerLost("lost"), GIVES_UP)
     assert made.session.state is State.COMPLETE
