@@ -536,7 +536,7 @@ class Agent:
                 return
             try:
                 said = messages.decode(heard[0])
-                if not isinstance(said, Open) or self._has_purged(said, greeting.peer):
+                if not isinstance(said, Open) or self._was_opened(greeting) or self._has_purged(said, greeting.peer):
                     if (answer := self._answer(greeting, said)) is not None:
                         greeting.line.say(messages.encode(answer))
                     self._hang_up(greeting.id)
@@ -656,6 +656,8 @@ class Agent:
         if isinstance(said, Check):
             return self._judge(said, greeting.peer)
         if isinstance(said, Open):
+            if self._was_opened(greeting):
+                return AskAgain(greeting.id)
             return Purged(0, 0)  # how many there were was said, or noted, before
         if isinstance(said, AskAgain):
             for session in self.sessions():
@@ -667,6 +669,14 @@ class Agent:
         if isinstance(said, Answer | Room | Complete | Arrived):  # from the middle of a session of an agent before this
             return AskAgain(greeting.id)
         return GivesUp("there is no such session here")
+
+    def _was_opened(self, greeting: _Greeting) -> bool:
+        """Whether an agent before this one had this session already: what it was asked is not asked anew."""
+        try:
+            row = self.host.journal.known_as(greeting.id, "source")
+        except JournalError:
+            return False
+        return row is not None and row["peer"] == greeting.peer
 
     def _has_purged(self, said: Open, peer: str) -> bool:
         """Whether the caller has all, and all is purged here: its former session needs nothing but to hear it."""

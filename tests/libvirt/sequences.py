@@ -171,6 +171,16 @@ def broker_away(case: Case) -> Migration:
     return migration
 
 
+def broker_away_and_back(case: Case) -> Migration:
+    """As above, where nothing can be said of the connection before it is back: an agent dies besides."""
+    migration = case.start(bandwidth=4 * SLOW_MIB)
+    migration.wait_until_copying()
+    case.sami.relays[case.destination.name].cut()
+    assert migration.wait().is_ok
+    case.sami.relays[case.destination.name].mend()
+    return migration
+
+
 MOVING: dict[str, Play] = {
     "plain": plain,
     "by events alone": by_events_alone,

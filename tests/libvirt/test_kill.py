@@ -29,7 +29,7 @@ SEQUENCES = {
     **sequences.LEFT_PAUSED,
     **sequences.STAYING,
     "source's libvirtd ends while memory is copied": sequences.source_libvirtd_ends,
-    "the broker is away at the cut-over": sequences.broker_away,
+    "the broker is away at the cut-over": sequences.broker_away_and_back,
     VETOED: sequences.refused_by_us,
 }
 CHOSEN = (

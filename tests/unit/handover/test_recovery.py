@@ -11,11 +11,12 @@ from pathlib import Path
 import netaddr
 import pytest
 
+from sami_plugin.codec import messages
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import JournalError
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.flows import Batch, ZoneRole
-from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.migration import VERSIONS, MigrationEvent, Open, Phase
 from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.session import Host, Session
@@ -136,6 +137,29 @@ def test_what_a_source_was_asked_is_in_the_journal_before_it_has_answered(
         words(hosts, guest, ("host-a", Phase.OUTGOING))
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
         hosts.say("host-b", Phase.STARTED, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert (held(hosts, "host-a"), ports(hosts, "host-b")) == (set(), ALL)
+
+
+def test_what_a_former_agent_was_asked_and_is_asked_again_late_ends_no_later_migration(tmp_path: Path) -> None:
+    """A call to an agent that was killed is made again, and may come when the guest's next migration is under way."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        words(hosts, guest, ("host-a", Phase.OUTGOING), ("host-b", Phase.PREPARE))
+        until(lambda: any(one.peer for one in hosts.agents["host-a"].sessions()))
+        (first,) = hosts.agents["host-b"].sessions()
+        hosts.say("host-a", Phase.ROLLBACK, guest)
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        hosts.kill("host-a")
+        hosts.start("host-a")
+        begin(hosts, guest)
+        asked_again = first.host.line(first.id)
+        asked_again.peer = "host-a"
+        hosts.agents["host-b"]._ended.add(first.id, asked_again, first.host.monotonic())
+        asked_again.say(messages.encode(Open(guest, "host-b", VERSIONS, ("tcp-ipv4",), ("zlib",), None)))
+        until(lambda: asked_again._channel is not None and not asked_again._channel._unacknowledged)
         finish(hosts, guest)
         until_idle(hosts)
         assert (held(hosts, "host-a"), ports(hosts, "host-b")) == (set(), ALL)
