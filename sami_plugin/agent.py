@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
@@ -746,6 +747,9 @@ class Agent:
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)
             self._make_room(guest)
             session = self._leaving(greeting.id, guest, sender, outgoing, greeting.line)
+            if session.lacks_ports:  # whoever starts anew when the guest has left finds them nowhere but in the journal
+                with contextlib.suppress(SamiError):
+                    session.note_ports(self.host.scopes.find(guest))
             session.hear(heard)  # before another thread finds the session and has it hear what was said later
             self._add(session)
             return session

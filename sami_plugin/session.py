@@ -410,6 +410,7 @@ class Session(abc.ABC):
             )
         except JournalError as error:
             self.lose_journal(error)
+        self.note_knowledge()
 
     # In the session's own thread.
 

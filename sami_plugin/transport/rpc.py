@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import oslo_messaging
+from kombu.exceptions import KombuError
 from oslo_config import cfg
 from oslo_messaging.rpc import dispatcher
 
@@ -174,7 +175,8 @@ class Transport:
                 number=packet.number,
                 payload=base64.b64encode(packet.octets).decode("ascii"),
             )
-        except (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, OSError) as error:
+        except (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, KombuError, OSError) as error:
+            # Of KombuError, a connection that cannot be made while the broker is away comes as it is.
             raise PeerUnreachable(f"{peer} does not answer: {error or type(error).__name__}") from error
         if answer == LATER:
             raise PeerUnreachable(f"the agent of {peer} is busy or about to end")

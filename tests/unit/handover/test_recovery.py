@@ -118,8 +118,9 @@ def recall(hosts: Hosts, guest: str, victims: list[str], step: str) -> None:
             words(hosts, guest, ("host-b", Phase.STARTED))
 
 
+@pytest.mark.parametrize("has_left", [False, True])
 def test_what_a_source_was_asked_is_in_the_journal_before_it_has_answered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_left: bool
 ) -> None:
     """Killed in between, it would leave a destination that waits for an answer to what was taken."""
     with hosts_in(tmp_path) as hosts:
@@ -133,8 +134,11 @@ def test_what_a_source_was_asked_is_in_the_journal_before_it_has_answered(
             words(hosts, guest, ("host-a", Phase.OUTGOING), ("host-b", Phase.PREPARE))
             until(lambda: bool(asked))
         hosts.kill("host-a")
+        if has_left:
+            hosts.unplug("host-a", guest)
         hosts.start("host-a")
-        words(hosts, guest, ("host-a", Phase.OUTGOING))
+        if not has_left:
+            words(hosts, guest, ("host-a", Phase.OUTGOING))
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
         hosts.say("host-b", Phase.STARTED, guest)
         finish(hosts, guest)
