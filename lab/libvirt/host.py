@@ -1,4 +1,4 @@
-"""A host with a libvirtd of its own: network, mount, uts and pid namespaces, a firewall, and a cable to the others."""
+"""A host with a libvirtd of its own, a firewall, and a cable to the others."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from lab.deadline import wait_until
-from lab.errors import CommandFailed, LabError
+from lab.errors import LabError
 from lab.host import Host
-from lab.isolation import search_path
-from lab.libvirt import first, parts
-from lab.libvirt.relay import Relay
+from lab.libvirt import parts
+from lab.libvirt.machine import UNDERLAY, Machine
+from lab.namespace import Namespace
 from lab.port import Port
 
-UNDERLAY = "under0"
-END_SECONDS = 20.0
 LIBVIRTD_CONF = """listen_tls = 0
 listen_tcp = 1
 listen_addr = "{address}"
@@ -48,89 +43,31 @@ QEMU_USER = "libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n"
 QEMU_GROUP = "libvirt-qemu:x:64055:\n"
 
 
-class LibvirtHost:
-    """One host. `network` is its namespace, bridge and firewall; `folder` is /run/lab in the host.
-
-    In the host, /etc, /var, /run and /dev are its own, the lab's folder is seen at its usual path, and the hosts know
-    each other by name. `socket` is libvirt's, as a client inside of the host sees it; `outer_socket` is the same for
-    processes of the world.
-    """
+class Hypervisor(Machine):
+    """A machine with a libvirtd. `socket` is libvirt's, as a client inside of it sees it, `outer_socket` is it for others."""
 
     socket = "/run/libvirt/libvirt-sock"
 
-    def __init__(self, network: Host, lab_folder: Path, underlay: Mapping[str, str]) -> None:
-        self.network = network
-        self.name = network.name
-        self.folder = lab_folder / f"host-{self.name}"
-        self.address = underlay[self.name]
-        self.lab_folder = lab_folder
-        self._underlay = underlay
-        self._pid = -1
+    def __init__(self, namespace: Namespace, name: str, lab_folder: Path, underlay: Mapping[str, str]) -> None:
+        super().__init__(namespace, name, lab_folder, underlay)
         self._libvirtd: subprocess.Popen | None = None
-        self._relays: list[Relay] = []
 
-    def set_up(self, has_hook: bool) -> None:
-        """Furnish it; its cable to the others is there. `start_libvirtd` is next. Call once."""
-        self._write_files()
+    def boot(self, *, has_hook: bool = True) -> None:
+        """As a machine's; `start_libvirtd` is next."""
+        super().boot()
         if has_hook:
             self.install_hook(parts.HOOK, "10-lab")
-        self.network.namespace.ip(f"address add {self.address}/24 dev {UNDERLAY}", f"link set {UNDERLAY} up")
-        new = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", sys.executable, "-I", "-S"]
-        folders = [str(self.lab_folder), str(self.folder), str(parts.QEMU)]
-        process = self.network.namespace.start([*new, first.__file__, self.name, *folders], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        word, _, pid = process.stdout.readline().decode().partition(" ")
-        if word != "ready":
-            raise LabError(f"host {self.name} did not come up; its reason is on stderr")
-        self._pid = int(pid)
-
-    def close(self) -> None:
-        """End everything in it and delete it. May be repeated."""
-        for relay in self._relays:
-            relay.close()
-        self.network.close()
-        # It was killed as its starter's child, and is the last of the host to go.
-        wait_until(lambda: not Path(f"/proc/{self._pid}").exists(), f"host {self.name} to end", END_SECONDS)
 
     # --- Commands and files ------------------------------------------------------------------------------------------
-
-    def start(self, argv: Sequence[str | Path], **options: Any) -> subprocess.Popen:
-        """Start a process inside of the host, in its root folder; `options` are Popen's.
-
-        Signals to what is returned reach the process, SIGSTOP excepted, and it ends as the process did. It ends with
-        the host at the latest.
-        """
-        environment = os.environ | {"PATH": search_path(), "LC_ALL": "C"}
-        defaults = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": environment}
-        return subprocess.Popen([parts.ENTER, str(self._pid), *argv], **(defaults | options))
-
-    def run(self, argv: Sequence[str | Path], text: str = "") -> str:
-        """Run a command inside of the host, `text` on its stdin; return its stdout. Blocks. Raises CommandFailed."""
-        process = self.start(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
-        words, complaint = process.communicate(text)
-        if process.returncode != 0:
-            raise CommandFailed([str(word) for word in argv], process.returncode, complaint)
-        return words
 
     def virsh(self, *argv: str, text: str = "") -> str:
         """Run `virsh`; as `run`."""
         return self.run(["virsh", "-q", *argv], text).strip()
 
-    def path(self, inner: str | Path) -> Path:
-        """Where processes of the world find what the host calls `inner`, an absolute path."""
-        return Path(f"/proc/{self._pid}/root{inner}")
-
     @property
     def outer_socket(self) -> str:
         """See the class."""
         return str(self.path(self.socket))
-
-    @property
-    def pid(self) -> int:
-        """Of the host's pid 1, as the world counts."""
-        return self._pid
 
     # --- libvirtd ----------------------------------------------------------------------------------------------------
 
@@ -174,14 +111,14 @@ class LibvirtHost:
 
     def install_hook(self, program: str | Path, name: str = "50-hook") -> None:
         """Copy an executable into hooks/qemu.d, where libvirt calls them in the order of their names, from now on."""
-        new = self._etc / QEMU_D.parent / f"{name}.new"
+        new = self.etc / QEMU_D.parent / f"{name}.new"
         shutil.copy(program, new)
         new.chmod(0o755)
-        new.rename(self._etc / QEMU_D / name)
+        new.rename(self.etc / QEMU_D / name)
 
     def remove_hook(self, name: str = "50-hook") -> None:
         """Undo `install_hook`."""
-        (self._etc / QEMU_D / name).unlink()
+        (self.etc / QEMU_D / name).unlink()
 
     @contextmanager
     def veto(self, operation: str) -> Iterator[None]:
@@ -193,49 +130,22 @@ class LibvirtHost:
         finally:
             file.unlink()
 
-    # --- The cable and the broker ------------------------------------------------------------------------------------
+    # --- The cable ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def slow_cable(self, megabits: float) -> Iterator[None]:
         """Within it the host sends no more than that a second to the other hosts, migration data and all."""
         shape = f"root tbf rate {megabits}mbit burst 64k latency 400ms"
-        self.network.run(["tc", "qdisc", "add", "dev", UNDERLAY, *shape.split()])
+        self.namespace.run(["tc", "qdisc", "add", "dev", UNDERLAY, *shape.split()])
         try:
             yield
         finally:
-            self.network.run(["tc", "qdisc", "del", "dev", UNDERLAY, "root"])
-
-    @contextmanager
-    def without_firewall(self) -> Iterator[None]:
-        """Within it nothing looks at what the host bridges: no rule, no conntrack. Entries that are there stay."""
-        switches = [f"net.bridge.bridge-nf-call-{name}" for name in ("iptables", "ip6tables")]
-        for switch in switches:
-            self.network.namespace.sysctl(switch, 0)
-        try:
-            yield
-        finally:
-            for switch in switches:
-                self.network.namespace.sysctl(switch, 1)
-
-    def relay(self, port: int) -> Relay:
-        """A port on the world's loopback is now on the host's, too; may be cut and mended. It ends with the host."""
-        relay = Relay(self.network.namespace, port)
-        self._relays.append(relay)
-        relay.mend()
-        return relay
-
-    def zone(self, port: Port) -> int:
-        """The conntrack zone of this port here, whether the guest is here or not."""
-        return self.network.firewall.zone(port)
+            self.namespace.run(["tc", "qdisc", "del", "dev", UNDERLAY, "root"])
 
     # --- Inside ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _etc(self) -> Path:
-        # The kernel does not promise to show what is written beside it to a mounted overlay.
-        return self.path("/etc") if self._pid > 0 else self.folder / "etc"
-
     def _write_files(self) -> None:
+        super()._write_files()
         etc, var = self.folder / "etc", self.folder / "var"
         for folder in (etc / QEMU_D, var / "lib/libvirt", var / "log/libvirt/qemu", var / "cache/libvirt"):
             folder.mkdir(parents=True)
@@ -247,5 +157,27 @@ class LibvirtHost:
         (etc / "libvirt/qemu.conf").write_text(QEMU_CONF.format(**values))
         (etc / "passwd").write_text(Path("/etc/passwd").read_text() + QEMU_USER)
         (etc / "group").write_text(Path("/etc/group").read_text() + QEMU_GROUP)
-        hosts = "".join(f"{address} {name}\n" for name, address in self._underlay.items())
-        (etc / "hosts").write_text("127.0.0.1 localhost\n" + hosts)
+
+
+class LibvirtHost(Hypervisor):
+    """A hypervisor with the lab's own firewall; `network` is its namespace, bridge and firewall."""
+
+    def __init__(self, network: Host, lab_folder: Path, underlay: Mapping[str, str]) -> None:
+        super().__init__(network.namespace, network.name, lab_folder, underlay)
+        self.network = network
+
+    @contextmanager
+    def without_firewall(self) -> Iterator[None]:
+        """Within it nothing looks at what the host bridges: no rule, no conntrack. Entries that are there stay."""
+        switches = [f"net.bridge.bridge-nf-call-{name}" for name in ("iptables", "ip6tables")]
+        for switch in switches:
+            self.namespace.sysctl(switch, 0)
+        try:
+            yield
+        finally:
+            for switch in switches:
+                self.namespace.sysctl(switch, 1)
+
+    def zone(self, port: Port) -> int:
+        """The conntrack zone of this port here, whether the guest is here or not."""
+        return self.network.firewall.zone(port)

@@ -23,8 +23,9 @@ from lab.fabric import BridgedFabric
 from lab.host import Host
 from lab.libvirt import addresses, parts
 from lab.libvirt.guest import Guest, Shape
-from lab.libvirt.host import UNDERLAY, LibvirtHost
+from lab.libvirt.host import LibvirtHost
 from lab.libvirt.journal import Journal
+from lab.libvirt.machine import UNDERLAY
 from lab.libvirt.migration import Migration, Result
 from lab.namespace import Namespace
 from lab.port import Port, Rules
@@ -208,7 +209,7 @@ class LibvirtLab:
                 f"link set under-{name} master under up",
             )
             network.set_up()
-            host.set_up(self._has_hook)
+            host.boot(has_hook=self._has_hook)
             host.start_libvirtd()
             self.hosts[name] = host
         hooks = {name: host.folder / "hooks" for name, host in self.hosts.items()}
