@@ -140,11 +140,15 @@ def tcp_serve(options):
 
 
 def tcp_connect(options):
-    """Connect, ask for `--ask` bytes a second (or an echo), send `--send` bytes a second."""
+    """Connect, ask for `--ask` bytes a second (or an echo), send `--send` bytes a second. With `--line` that is said
+    instead of what a server of ours understands, and an answer is awaited before anything else is sent."""
     connection = socket.create_connection((options.address, options.port), timeout=10)
-    connection.sendall(json.dumps({"rate": options.ask, "echo": options.echo}).encode() + b"\n")
+    line = options.line or json.dumps({"rate": options.ask, "echo": options.echo})
+    connection.sendall(line.encode() + b"\n")
     log = Log(options.log)
-    if options.ask or options.echo:
+    if options.line:
+        log.add(len(connection.recv(CHUNK_BYTES)))
+    elif options.ask or options.echo:
         if options.send:
             connection.send(CHUNK[: min(1000, int(options.send))])
         log.add(len(connection.recv(CHUNK_BYTES)))
@@ -153,19 +157,20 @@ def tcp_connect(options):
 
 
 def tcp_feed(options):
-    """Send `--send` bytes a second to one client that says nothing; what its kernel has acknowledged counts."""
+    """Send `--send` bytes a second, in pieces of `--piece`, to one client that says nothing; what its kernel has
+    acknowledged counts."""
     listener = socket.create_server((options.address, options.port), family=family_of(options.address))
     log, sent, is_open = Log(options.log), 0, True
     ready()
     connection, _ = listener.accept()
     connection.setblocking(False)
-    pace = Pace(options.send)
+    pace = Pace(options.send / options.piece)
     while True:
         time.sleep(0.005)  # a steady stream is many small writes
         try:
             if is_open and (due := pace.due()):
-                accepted = connection.send(CHUNK[:due])
-                pace.did(accepted)
+                accepted = connection.send(CHUNK[: due * options.piece])
+                pace.did(accepted / options.piece)
                 sent += accepted
         except OSError as error:
             if error.errno not in PASSING:
@@ -329,6 +334,8 @@ def main():
     parser.add_argument("--ask", type=float, default=0.0, help="bytes per second wanted of the server")
     parser.add_argument("--echo", action="store_true", help="ask the server for what was sent")
     parser.add_argument("--size", type=int, default=200, help="bytes of a packet")
+    parser.add_argument("--piece", type=int, default=1, help="bytes that are sent at a time")
+    parser.add_argument("--line", help="what to say first")
     parser.add_argument("--count", type=int, default=0, help="flows at once")
     parser.add_argument("--log", help="where samples go")
     options = parser.parse_args()

@@ -44,7 +44,7 @@ QEMU_GROUP = "libvirt-qemu:x:64055:\n"
 
 
 class Hypervisor(Machine):
-    """A machine with a libvirtd. `socket` is libvirt's, as a client inside of it sees it, `outer_socket` is it for others."""
+    """A machine with a libvirtd. `socket` is its, for clients inside of the machine, `outer_socket` for others."""
 
     socket = "/run/libvirt/libvirt-sock"
 
