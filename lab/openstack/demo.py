@@ -116,7 +116,6 @@ class Demo:
             flow = traffic.download(self.lab, self.guest)
             made.append(self.move(flow, hold_seconds))
             flow.stop()
-            self.guest.tell("killall nc tail")
             say(f"without SAMI: {words(made[-1])}")
         return made
 

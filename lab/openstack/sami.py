@@ -11,12 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
+from lab.agents import AGENT
+from lab.broker import Broker
 from lab.deadline import wait_until
 from lab.errors import CommandFailed
 from lab.libvirt.agents import HOOK, HostAgent
@@ -36,20 +38,18 @@ HOOK_SETTINGS = "sami/libvirt-hook.conf"
 class HostSami:
     """SAMI on one compute host, once `install` has run; nova-compute takes notice when it is restarted."""
 
-    def __init__(
-        self, host: ComputeHost, lab: OpenStackLab, policy: Mapping[str, object], migration: Mapping[str, object]
-    ) -> None:
+    def __init__(self, host: ComputeHost, broker: Broker, migration: Mapping[str, object]) -> None:
+        """`migration` are options of the agent's group of that name."""
         self.host = host
-        self.agent = HostAgent(host, lab.broker, migration, policy)
-        self._may_veto = bool(policy)
+        self.agent = HostAgent(host, broker, migration, policy={}, program=AGENT)
 
     def install(self, package: Path) -> None:
         """Blocks until the agent hears libvirt. `package` is of `build`."""
         shutil.copytree(package, self.host.path(PLUGINS), dirs_exist_ok=True)
         self._change_nova_conf(lambda words: settings.with_line(words, *DRIVER))
-        settings_file = self.host.etc / HOOK_SETTINGS
-        settings_file.parent.mkdir(exist_ok=True)
-        settings_file.write_text(f"veto = {'yes' if self._may_veto else 'no'}\n")
+        hook_settings = self.host.etc / HOOK_SETTINGS
+        hook_settings.parent.mkdir(exist_ok=True)
+        hook_settings.write_text("veto = yes\n")  # the agent's policy decides
         self.agent.start()
         self.host.install_hook(libvirt_hook.__file__, HOOK)
 
@@ -67,7 +67,22 @@ class HostSami:
         rows: list[dict[str, str]] = json.loads(self.host.run([*words, "--config-file", str(self.agent.configuration)]))
         return rows
 
-    def _change_nova_conf(self, change: Any) -> None:
+    @contextlib.contextmanager
+    def policy(self, line: str) -> Iterator[None]:
+        """Within it the agent runs with this line in its group [policy]."""
+        self._reconfigure(settings.with_line, line)
+        try:
+            yield
+        finally:
+            self._reconfigure(settings.without_line, line)
+
+    def _reconfigure(self, change: Callable[[str, str, str], str], line: str) -> None:
+        file = self.agent.configuration
+        self.agent.stop()
+        file.write_text(change(file.read_text(), "policy", line))
+        self.agent.start()
+
+    def _change_nova_conf(self, change: Callable[[str], str]) -> None:
         file = self.host.etc / "nova/nova.conf"
         file.write_text(change(file.read_text()))
 
@@ -75,12 +90,10 @@ class HostSami:
 class Sami:
     """A context manager: SAMI on all hosts of a lab. `hosts` and `agents` are by name."""
 
-    def __init__(
-        self, lab: OpenStackLab, policy: Mapping[str, object] = MappingProxyType({}), **migration: object
-    ) -> None:
-        """`policy` and `migration` are options of the agents' groups of these names."""
+    def __init__(self, lab: OpenStackLab, **migration: object) -> None:
+        """`migration` are options of the agents' group of that name."""
         self._lab = lab
-        self.hosts = {name: HostSami(host, lab, policy, migration) for name, host in lab.hosts.items()}
+        self.hosts = {name: HostSami(host, lab.broker, migration) for name, host in lab.hosts.items()}
 
     def __enter__(self) -> Sami:
         package = self._lab.folder / "sami-package"

@@ -183,6 +183,7 @@ def _nova(machine: str) -> Groups:
             "compute_driver": "libvirt.LibvirtDriver",
             "rpc_response_timeout": 120,
             "vif_plugging_timeout": 90,
+            "max_concurrent_live_migrations": 10,
             "service_down_time": 120,
             "reserved_host_memory_mb": 0,
             "reserved_host_disk_mb": 0,

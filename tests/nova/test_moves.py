@@ -1,0 +1,83 @@
+"""Real Nova moves a guest, and its connections live with SAMI; without it they die."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from lab.openstack import traffic
+from lab.openstack.guest import Guest
+from lab.openstack.lab import OpenStackLab
+from lab.openstack.sami import Sami
+from lab.traffic import Traffic
+from lab.verdict import longest_stall_seconds
+from tests.nova.case import HOLD_SECONDS, WATCHED_SECONDS, Case, downloading, goes_on
+
+pytestmark = [pytest.mark.usefixtures("openstack_here"), pytest.mark.timeout(1800)]
+
+MIGRATIONS = 30
+LONGEST_STALL_SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def movers(lab: OpenStackLab) -> Iterator[list[tuple[Guest, Traffic]]]:
+    made = [downloading(lab, "mover", "a")]
+    yield made
+    lab.remove_guest(made[-1][0])
+
+
+@pytest.fixture
+def case(lab: OpenStackLab, movers: list[tuple[Guest, Traffic]], sami: Sami) -> Case:
+    """One guest goes through everything; a test that begins with a connection that died begins another one."""
+    guest, flow = movers[-1]
+    if not goes_on(flow):
+        flow.stop()
+        movers.append((guest, traffic.download(lab, guest)))
+    return Case(lab, sami, *movers[-1])
+
+
+def test_without_sami_the_download_dies(lab: OpenStackLab, movers: list[tuple[Guest, Traffic]]) -> None:
+    guest, flow = movers[-1]
+    destination = lab.hosts["b"]
+    with destination.held(HOLD_SECONDS):
+        migration = lab.start_migration(guest, "b")
+        rules_at = destination.wait_for_rules(guest.tap)
+        assert migration.wait().status == "completed"
+    arrived = migration.wait_for("RESUMED/MIGRATED", "b").time
+    assert rules_at < arrived
+    assert not goes_on(flow, arrived)
+
+
+def test_with_sami_the_download_survives(case: Case) -> None:
+    case.has_moved(case.move())
+
+
+def test_report_finds_the_migration_by_request_server_and_address_on_both_hosts(case: Case) -> None:
+    migration = case.move()
+    case.has_moved(migration)
+    session = case.report(case.source)["session"]
+    assert migration.request_id.startswith("req-")
+    for host in case.sami.hosts.values():
+        for what in (migration.request_id, case.guest.uuid, case.guest.address):
+            rows = host.report(what)
+            assert session in [row["Detail"] for row in rows if row["Part"] == "session"], (host.host.name, what, rows)
+
+
+def test_thirty_migrations_lose_no_connection_of_either_direction(
+    case: Case, record_property: Callable[[str, object], None]
+) -> None:
+    echo = traffic.echo(case.lab, case.guest)
+    stalls: list[float] = []
+    for number in range(MIGRATIONS):
+        one = Case(case.lab, case.sami, case.guest, case.flow)
+        # With natural timing the destination is open at first, and the peer's packets make entries that are in the way.
+        migration = one.move(HOLD_SECONDS if number % 4 < 2 else 0)
+        one.has_moved(migration)
+        arrived = one.arrival(migration)
+        paused = migration.wait_for("SUSPENDED/MIGRATED").time
+        for flow in (case.flow, echo):
+            assert goes_on(flow, arrived), (number, flow.name, case.sami.words())
+            stalls.append(longest_stall_seconds(flow.samples(), paused, arrived + WATCHED_SECONDS))
+    record_property("longest_stall_seconds", round(max(stalls), 2))
+    assert max(stalls) < LONGEST_STALL_SECONDS
