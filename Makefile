@@ -6,6 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz fuzz-properties soak lint docs clean run-tests run-lint lint-style lint-layers lint-types
+.PHONY: demo-nova prepare-openstack test-nova
 .PHONY: test-kills demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
 
 help: ## say what there is
@@ -17,11 +18,17 @@ demo: prepare-demo ## two hosts, one guest that moves, and its connections with 
 demo-libvirt: prepare-libvirt ## the same with two real libvirt hosts and QEMU guests, as root
 	$(PYTHON_HERE) -m lab.libvirt.demo $(ARGS)
 
+demo-nova: prepare-openstack ## the same with a small OpenStack, whose Nova migrates the guest; as root, 10 minutes
+	$(PYTHON_HERE) -m lab.openstack.demo $(ARGS)
+
 # -k: when lint fails the tests run all the same, and make still fails.
 test: prepare-all ## lint, then all tests: unit tests, the real kernel, the lab, real libvirt
 	@$(MAKE) --no-print-directory -k run-lint run-tests run-libvirt-tests
 
 test-libvirt: prepare-libvirt run-libvirt-tests ## the tests on real libvirt hosts alone, as root
+
+test-nova: prepare-openstack ## the tests on a small OpenStack: Nova migrates guests, things go wrong; as root, 30 minutes
+	$(PYTEST_IN_A_WORLD) tests/nova $(ARGS)
 
 test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
 	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
@@ -72,7 +79,7 @@ lint-types:
 PYTEST_IN_A_WORLD := $(PYTHON_HERE) -m lab.isolation -- env PYTEST_DEBUG_TEMPROOT=/run $(PYTHON_HERE) -m pytest
 
 run-tests:
-	$(PYTEST_IN_A_WORLD) -n 4 --ignore tests/libvirt tests $(ARGS)
+	$(PYTEST_IN_A_WORLD) -n 4 --ignore tests/libvirt --ignore tests/nova tests $(ARGS)
 
 # Alone and one by one: guests that are emulated, and what they measure, take both processors.
 run-libvirt-tests:
@@ -90,3 +97,6 @@ prepare-all:
 
 prepare-libvirt:
 	@tools/prepare libvirt
+
+prepare-openstack:
+	@tools/prepare openstack

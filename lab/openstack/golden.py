@@ -39,8 +39,9 @@ def keep(data: Path) -> None:
 
 def _file() -> Path:
     make = hashlib.sha256()
-    for module in (addresses, content, controller, settings):
+    for module in (addresses, content, controller):
         make.update(Path(module.__file__).read_bytes())
+    make.update(repr((settings.BROKER, settings.DATA, settings.DATABASES, settings.PASSWORD, settings.URLS)).encode())
     make.update(guest_parts.INITRAMFS.read_bytes())
     make.update(guest_parts.kernel_image().name.encode())
     for service in ("glance", "keystone", "neutron", "nova", "placement"):
