@@ -55,6 +55,7 @@ class Moved:
     destination: str
     seconds: float
     began_at: float
+    copying_at: float
     paused_at: float
     resumed_at: float
     rules_at: float
@@ -79,7 +80,7 @@ class Moved:
     def times(self) -> dict[str, float]:
         """For the picture."""
         return {
-            "copying": self.began_at,
+            "copying": self.copying_at,
             "outgoing": self.began_at,
             "paused": self.paused_at,
             "resumed": self.resumed_at,
@@ -130,6 +131,7 @@ class Demo:
         return made
 
     def _watch(self, migration: Migration, flow: Traffic, seconds: float, rules_at: float) -> Moved:
+        copying = migration.wait_for("MIGRATION_ITERATION 1").time
         paused = migration.wait_for("SUSPENDED/MIGRATED").time
         resumed = migration.wait_for("RESUMED/MIGRATED", migration.destination).time
         until = resumed + verdict.WATCHED_SECONDS
@@ -141,7 +143,15 @@ class Demo:
         )
         samples = [sample for sample in flow.samples() if migration.began_at - 3 <= sample.time <= until + LOOK_SECONDS]
         return Moved(
-            migration.source, migration.destination, seconds, migration.began_at, paused, resumed, rules_at, samples
+            migration.source,
+            migration.destination,
+            seconds,
+            migration.began_at,
+            copying,
+            paused,
+            resumed,
+            rules_at,
+            samples,
         )
 
 

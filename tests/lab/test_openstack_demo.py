@@ -12,7 +12,7 @@ def moved(*, lives: bool, rules_at: float = RESUMED_AT - 2) -> Moved:
     end = RESUMED_AT + 13
     totals = [int(min(at, end if lives else RESUMED_AT - 1) * 1000) for at in range(int(end))]
     samples = [Sample(float(at), total) for at, total in enumerate(totals)]
-    return Moved("a", "b", 7.5, 3.0, RESUMED_AT - 0.2, RESUMED_AT, rules_at, [*samples, Sample(end, totals[-1])])
+    return Moved("a", "b", 7.5, 3.0, 5.0, RESUMED_AT - 0.2, RESUMED_AT, rules_at, [*samples, Sample(end, totals[-1])])
 
 
 def sides(without: list[Moved], ours: list[Moved], natural: list[Moved] | None = None) -> Sides:
