@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lab.deadline import wait_until
 from lab.libvirt.host import Hypervisor
@@ -16,7 +17,7 @@ from lab.openstack import addresses, parts, settings
 from lab.openstack.content import Anchor
 from lab.openstack.controller import write
 from lab.openstack.parts import PYTHON, SCRIPTS
-from lab.openstack.service import HOME, Service
+from lab.openstack.service import HOME, Service, environment
 
 HOLD_HOOK = "90-hold"
 RULES_SECONDS = 180.0
@@ -40,6 +41,10 @@ class ComputeHost(Hypervisor):
         """As a hypervisor's."""
         super().boot(has_hook=has_hook)
         self.install_hook(parts.SOURCES / "hold", HOLD_HOOK)
+
+    def start(self, argv: Sequence[str | Path], **options: Any) -> subprocess.Popen:
+        """As a machine's, with a service's environment unless another is given."""
+        return super().start(argv, **({"env": environment()} | options))
 
     def plug(self, anchor: Anchor) -> None:
         """Make the link of an anchor; Neutron's agent finds it."""
@@ -89,12 +94,6 @@ class ComputeHost(Hypervisor):
 
     def _raw_table(self) -> str:
         return self.namespace.run(["iptables-save", "-t", "raw"])
-
-    # --- Its services ------------------------------------------------------------------------------------------------
-
-    def kill_nova_compute(self) -> None:
-        """As `kill -9`, and start it again."""
-        self.nova_compute.restart(signal.SIGKILL)
 
     def _write_files(self) -> None:
         super()._write_files()

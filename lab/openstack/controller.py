@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lab.deadline import wait_until
 from lab.errors import CommandFailed
@@ -101,8 +103,8 @@ class Controller(Machine):
         """Run nova-manage. Raises CommandFailed."""
         self._do(PYTHON, SCRIPTS / "nova-manage", *words)
 
-    def start(self, argv, **options):
-        """As a machine's, with a service's environment."""
+    def start(self, argv: Sequence[str | Path], **options: Any) -> subprocess.Popen:
+        """As a machine's, with a service's environment unless another is given."""
         return super().start(argv, **({"env": environment()} | options))
 
     def _do(self, *argv: str | Path) -> None:

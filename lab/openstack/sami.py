@@ -64,7 +64,9 @@ class HostSami:
     def report(self, what: str) -> list[dict[str, str]]:
         """What `sami report` says here of a session, a guest, an address or a request. Raises CommandFailed."""
         words = [sys.executable, "-m", "sami_plugin.cmd.cli", "report", what, "-f", "json"]
-        rows: list[dict[str, str]] = json.loads(self.host.run([*words, "--config-file", str(self.agent.configuration)]))
+        rows: list[dict[str, str]] = json.loads(
+            self.host.run([*words, "--config-file", str(self.agent.configuration)], env=os.environ)
+        )
         return rows
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from lab.deadline import wait_until
-from lab.openstack import traffic
+from lab.openstack import addresses, traffic
 from lab.openstack.api import Refused
 from lab.openstack.guest import Guest
 from lab.openstack.lab import OpenStackLab
@@ -74,7 +74,7 @@ def test_guest_that_is_forced_to_complete_moves_with_its_connection(case: Case) 
 
 def test_our_own_veto_is_in_novas_log_and_in_the_report(case: Case) -> None:
     zone = str(case.source.zone(case.guest.tap))
-    ends = ["-s", case.guest.address, "-d", "10.94.1.254", "-p", ESP]
+    ends = ["-s", case.guest.address, "-d", addresses.outside(1), "-p", ESP]
     case.source.run(["conntrack", "-I", "-w", zone, *ends, "-t", "600", "-u", "SEEN_REPLY"])
     log = case.source.nova_compute.log
     before = log.stat().st_size
@@ -88,10 +88,11 @@ def test_our_own_veto_is_in_novas_log_and_in_the_report(case: Case) -> None:
         said.seek(before)
         words = said.read().decode(errors="replace")
     rows = case.sami.hosts[case.destination.name].report(migration.request_id)
-    verdicts = [row["Detail"] for row in rows if row["Part"] == "verdict"]
+    losses = [row["What"] for row in rows if row["Part"] == "verdict" and row["What"].startswith("losses: ")]
     case.stays()
+    assert len(losses) == 1, rows
     assert "sami-agent refuses the migration" in words, words[-3000:]
-    assert any("does not carry" in verdict for verdict in verdicts), rows
+    assert losses[0].removeprefix("losses: ") in words, (losses, words[-3000:])
 
 
 # --- Something ends in the middle
@@ -107,6 +108,23 @@ def test_novas_service_at_the_destination_is_restarted(case: Case, with_signal: 
     assert case.goes_on(arrived), case.sami.words()
     case.has_moved(migration)
     assert migration.wait().host == case.destination.name
+
+
+def test_novas_service_at_the_source_is_killed_and_libvirt_moves_the_guest_all_the_same(
+    lab: OpenStackLab, sami: Sami
+) -> None:
+    """Nova does not find out where it is: the guest is of no more use."""
+    case = Case(lab, sami, *downloading(lab, "orphan", "a"))
+    with case.destination.held(HOLD_SECONDS):
+        migration = case.start()
+        migration.wait_for("started begin", case.destination.name)
+        case.source.nova_compute.restart(signal.SIGKILL)
+        case.arrival(migration)
+    case.has_moved(migration)
+    lab.wait_until_nova_reports(case.source.name)
+    case.destination.virsh("destroy", case.guest.domain)
+    case.destination.virsh("undefine", case.guest.domain)
+    lab.remove_guest(case.guest)
 
 
 @pytest.mark.parametrize("where", ["source", "destination"])

@@ -54,8 +54,9 @@ def test_report_finds_the_migration_by_request_server_and_address_on_both_hosts(
     assert migration.request_id.startswith("req-")
     for host in case.sami.hosts.values():
         for what in (migration.request_id, case.guest.uuid, case.guest.address):
-            rows = host.report(what)
-            assert session in [row["Detail"] for row in rows if row["Part"] == "session"], (host.host.name, what, rows)
+            found = {row["What"]: row["Value"] for row in host.report(what) if row["Part"] == "session"}
+            assert (found["session"], found["guest"]) == (session, case.guest.uuid), (host.host.name, what, found)
+            assert found["request_id"] == migration.request_id
 
 
 def test_thirty_migrations_lose_no_connection_of_either_direction(
