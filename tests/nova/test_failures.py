@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 from lab.deadline import wait_until
-from lab.openstack import addresses, traffic
+from lab.openstack import addresses
 from lab.openstack.api import Refused
-from lab.openstack.guest import Guest
 from lab.openstack.lab import OpenStackLab
 from lab.openstack.migration import Migration
 from lab.openstack.sami import Sami
-from lab.traffic import Traffic
-from tests.nova.case import HOLD_SECONDS, Case, downloading, goes_on
+from tests.nova.case import HOLD_SECONDS, Case, downloading
 
 pytestmark = [pytest.mark.usefixtures("openstack_here"), pytest.mark.timeout(900)]
 
 SLOW_CABLE_MEGABITS = 32
 ESP = "50"
-
-
-@pytest.fixture(scope="module")
-def movers(lab: OpenStackLab) -> Iterator[list[tuple[Guest, Traffic]]]:
-    made = [downloading(lab, "failing", "a")]
-    yield made
-    lab.remove_guest(made[-1][0])
-
-
-@pytest.fixture
-def case(lab: OpenStackLab, movers: list[tuple[Guest, Traffic]], sami: Sami) -> Case:
-    """As in test_moves."""
-    guest, flow = movers[-1]
-    if not goes_on(flow):
-        flow.stop()
-        movers.append((guest, traffic.download(lab, guest)))
-    return Case(lab, sami, *movers[-1])
 
 
 def fails(case: Case, migration: Migration, status: str = "failed") -> None:

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from lab.openstack import traffic
-from lab.openstack.guest import Guest
-from lab.openstack.lab import OpenStackLab
-from lab.openstack.sami import Sami
-from lab.traffic import Traffic
 from lab.verdict import longest_stall_seconds
-from tests.nova.case import HOLD_SECONDS, WATCHED_SECONDS, Case, downloading, goes_on
+from tests.nova.case import HOLD_SECONDS, WATCHED_SECONDS, Case, goes_on
 
 pytestmark = [pytest.mark.usefixtures("openstack_here"), pytest.mark.timeout(1800)]
 
 MIGRATIONS = 30
 LONGEST_STALL_SECONDS = 5.0
-
-
-@pytest.fixture(scope="module")
-def movers(lab: OpenStackLab) -> Iterator[list[tuple[Guest, Traffic]]]:
-    made = [downloading(lab, "mover", "a")]
-    yield made
-    lab.remove_guest(made[-1][0])
-
-
-@pytest.fixture
-def case(lab: OpenStackLab, movers: list[tuple[Guest, Traffic]], sami: Sami) -> Case:
-    """One guest goes through everything; a test that begins with a connection that died begins another one."""
-    guest, flow = movers[-1]
-    if not goes_on(flow):
-        flow.stop()
-        movers.append((guest, traffic.download(lab, guest)))
-    return Case(lab, sami, *movers[-1])
 
 
 def test_without_sami_the_download_dies(case: Case) -> None:
