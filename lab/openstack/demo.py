@@ -37,6 +37,7 @@ HOLD_SECONDS = 4.0
 SETTLED_OCTETS = 5 * traffic.PIECE_OCTETS
 SETTLE_SECONDS = 20.0
 LOOK_SECONDS = 0.1
+EXIT_INTERRUPTED = 130
 TITLES = {
     "a": "the destination's rules are in force before the guest runs there",
     "b": "natural timing",
@@ -303,6 +304,9 @@ def main() -> int:
     except LabError as error:
         print(f"the demo failed: {error}\nlogs are in {options.output / 'logs'}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; everything is ended", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":
