@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lab.openstack import addresses, settings
 from lab.openstack.parts import PYTHON, SCRIPTS
 from lab.openstack.service import HOME, Service, environment
 from lab.openstack.settings import CONTROLLER, DATA, DATABASES, MYSQL_SOCKET, PASSWORD, PORTS, REGION, URLS
+from lab.openstack.together import together
 
 DATABASE_SECONDS = 120.0
 POLL_SECONDS = 0.1
@@ -78,7 +78,7 @@ class Controller(Machine):
         for name in ("fernet", "credential"):
             (self.data / "keystone" / name).mkdir(parents=True)
         # As many at a time as the machine has processors; Neutron's alone takes as long as all others.
-        _side_by_side(self._make_neutrons, self._make_others)
+        together(self._make_neutrons, self._make_others)
 
     def _make_neutrons(self) -> None:
         self._do(PYTHON, SCRIPTS / "neutron-db-manage", *NEUTRON, "upgrade", "heads")
@@ -132,22 +132,3 @@ def write(etc: Path, files: Mapping[str, str]) -> None:
     for path, words in files.items():
         (etc / path).parent.mkdir(parents=True, exist_ok=True)
         (etc / path).write_text(words)
-
-
-def _side_by_side(*works: Callable[[], None]) -> None:
-    """Blocks until all are done; raises what one of them raised."""
-    errors: list[Exception] = []
-
-    def run(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001, raised in the caller's thread
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]

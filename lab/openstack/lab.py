@@ -32,6 +32,7 @@ from lab.openstack.compute import ComputeHost
 from lab.openstack.controller import Controller
 from lab.openstack.guest import Guest
 from lab.openstack.migration import Migration
+from lab.openstack.together import together
 
 START_SECONDS = 180.0
 POLL_SECONDS = 0.2
@@ -153,10 +154,10 @@ class OpenStackLab:
         self._say("RabbitMQ and MariaDB")
         is_old = not self._is_new and golden.restore(controller.data)
         self.broker = Broker(self.folder, settings.BROKER_PORT)
-        stack.enter_context(self.broker)
+        stack.callback(self.broker.stop)
+        together(self.broker.start, controller.start_database)
         for machine in (controller, *self.hosts.values()):
             self.relays[machine.name] = machine.relay(self.broker.port)
-        controller.start_database()
         if not is_old:
             self._say("schemas: once, they are kept for the next lab")
             controller.make_schemas()
