@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-from lab.agents import AGENT, AgentProcess
+from lab.agents import AGENT, START_SECONDS, AgentProcess
 from lab.broker import Broker
 from lab.deadline import wait_until
 from lab.libvirt.guest import Guest
@@ -60,7 +60,7 @@ class HostAgent(AgentProcess):
         """Blocks until the agent listens and hears its libvirt."""
         before = self._heard()
         super().start()
-        wait_until(lambda: self._heard() > before, f"agent {self.name} to hear its libvirt")
+        wait_until(lambda: self._heard() > before, f"agent {self.name} to hear its libvirt", START_SECONDS)
 
     @contextlib.contextmanager
     def behind(self, *words: str) -> Iterator[None]:
