@@ -198,6 +198,7 @@ def _nova(machine: str) -> Groups:
         "scheduler": {"workers": 1},
         "wsgi": {"api_paste_config": parts.TREE / "usr/share/nova-common/api-paste.ini"},
         "api": {"auth_strategy": "keystone"},
+        "quota": {"instances": -1, "cores": -1, "ram": -1},
         "neutron": _login("neutron"),
         "placement": _login("placement"),
         "glance": _login("glance"),
