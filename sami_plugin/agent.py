@@ -69,6 +69,7 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.report import NAMES_PER_REASON, Report
+from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.outgoing import Outgoing, OutgoingGuests
 from sami_plugin.peers import Peers, Way
@@ -734,6 +735,9 @@ class Agent:
             raise NotAuthorised(f"there is no session {said.continues} of {guest} here")
         has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
         has_job = self._has_job(guest, has_token=has_token)
+        scopes: tuple[Scope, ...] = ()
+        with contextlib.suppress(SamiError):
+            scopes = self.host.scopes.find(guest)
         with self._lock:
             outgoing = self._outgoing.get(guest)
             left = next((one for one in self._sessions_of(guest, SourceSession) if one.has_left), None)
@@ -748,8 +752,7 @@ class Agent:
             self._make_room(guest)
             session = self._leaving(greeting.id, guest, sender, outgoing, greeting.line)
             if session.lacks_ports:  # whoever starts anew when the guest has left finds them nowhere but in the journal
-                with contextlib.suppress(SamiError):
-                    session.note_ports(self.host.scopes.find(guest))
+                session.note_ports(scopes)
             session.hear(heard)  # before another thread finds the session and has it hear what was said later
             self._add(session)
             return session
@@ -872,7 +875,8 @@ class Agent:
 
     def _forget(self, session: Session) -> None:
         has_stayed = session.report.outcome == Outcome.STAYED.value
-        leaves_again = has_stayed and self._is_leaving(session.guest)  # the word that it stays came late
+        # Then the word that it stays came late. Of a guest that was to come here the hypervisor is not asked.
+        leaves_again = has_stayed and session.role == "source" and self._is_leaving(session.guest)
         with self._idle:
             self._sessions.pop(session.id, None)
             is_last = all(one.guest != session.guest for one in self._sessions.values())
