@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ def mortals(
     ):
         yield Mortals(lab, sami, guest, flow)
         lab.remove_guest(guest)
+    for agent in sami.agents.values():  # the next ones of this lab begin with nothing
+        shutil.rmtree(agent.configuration.parent)
 
 
 @contextmanager
