@@ -66,4 +66,4 @@ def _mark(axis: Any, report: dict[str, Any]) -> None:
         axis.axvspan(begin, pause, color="#888888", alpha=0.12, lw=0)
         axis.axvspan(pause, run, color="#e67e22", alpha=0.6, lw=0)
         axis.text(begin, 0.03, " copying", fontsize=7, color="#555555", transform=on_axis)
-        axis.text(run, 0.03, f" runs on {host}", fontsize=7, color="#b35900", transform=on_axis)
+        axis.text(run, 0.1, f" runs on {host}", fontsize=7, color="#b35900", transform=on_axis)

@@ -22,8 +22,9 @@ from typing import Any
 
 from lab import demo, isolation, verdict
 from lab.broker import Broker
+from lab.command import exit_code
 from lab.deadline import wait_until
-from lab.errors import LabError, LabUnavailable
+from lab.errors import LabError
 from lab.libvirt import parts, traffic
 from lab.libvirt.agents import Sami
 from lab.libvirt.guest import ECHO_PORT, Guest
@@ -119,16 +120,13 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("build/demo-libvirt"), help="folder for the results")
     options = parser.parse_args()
-    try:
+
+    def work() -> int:
         parts.check()
         isolation.enter([sys.executable, "-m", "lab.libvirt.demo", *sys.argv[1:]])
         return _show(options.output)
-    except LabUnavailable as error:
-        print(error, file=sys.stderr)
-        return isolation.EXIT_UNAVAILABLE
-    except LabError as error:
-        print(f"the demo failed: {error}", file=sys.stderr)
-        return 1
+
+    return exit_code(work, "the demo failed")
 
 
 def _show(output: Path) -> int:

@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lab.errors import CommandFailed, LabError, LabUnavailable
@@ -190,10 +190,10 @@ def _run(argv: Sequence[str | Path], cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def main() -> int:
+def main(make: Callable[[], None] = fetch) -> int:
     """Fetch and build; the exit code says whether all is there."""
     try:
-        fetch()
+        make()
     except LabError as error:
         print(error, file=sys.stderr)
         return 1

@@ -31,6 +31,7 @@ import numpy as np
 
 from lab import isolation
 from lab.broker import Broker
+from lab.command import exit_code
 from lab.deadline import wait_until
 from lab.errors import CommandFailed, DeadlinePassed, LabError, LabUnavailable
 from lab.libvirt import figures, parts, traffic
@@ -437,17 +438,14 @@ def main() -> int:
     options = parser.parse_args()
     if not 2 <= options.pairs <= options.migrations or options.pairs % 2 or options.migrations % 2:
         parser.error("--pairs: at least 2, and no more than --migrations; both even, for guests come back")
-    try:
+
+    def work() -> int:
         parts.check()
         isolation.enter([sys.executable, "-m", "lab.libvirt.soak", *sys.argv[1:]])
         sizes = SIZES if options.streams is None else (options.streams,)
         return run(options.migrations, options.pairs, sizes, options.output)
-    except LabUnavailable as error:
-        print(error, file=sys.stderr)
-        return isolation.EXIT_UNAVAILABLE
-    except LabError as error:
-        print(f"the run failed: {error}", file=sys.stderr)
-        return 1
+
+    return exit_code(work, "the run failed")
 
 
 if __name__ == "__main__":

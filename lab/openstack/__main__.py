@@ -8,7 +8,7 @@ import signal
 import sys
 
 from lab import isolation
-from lab.errors import LabError, LabUnavailable
+from lab.command import exit_code
 from lab.openstack import parts
 from lab.openstack.lab import OpenStackLab
 from lab.openstack.sami import Sami
@@ -21,7 +21,8 @@ def main() -> int:
     parser.add_argument("--sami", action="store_true", help="put SAMI on the hosts")
     parser.add_argument("--new", action="store_true", help="do not use what was kept of an earlier lab")
     options = parser.parse_args()
-    try:
+
+    def work() -> int:
         parts.check()
         isolation.enter([sys.executable, "-m", "lab.openstack", *sys.argv[1:]])
         with contextlib.ExitStack() as stack:
@@ -31,16 +32,11 @@ def main() -> int:
             _say(f"Keystone is at {URLS['identity']}, region {REGION}; user, project admin, password {PASSWORD}")
             _say("To enter a machine, as root of this one, find its first process and go where it is:")
             _say(f"  nsenter -m -u -p -n -t $(pgrep -f 'first.py a {lab.folder}' | tail -1)")
-            signal.pause()
-    except KeyboardInterrupt:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
         return 0
-    except LabUnavailable as error:
-        print(error, file=sys.stderr)
-        return isolation.EXIT_UNAVAILABLE
-    except LabError as error:
-        print(f"the lab failed: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(work, "the lab failed")
 
 
 def _say(line: str) -> None:

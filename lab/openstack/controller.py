@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from lab.openstack import addresses, settings
 from lab.openstack.parts import PYTHON, SCRIPTS
 from lab.openstack.service import HOME, Service, environment
 from lab.openstack.settings import CONTROLLER, DATA, DATABASES, MYSQL_SOCKET, PASSWORD, PORTS, REGION, URLS
-from lab.openstack.together import together
 
 DATABASE_SECONDS = 120.0
 POLL_SECONDS = 0.1
@@ -78,7 +78,8 @@ class Controller(Machine):
         for name in ("fernet", "credential"):
             (self.data / "keystone" / name).mkdir(parents=True)
         # As many at a time as the machine has processors; Neutron's alone takes as long as all others.
-        together(self._make_neutrons, self._make_others)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda make: make(), (self._make_neutrons, self._make_others)))
 
     def _make_neutrons(self) -> None:
         self._do(PYTHON, SCRIPTS / "neutron-db-manage", *NEUTRON, "upgrade", "heads")

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lab import isolation, picture, verdict
+from lab.command import exit_code
 from lab.deadline import wait_until
-from lab.errors import LabError, LabUnavailable
+from lab.errors import LabError
 from lab.openstack import parts, traffic
 from lab.openstack.guest import Guest
 from lab.openstack.lab import OpenStackLab
@@ -37,7 +38,6 @@ HOLD_SECONDS = 4.0
 SETTLED_OCTETS = 5 * traffic.PIECE_OCTETS
 SETTLE_SECONDS = 20.0
 LOOK_SECONDS = 0.1
-EXIT_INTERRUPTED = 130
 TITLES = {
     "a": "the destination's rules are in force before the guest runs there",
     "b": "natural timing",
@@ -294,19 +294,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.migrations < 1 or options.natural < 0:
         parser.error("--migrations: at least 1; --natural: at least 0")
-    try:
+
+    def work() -> int:
         parts.check()
         isolation.enter([sys.executable, "-m", "lab.openstack.demo", *sys.argv[1:]])
         return _run(options)
-    except LabUnavailable as error:
-        print(error, file=sys.stderr)
-        return isolation.EXIT_UNAVAILABLE
-    except LabError as error:
-        print(f"the demo failed: {error}\nlogs are in {options.output / 'logs'}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; everything is ended", file=sys.stderr)
-        return EXIT_INTERRUPTED
+
+    return exit_code(work, f"the demo failed, logs are in {options.output / 'logs'}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,6 @@ from lab.openstack.compute import ComputeHost
 from lab.openstack.controller import Controller
 from lab.openstack.guest import Guest
 from lab.openstack.migration import Migration
-from lab.openstack.together import together
 
 START_SECONDS = 180.0
 POLL_SECONDS = 0.2
@@ -155,7 +155,8 @@ class OpenStackLab:
         is_old = not self._is_new and golden.restore(controller.data)
         self.broker = Broker(self.folder, settings.BROKER_PORT)
         stack.callback(self.broker.stop)
-        together(self.broker.start, controller.start_database)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda start: start(), (self.broker.start, controller.start_database)))
         for machine in (controller, *self.hosts.values()):
             self.relays[machine.name] = machine.relay(self.broker.port)
         if not is_old:

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lab.errors import LabError, LabUnavailable
+from lab.errors import LabUnavailable
 from lab.isolation import search_path
 from lab.libvirt import parts
 from lab.libvirt.parts import Apt
@@ -69,15 +69,5 @@ def fetch() -> None:
         apt.clean()
 
 
-def main() -> int:
-    """Fetch; the exit code says whether all is there."""
-    try:
-        fetch()
-    except LabError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(parts.main(fetch))

@@ -118,8 +118,8 @@ def knowledge_of(
     for one in bridge.interfaces.values():
         zone = bridge.external_ids.get(f"{ZONE_PREFIX}{one.port}", "") if one.port else ""
         place = numbers.get(one.number)
-        said = (*addresses.get(place, ()), *bound.get(one.port, ())) if place is not None else bound.get(one.port, ())
-        own[one.name] = tuple(sorted(set(said)))
+        here = addresses.get(place, ()) if place is not None else ()
+        own[one.name] = tuple(sorted({*here, *bound.get(one.port, ())}))
         if one.is_installed and _ZONE.fullmatch(zone) and int(zone) <= 0xFFFF:
             zones[one.name] = frozenset({int(zone)})
     users = defaultdict[int, set[str]](set)
