@@ -1,4 +1,4 @@
-"""The agent of one host: builds everything, owns the threads, and leads each word to its session."""
+"""The agent of one host: leads each word to its session."""
 
 from __future__ import annotations
 
@@ -9,24 +9,13 @@ import logging
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-from oslo_config import cfg
-from stevedore import driver as stevedore_driver
-from stevedore.exception import NoMatches
-
-from sami_plugin import conf as options
 from sami_plugin import former as formers
 from sami_plugin import notifications
-from sami_plugin.channel.identity import Credentials
 from sami_plugin.codec import messages
-from sami_plugin.drivers import loader
-from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import (
-    ConfigurationError,
     Crowded,
     IllegalMessage,
     JournalError,
@@ -40,14 +29,10 @@ from sami_plugin.errors import (
 from sami_plugin.former import Former
 from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.hooks import domain_xml
-from sami_plugin.hooks.libvirt_events import LibvirtHost
-from sami_plugin.hooks.local_socket import LocalSocket, guest_of, text_of
-from sami_plugin.journal.journal import Journal, opened
 from sami_plugin.leaving import Inventory, Leaving, Piece, foremost
 from sami_plugin.line import Ended, Line
 from sami_plugin.migration import destination
 from sami_plugin.migration.negotiation import Demand
-from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import Omitted, names
 from sami_plugin.model.migration import (
     Answer,
@@ -70,15 +55,10 @@ from sami_plugin.model.packet import Packet
 from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.report import NAMES_PER_REASON, Report
 from sami_plugin.model.scope import Scope
-from sami_plugin.model.settings import Settings
 from sami_plugin.outgoing import Outgoing, OutgoingGuests
-from sami_plugin.peers import Peers, Way
-from sami_plugin.policies.chosen import Policies
 from sami_plugin.question import Question
-from sami_plugin.refusals import STRANGER, Refusals
-from sami_plugin.scopes.base import ScopeFinder
+from sami_plugin.refusals import STRANGER
 from sami_plugin.session import Host, Session, go_on
-from sami_plugin.transport.rpc import Transport
 
 LOG = logging.getLogger(__name__)
 
@@ -538,12 +518,14 @@ class Agent:
                 return
             try:
                 said = messages.decode(heard[0])
-                if not isinstance(said, Open) or self._was_opened(greeting) or self._has_purged(said, greeting.peer):
-                    if (answer := self._answer(greeting, said)) is not None:
+                answer = self._answer(greeting, said)
+                if isinstance(said, Open) and answer is None:
+                    greeting.session = self._open(greeting, said, heard)
+                else:
+                    if answer is not None:
                         greeting.line.say(messages.encode(answer))
                     self._hang_up(greeting.id)
                     return
-                greeting.session = self._open(greeting, said, heard)
             except SamiError as error:  # the caller is told, and not the broker
                 self.host.refusals.note(greeting.peer, error)
                 greeting.line.say(messages.encode(GivesUp(str(error))))
@@ -654,13 +636,14 @@ class Agent:
                     session.find(source)
 
     def _answer(self, greeting: _Greeting, said: Message) -> Message | None:
-        """What is said to a host that does not want a session of its own."""
+        """What is said to a host that gets no session of its own; None where nothing is, or where it does get one."""
         if isinstance(said, Check):
             return self._judge(said, greeting.peer)
         if isinstance(said, Open):
             if self._was_opened(greeting):
                 return AskAgain(greeting.id)
-            return Purged(0, 0)  # how many there were was said, or noted, before
+            # How many there were was said, or noted, before.
+            return Purged(0, 0) if self._has_purged(said, greeting.peer) else None
         if isinstance(said, AskAgain):
             for session in self.sessions():
                 is_it = isinstance(session, DestinationSession) and session.id == said.session
@@ -897,104 +880,3 @@ def _is_uuid(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def host_of(
-    conf: cfg.ConfigOpts,
-    *,
-    name: str,
-    driver: FlowDriver,
-    scopes: ScopeFinder,
-    journal: Journal,
-    settings: Settings,
-    credentials: Credentials,
-    transport_url: str | None = None,
-    domains: Sequence[Domain] = (),
-    policies: Policies | None = None,
-) -> Host:
-    """This host. `domains` are the others than its own.
-
-    :raises ConfigurationError: a broker is not one that this version may use, or a file of a domain does not do.
-    """
-    trusted = [Credentials(name, one.credentials, f"domain:{one.name}") for one in domains]
-    own = Way(Transport(conf, name, transport_url), credentials)
-    others = [
-        Way(_transport_to(conf, name, one) or own.transport, each, one)
-        for one, each in zip(domains, trusted, strict=True)
-    ]
-    peers, refusals, told = Peers(own, others), Refusals(name, journal), notifications.from_conf(conf, name)
-    return Host(name, settings, driver, scopes, journal, peers, refusals, policies or Policies(), told)
-
-
-def _transport_to(conf: cfg.ConfigOpts, name: str, domain: Domain) -> Transport | None:
-    """The domain's broker, where it has one of its own."""
-    if not domain.transport_url:
-        return None
-    try:
-        return Transport(conf, name, domain.transport_url)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"[domain:{domain.name}] {error}") from error
-
-
-def load_scopes(name: str, conf: cfg.ConfigOpts) -> ScopeFinder:
-    """:raises ConfigurationError: there is no such scope finder, or its options are wrong."""
-    try:
-        found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager("sami.scopes", name)
-    except NoMatches as error:
-        raise ConfigurationError(f"[agent] scopes: there is no scope finder {name!r}") from error
-    finder: Any = found.driver
-    if not (isinstance(finder, type) and issubclass(finder, ScopeFinder)):
-        raise ConfigurationError(f"[agent] scopes: {name!r} is no scope finder but {finder!r}")
-    return finder.from_conf(conf)
-
-
-def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
-    """Runs the agent that `conf` describes until `wait` returns.
-
-    :raises SamiError: it cannot start; the message says what to change.
-    """
-    settings, domains = options.settings(conf), options.domains(conf)
-    libvirt = LibvirtHost(conf.libvirt.uri, conf.agent.host) if conf.libvirt.uri else None
-    agent = Agent(
-        host_of(
-            conf,
-            name=conf.agent.host,
-            driver=loader.load_driver(conf.agent.driver, **options.driver_options(conf)),
-            scopes=load_scopes(conf.agent.scopes, conf),
-            journal=opened(conf.agent.journal, options.retention(conf)),
-            settings=settings,
-            credentials=Credentials(conf.agent.host, options.tls_files(conf)),
-            domains=domains,
-            policies=Policies.from_conf(conf, domains),
-        ),
-        libvirt,
-    )
-    with ExitStack() as stack:
-        agent.start()
-        stack.callback(agent.stop)
-        socket = LocalSocket(
-            conf.agent.socket,
-            agent.tell,
-            mode=int(conf.agent.socket_mode, 8),
-            group=conf.agent.socket_group,
-            users=conf.agent.socket_users,
-            bounds=settings.bounds,
-            refused=agent.host.refusals.note,
-            requests={
-                "announce": lambda said: agent.announce(
-                    guest_of(said),
-                    text_of(said, "source"),
-                    text_of(said, "destination"),
-                    text_of(said, "request_id") if said.get("request_id") else "",
-                ),
-                "check": lambda said: agent.check(guest_of(said), text_of(said, "to")),
-                "approve": lambda said: agent.decide(text_of(said, "session"), may_come=True),
-                "refuse": lambda said: agent.decide(text_of(said, "session"), may_come=False),
-            },
-        )
-        socket.start()
-        stack.callback(socket.stop)
-        if libvirt is not None:
-            libvirt.start(agent.note, agent.underway)
-            stack.callback(libvirt.stop)
-        wait()

@@ -398,7 +398,7 @@ def _driver(known: AgentConfiguration) -> Check:
 
 
 def _scopes(known: AgentConfiguration, files: list[str] | None) -> Iterator[Check]:
-    from sami_plugin.agent import load_scopes
+    from sami_plugin.scopes.loader import load_scopes
 
     name = "scopes"
     is_static = known.scopes == "static"

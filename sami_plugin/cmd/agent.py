@@ -27,7 +27,7 @@ def _run(arguments: list[str]) -> int:
     from oslo_config import cfg
     from oslo_log import log
 
-    from sami_plugin import agent
+    from sami_plugin import service
     from sami_plugin.cli.configuration import words
     from sami_plugin.errors import SamiError
 
@@ -38,7 +38,7 @@ def _run(arguments: list[str]) -> int:
         conf = _configured(arguments)
         log.setup(conf, "sami")
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        agent.run(conf, lambda: signal.sigwait(signals))
+        service.run(conf, lambda: signal.sigwait(signals))
     except (SamiError, cfg.Error, log.LogConfigError, OSError) as error:
         print(f"sami-agent: {words(error)}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ from typing import Any
 
 from oslo_config import cfg
 
-from sami_plugin.agent import Agent, Hypervisor, host_of
+from sami_plugin.agent import Agent, Hypervisor
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.journal.journal import Journal
@@ -24,6 +24,7 @@ from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.scopes.static import StaticScopes
+from sami_plugin.service import host_of
 from sami_plugin.testing.certificates import Certificates
 
 

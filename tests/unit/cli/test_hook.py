@@ -437,7 +437,7 @@ def test_doctor_tells_all_in_the_order_of_mending(
 
 
 def test_scope_finder_of_any_kind_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sami_plugin import agent
+    from sami_plugin.scopes import loader
 
     class Finder:
         def find(self, guest: str) -> tuple[()]:
@@ -448,7 +448,7 @@ def test_scope_finder_of_any_kind_is_asked(tmp_path: Path, monkeypatch: pytest.M
 
     conf = tmp_path / "agent.conf"
     conf.write_text("[agent]\nscopes = other\n")
-    monkeypatch.setattr(agent, "load_scopes", lambda name, conf: Finder())
+    monkeypatch.setattr(loader, "load_scopes", lambda name, conf: Finder())
     known = checks.configuration.load([str(conf)])
     found, capabilities = checks._scopes(known, [str(conf)])
     assert (found.result, "other answers" in found.reason) == (Result.OK, True)
@@ -457,6 +457,6 @@ def test_scope_finder_of_any_kind_is_asked(tmp_path: Path, monkeypatch: pytest.M
     def fail(name: str, conf: object) -> None:
         raise ConfigurationError("no such finder")
 
-    monkeypatch.setattr(agent, "load_scopes", fail)
+    monkeypatch.setattr(loader, "load_scopes", fail)
     (found,) = checks._scopes(known, [str(conf)])
     assert found.result is Result.MISSING

@@ -8,8 +8,8 @@ import pytest
 from oslo_config import cfg
 
 from sami_plugin import conf as options
-from sami_plugin.agent import load_scopes
 from sami_plugin.errors import ConfigurationError
+from sami_plugin.scopes.loader import load_scopes
 
 
 def configured(tmp_path: Path, text: str) -> cfg.ConfigOpts:
