@@ -167,11 +167,11 @@ class SourceSession(Session):
         return tuple(port.scope for port in self._ports) or self._scopes
 
     def may_be_fetched_by(self, host: str, token: str) -> bool:
-        """Whether the guest left to that host, as far as one knows here, and nobody has asked for its flows by now."""
+        """Whether the guest left to that host, as far as one knows here, and no other has asked for its flows."""
         is_its = host == self.destination or bool(
             not self.destination and self.token and hmac.compare_digest(self.token.encode(), token.encode())
         )
-        return not self.peer and is_its and source.may_be_continued(self._known)
+        return self.peer in ("", host) and is_its and source.may_be_continued(self._known)
 
     @property
     def lacks_ports(self) -> bool:

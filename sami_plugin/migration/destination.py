@@ -185,7 +185,7 @@ def _found_another(session: Destination, event: Event, now: float) -> Decision:
         return session, []
     reason = f"{session.source} and {event.source} both say that the guest leaves them"
     session, actions = _give_up(replace(session, renew_at=math.inf), reason, now)
-    return session, [*actions, Discard()]
+    return session, actions if session.runs_here else [*actions, Discard()]
 
 
 def is_open(session: Destination) -> bool:

@@ -311,6 +311,11 @@ def _peer_says_it_stays(session: Source, event: Event, now: float) -> Decision:
     return replace(session, state=State.ENDED), [End(Outcome.STAYED, event.message.reason)]
 
 
+def _peer_says_it_stayed(session: Source, event: Event, now: float) -> Decision:
+    """Of a guest that has gone since, it is about a migration before the one that took it."""
+    return (session, []) if session.is_gone else _peer_says_it_stays(session, event, now)
+
+
 def _gone(session: Source, event: Event, now: float) -> Decision:
     if session.is_gone:  # said before, by the hook or by the event
         return session, []
@@ -544,7 +549,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Complete: _ignore,
         Arrived: _ignore,
         GivesUp: _ignore,
-        Stays: _peer_says_it_stays,
+        Stays: _peer_says_it_stayed,
         "Superseded": _superseded,
         "Continued": _continued,
     },

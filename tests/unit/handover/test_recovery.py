@@ -169,6 +169,21 @@ def test_what_a_former_agent_was_asked_and_is_asked_again_late_ends_no_later_mig
         assert (held(hosts, "host-a"), ports(hosts, "host-b")) == (set(), ALL)
 
 
+def test_guest_that_left_in_the_next_migration_while_the_agent_was_away_leaves_nothing_behind(tmp_path: Path) -> None:
+    """What the agent knows of when it is there again is the migration before, which the destination says was none."""
+    with hosts_in(tmp_path, limited(arrival_seconds=20)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.kill("host-a")
+        hosts.say("host-b", Phase.STOPPED, guest)
+        assert hosts.agents["host-b"].wait_until_idle(20)
+        words(hosts, guest, ("host-b", Phase.PREPARE), ("host-b", Phase.STARTED))
+        hosts.start("host-a")
+        words(hosts, guest, ("host-a", Phase.STOPPED), ("host-b", Phase.RESUMED))
+        until_idle(hosts)
+        assert (held(hosts, "host-a"), ports(hosts, "host-b")) == (set(), ALL)
+
+
 def test_where_the_ports_are_is_in_the_journal_before_anything_is_put_in(tmp_path: Path) -> None:
     seen: list[str] = []
 

@@ -179,6 +179,12 @@ def test_of_two_hosts_that_both_say_that_the_guest_leaves_them_none_is_believed(
     assert made.session.reason == "host-a and host-x both say that the guest leaves them"
 
 
+def test_what_a_guest_that_runs_here_has_stays_when_a_second_host_says_that_it_leaves_it() -> None:
+    made = shell(OFFERED, FLOWS, RESUMED, Found("host-x"))
+    assert made.kinds()[-2:] == ["GivesUp", "end: failed"]
+    assert "Discard" not in made.kinds()
+
+
 def test_guest_that_runs_while_its_source_is_looked_for_gets_its_flows_when_it_is_found() -> None:
     made = looking()
     for event in (STARTED, RESUMED, Found("host-a"), OFFERED, FLOWS, IN_SYNC, LAST):
