@@ -62,6 +62,9 @@ function configure_sami {
     iniadd "$NOVA_CONF" oslo_messaging_notifications driver sami
     iniset "$NOVA_CONF" sami socket "$socket"
 
+    # Where the hook looks.
+    echo "veto = $SAMI_VETO" | sudo tee "$SAMI_CONF_DIR/libvirt-hook.conf" \
+        >/dev/null
     sami hook install --folder "$SAMI_LIBVIRT_HOOKS"
     restart_service libvirtd
 }

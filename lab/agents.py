@@ -35,76 +35,15 @@ def file_and_broker(scope_file: Path, transport_url: str) -> dict[str, dict[str,
     return {"DEFAULT": {"transport_url": transport_url}, "agent": {"scope_file": scope_file}}
 
 
-class AgentProcess:
-    """One agent. A context manager."""
+class Agent:
+    """One agent on its host, as its files show it and its socket hears it."""
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        options: Mapping[str, Mapping[str, object]],
-        *,
-        start: Start = subprocess.Popen,
-        program: Sequence[str] = AGENT,
-    ) -> None:
-        """`options` are those of its configuration by group, besides the places of its files, which are below `folder`.
-
-        All agents of one folder have their certificates from one authority.
-
-        `start` starts a process, as Popen does, where the agent is to run.
-        """
+    def __init__(self, name: str, configuration: Path, socket: Path, journal: Path, log: Path) -> None:
         self.name = name
-        self._folder = folder / f"agent-{name}"
-        self._folder.mkdir(parents=True)
-        self.socket = self._folder / "agent.sock"
-        self.journal = self._folder / "journal.sqlite"
-        self.log = self._folder / "log"
-        self.configuration = self._folder / "sami-agent.conf"
-        places = {"host": name, "journal": self.journal, "socket": self.socket}
-        certificates = dataclasses.asdict(Certificates(folder / "certificates").files(name))
-        groups = {**options, "agent": {**places, **options.get("agent", {})}, "tls": certificates}
-        self.configuration.write_text(
-            "".join(
-                f"[{group}]\n" + "".join(f"{option} = {value}\n" for option, value in values.items())
-                for group, values in groups.items()
-            )
-        )
-        self._start = start
-        self._program = program
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def cpu_seconds(self) -> float:
-        """Processor time that the agent has used so far."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def start(self) -> None:
-        """Blocks until the agent listens."""
-        with self.log.open("ab") as log:
-            self._process = self._start(
-                [*self._program, "--config-file", str(self.configuration)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-        wait_until(self._listens, f"agent {self.name} to listen", START_SECONDS)
-
-    def has_died(self) -> bool:
-        """Whether it ended by itself."""
-        return self._process is not None and self._process.poll() is not None
-
-    def stop(self, with_signal: int = signal.SIGTERM) -> None:
-        """May be repeated, and followed by `start`."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.send_signal(with_signal)  # does nothing where it has ended
-            process.wait(30)
+        self.configuration = configuration
+        self.socket = socket
+        self.journal = journal
+        self.log = log
 
     def tell(self, phase: Phase, guest: str, source: str | None = None, destination: str | None = None) -> None:
         """What this host's hypervisor says of a guest."""
@@ -140,6 +79,79 @@ class AgentProcess:
         except JournalError:  # nothing was written yet
             return 0
 
+    def listens(self) -> bool:
+        """Whether it does at this moment."""
+        with socket.socket(socket.AF_UNIX) as probe:  # one that was killed has left its socket's file
+            return probe.connect_ex(str(self.socket)) == 0
+
+
+class AgentProcess(Agent):
+    """One that is started here. A context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        options: Mapping[str, Mapping[str, object]],
+        *,
+        start: Start = subprocess.Popen,
+        program: Sequence[str] = AGENT,
+    ) -> None:
+        """`options` are those of its configuration by group, besides the places of its files, which are below `folder`.
+
+        All agents of one folder have their certificates from one authority.
+
+        `start` starts a process, as Popen does, where the agent is to run.
+        """
+        own = folder / f"agent-{name}"
+        own.mkdir(parents=True)
+        super().__init__(name, own / "sami-agent.conf", own / "agent.sock", own / "journal.sqlite", own / "log")
+        places = {"host": name, "journal": self.journal, "socket": self.socket}
+        certificates = dataclasses.asdict(Certificates(folder / "certificates").files(name))
+        groups = {**options, "agent": {**places, **options.get("agent", {})}, "tls": certificates}
+        self.configuration.write_text(
+            "".join(
+                f"[{group}]\n" + "".join(f"{option} = {value}\n" for option, value in values.items())
+                for group, values in groups.items()
+            )
+        )
+        self._start = start
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the agent has used so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def start(self) -> None:
+        """Blocks until the agent listens."""
+        with self.log.open("ab") as log:
+            self._process = self._start(
+                [*self._program, "--config-file", str(self.configuration)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        wait_until(self._has_begun, f"agent {self.name} to listen", START_SECONDS)
+
+    def has_died(self) -> bool:
+        """Whether it ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
+    def stop(self, with_signal: int = signal.SIGTERM) -> None:
+        """May be repeated, and followed by `start`."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(with_signal)  # does nothing where it has ended
+            process.wait(30)
+
     def __enter__(self) -> AgentProcess:
         self.start()
         return self
@@ -147,9 +159,8 @@ class AgentProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
-    def _listens(self) -> bool:
+    def _has_begun(self) -> bool:
         assert self._process is not None
         if self._process.poll() is not None:
             raise OperatorError(f"agent {self.name} ended: {self.log.read_text()[-2000:]}")
-        with socket.socket(socket.AF_UNIX) as probe:  # one that was killed has left its socket's file
-            return probe.connect_ex(str(self.socket)) == 0
+        return self.listens()

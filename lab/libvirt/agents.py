@@ -27,6 +27,11 @@ END_SECONDS = 30.0
 HEARS_LIBVIRT = "tells of migrations from now on"
 
 
+def times_libvirt_was_heard(log: Path) -> int:
+    """How often an agent with this log has begun to hear its libvirt."""
+    return log.read_text().count(HEARS_LIBVIRT) if log.exists() else 0
+
+
 class HostAgent(AgentProcess):
     """The agent of one host. Its socket, journal and log are seen at the same path from the world and in the host."""
 
@@ -58,9 +63,11 @@ class HostAgent(AgentProcess):
 
     def start(self) -> None:
         """Blocks until the agent listens and hears its libvirt."""
-        before = self._heard()
+        before = times_libvirt_was_heard(self.log)
         super().start()
-        wait_until(lambda: self._heard() > before, f"agent {self.name} to hear its libvirt", START_SECONDS)
+        wait_until(
+            lambda: times_libvirt_was_heard(self.log) > before, f"agent {self.name} to hear its libvirt", START_SECONDS
+        )
 
     @contextlib.contextmanager
     def behind(self, *words: str) -> Iterator[None]:
@@ -77,9 +84,6 @@ class HostAgent(AgentProcess):
 
     def _start_in_host(self, argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
         return self._host.start([*self._words, *argv], **options)
-
-    def _heard(self) -> int:
-        return self.log.read_text().count(HEARS_LIBVIRT) if self.log.exists() else 0
 
 
 class Sami:

@@ -88,7 +88,7 @@ class OpenStackLab:
         """Copy what all processes of the machines said, and libvirt of their guests; replaces what is there."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for pattern in ("host-*/*.log", "host-*/var/log/libvirt/qemu/*.log", "agent-*/log", "events"):
+        for pattern in ("host-*/*.log", "host-*/var/log/libvirt/qemu/*.log", "agent-*/*.log", "events"):
             for log in self.folder.glob(pattern):
                 shutil.copy(log, folder / "-".join(log.relative_to(self.folder).parts))
 

@@ -1,4 +1,4 @@
-"""SAMI on the compute hosts, as an operator puts it there (doc/source/user/nova.rst). Nothing else here knows SAMI.
+"""SAMI on the compute hosts, put there by the DevStack plugin's own phases. Nothing else here knows SAMI.
 
 `HostSami` is one host's: its agent, the hook in libvirt's folder, and the notification driver in Nova's environment.
 """
@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -17,56 +17,127 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lab.agents import AGENT
+from lab.agents import START_SECONDS, Agent
 from lab.broker import Broker
 from lab.deadline import wait_until
-from lab.errors import CommandFailed
-from lab.libvirt.agents import HOOK, HostAgent
+from lab.errors import LabError
+from lab.isolation import search_path
+from lab.libvirt.agents import times_libvirt_was_heard
 from lab.openstack import settings
 from lab.openstack.compute import PLUGINS, ComputeHost
 from lab.openstack.guest import Guest
 from lab.openstack.lab import OpenStackLab
-from sami_plugin.cmd import libvirt_hook
 
 CLONE = Path(__file__).parents[2]
-PACKAGE_FILES = ("LICENSE", "README.rst", "pyproject.toml", "requirements.txt", "setup.cfg", "setup.py")
+DEVSTACK = CLONE / "lab" / "devstack.sh"
+SOURCE_FILES = ("LICENSE", "README.rst", "pyproject.toml", "requirements.txt", "setup.cfg", "setup.py")
+SOURCE_FOLDERS = ("sami_plugin", "tempest_tests")
+CONFIGURATION = "/etc/sami/sami-agent.conf"
+NOVA_CONF = "nova/nova.conf"
+SERVICE = "sami-agent"
 END_SECONDS = 60.0
-DRIVER = ("oslo_messaging_notifications", "driver = sami")
-HOOK_SETTINGS = "sami/libvirt-hook.conf"
+
+
+class StackedAgent(Agent):
+    """The agent of one host, as DevStack runs it there."""
+
+    def __init__(self, host: ComputeHost, devstack: Callable[..., str], folder: Path) -> None:
+        """`devstack` runs phases on the host. `folder`, seen at the same path from here and there, is for its log and
+        its journal: SQLite does not find what is reached through /proc."""
+        super().__init__(
+            host.name,
+            host.path(CONFIGURATION),
+            host.path("/run/sami/agent.sock"),
+            folder / "journal.sqlite",
+            folder / f"{SERVICE}.log",
+        )
+        self._host = host
+        self._devstack = devstack
+        self._pid = folder / f"{SERVICE}.pid"
+
+    def start(self) -> None:
+        """Blocks until the agent listens and hears its libvirt."""
+        before = times_libvirt_was_heard(self.log)
+        self._devstack("stack", "extra")
+        self._wait_until(self.listens, "listen")
+        self._wait_until(lambda: times_libvirt_was_heard(self.log) > before, "hear its libvirt")
+
+    def stop(self, with_signal: int = signal.SIGTERM) -> None:
+        """`start` may follow."""
+        self._host.run(["kill", f"-{with_signal:d}", self._pid.read_text().strip()])
+        wait_until(lambda: not self._runs(), f"agent {self.name} to end", END_SECONDS)
+
+    def _runs(self) -> bool:
+        return self._host.path(f"/proc/{self._pid.read_text().strip()}").exists()
+
+    def _wait_until(self, has_begun: Callable[[], bool], what: str) -> None:
+        def has_or_fails() -> bool:
+            if not self._runs():
+                raise LabError(f"agent {self.name} ended: {self.log.read_text()[-2000:]}")
+            return has_begun()
+
+        wait_until(has_or_fails, f"agent {self.name} to {what}", START_SECONDS)
 
 
 class HostSami:
-    """SAMI on one compute host, once `install` has run; nova-compute takes notice when it is restarted."""
+    """SAMI on one compute host, once `stack` has run; nova-compute takes notice when it is restarted."""
 
-    def __init__(self, host: ComputeHost, broker: Broker, migration: Mapping[str, object]) -> None:
-        """`migration` are options of the agent's group of that name."""
+    def __init__(self, host: ComputeHost, broker: Broker, source: Path, migration: Mapping[str, object]) -> None:
+        """`source` is what DevStack would clone, `migration` are options of the agent's group of that name."""
+        folder = host.lab_folder / f"agent-{host.name}"
         self.host = host
-        self.agent = HostAgent(host, broker, migration, policy={}, program=AGENT)
+        self.agent = StackedAgent(host, self._devstack, folder)
+        self._migration = migration
+        self._nova_conf = (host.etc / NOVA_CONF).read_text()
+        self._local_conf = {
+            "DATA_DIR": str(host.lab_folder / "devstack"),
+            "DEST": str(source.parent),
+            "NOVA_CONF": f"/etc/{NOVA_CONF}",
+            "NOVA_PYTHON": PLUGINS,
+            "PYTHON_BIN": str(Path(sys.executable).parent),
+            "Q_AGENT": "linuxbridge",
+            "RABBIT_URL": broker.url,
+            "RUN": str(folder),
+            "SAMI_DIR": str(source),
+            "SAMI_HOST": host.name,
+            "SAMI_STATE_DIR": str(folder),
+            "SAMI_VETO": "yes",  # the agent's policy decides
+            "STACK_USER": "root",
+            # pip is to build what lies there, without git and without a look at the network.
+            "PBR_VERSION": metadata.version("sami_plugin"),
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_NO_INDEX": "1",
+            "PIP_ROOT_USER_ACTION": "ignore",
+        }
 
-    def install(self, package: Path) -> None:
-        """Blocks until the agent hears libvirt. `package` is of `build`."""
-        shutil.copytree(package, self.host.path(PLUGINS), dirs_exist_ok=True)
-        self._change_nova_conf(lambda words: settings.with_line(words, *DRIVER))
-        hook_settings = self.host.etc / HOOK_SETTINGS
-        hook_settings.parent.mkdir(exist_ok=True)
-        hook_settings.write_text("veto = yes\n")  # the agent's policy decides
+    def install(self) -> None:
+        """What `stack` needs once."""
+        self._devstack("stack", "install")
+
+    def stack(self) -> None:
+        """Blocks until the agent hears libvirt."""
+        (self.host.etc / NOVA_CONF).write_text(self._nova_conf)  # devstack makes it anew each time
+        self._devstack("stack", "post-config")
+        options = "".join(f"{name} = {value}\n" for name, value in self._migration.items())
+        with self.agent.configuration.open("a") as file:
+            file.write(f"\n[migration]\n{options}")
         self.agent.start()
-        self.host.install_hook(libvirt_hook.__file__, HOOK)
 
-    def remove(self) -> None:
-        """Undo `install`."""
-        self.host.remove_hook(HOOK)
-        self.agent.stop()
-        self._change_nova_conf(lambda words: settings.without_line(words, *DRIVER))
+    def unstack(self) -> None:
+        """No agent runs and no hook is installed."""
+        self._devstack("unstack")
+
+    def clean(self) -> None:
+        """Undo `install` and `stack`, after `unstack`."""
+        self._devstack("clean")
+        (self.host.etc / NOVA_CONF).write_text(self._nova_conf)
         shutil.rmtree(self.host.path(PLUGINS))
         self.host.path(PLUGINS).mkdir()
 
     def report(self, what: str) -> list[dict[str, str]]:
         """What `sami report` says here of a session, a guest, an address or a request. Raises CommandFailed."""
         words = [sys.executable, "-m", "sami_plugin.cmd.cli", "report", what, "-f", "json"]
-        rows: list[dict[str, str]] = json.loads(
-            self.host.run([*words, "--config-file", str(self.agent.configuration)], env=os.environ)
-        )
+        rows: list[dict[str, str]] = json.loads(self.host.run([*words, "--config-file", CONFIGURATION], env=os.environ))
         return rows
 
     @contextlib.contextmanager
@@ -84,9 +155,8 @@ class HostSami:
         file.write_text(change(file.read_text(), "policy", line))
         self.agent.start()
 
-    def _change_nova_conf(self, change: Callable[[str], str]) -> None:
-        file = self.host.etc / "nova/nova.conf"
-        file.write_text(change(file.read_text()))
+    def _devstack(self, *words: str) -> str:
+        return self.host.run([DEVSTACK, *words], env=os.environ | self._local_conf | {"PATH": search_path()})
 
 
 class Sami:
@@ -95,16 +165,16 @@ class Sami:
     def __init__(self, lab: OpenStackLab, **migration: object) -> None:
         """`migration` are options of the agents' group of that name."""
         self._lab = lab
-        self.hosts = {name: HostSami(host, lab.broker, migration) for name, host in lab.hosts.items()}
+        source = _source(lab.folder / "sami_plugin")
+        self.hosts = {name: HostSami(host, lab.broker, source, migration) for name, host in lab.hosts.items()}
 
     def __enter__(self) -> Sami:
-        package = self._lab.folder / "sami-package"
-        if not package.exists():
-            build(package, self._lab.folder / "sami-source")
         with contextlib.ExitStack() as stack:
             for host in self.hosts.values():
-                host.install(package)
-                stack.callback(host.remove)
+                stack.callback(host.clean)
+                host.install()
+                stack.callback(host.unstack)
+                host.stack()
             self._lab.restart_nova_compute()
             self._stack = stack.pop_all()
         return self
@@ -113,7 +183,7 @@ class Sami:
         self._stack.close()
 
     @property
-    def agents(self) -> dict[str, HostAgent]:
+    def agents(self) -> dict[str, StackedAgent]:
         """By host."""
         return {name: host.agent for name, host in self.hosts.items()}
 
@@ -121,14 +191,12 @@ class Sami:
     def away(self) -> Iterator[None]:
         """Within it no agent runs and no hook is installed; the notification driver finds nobody."""
         for host in self.hosts.values():
-            host.host.remove_hook(HOOK)
-            host.agent.stop()
+            host.unstack()
         try:
             yield
         finally:
             for host in self.hosts.values():
-                host.agent.start()
-                host.host.install_hook(libvirt_hook.__file__, HOOK)
+                host.stack()
 
     def reports(self, guest: Guest, count: int = 1) -> dict[str, dict[str, Any]]:
         """The newest report of each host, once each has had so many sessions of the guest and they have ended."""
@@ -146,19 +214,11 @@ class Sami:
         return "\n".join(agent.log.read_text()[-4000:] for agent in self.agents.values())
 
 
-def build(target: Path, source: Path) -> None:
-    """Install this clone's package into a folder, for Nova's Python, which has all that it needs there. `source` is a
-    folder to build in. Raises CommandFailed."""
-    source.mkdir()
-    for file in PACKAGE_FILES:
-        shutil.copy(CLONE / file, source)
-    for folder in ("sami_plugin", "tempest_tests"):
-        shutil.copytree(CLONE / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    environment = os.environ | {"PBR_VERSION": metadata.version("sami_plugin"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    environment |= {"PIP_ROOT_USER_ACTION": "ignore"}
-    done = subprocess.run(
-        [*words, "--target", target, source], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise CommandFailed([*words, "..."], done.returncode, done.stderr)
+def _source(folder: Path) -> Path:
+    """The package's source in that folder, as a clone would be there: pip builds beside it."""
+    folder.mkdir()
+    for file in SOURCE_FILES:
+        shutil.copy(CLONE / file, folder)
+    for name in SOURCE_FOLDERS:
+        shutil.copytree(CLONE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder

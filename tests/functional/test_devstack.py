@@ -105,6 +105,7 @@ def test_host_is_stacked_unstacked_and_clean(host: Host) -> None:
     status = host.status()
     assert (status["host"], status["agent"]) == ("cmp1", "listens at /run/sami/agent.sock")
     assert host.configuration.stat().st_mode & 0o777 == 0o600
+    assert (host.configuration.parent / "libvirt-hook.conf").read_text() == "veto = no\n"
     pid = int(host.pid.read_text())
     host.devstack("unstack")
     assert not pathlib.Path(f"/proc/{pid}").exists()
