@@ -206,7 +206,9 @@ MIGRATION_OPTIONS = [
         default=_DEFAULTS.started_seconds,
         min=0.0,
         help="Seconds that the start of the guest's empty shell on the destination is held up until all that the "
-        "source had at first is in the firewall. Most guests' flows are there in a fraction of a second.",
+        "source had at first is in the firewall. Most guests' flows are there in a tenth of a second once the port has "
+        "its zone. Raise it where the manager's agent gives the zone only after the start, as with Linux bridges, and "
+        "small guests are not to run before it has: each of their migrations takes so much longer.",
     ),
     cfg.FloatOpt(
         "zone_seconds",
