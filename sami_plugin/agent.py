@@ -728,11 +728,16 @@ class Agent:
                 raise NotAuthorised(f"{guest} has left this host already")
             if left is not None:
                 return self._take_over(greeting, said, left, heard)
-            if not has_job and outgoing is not None and not outgoing.is_suspended:
+            if self._outgoing.is_of(guest, said.token):  # it may have left while no agent was here; one will be told
+                has_token = True
+            elif not has_job and outgoing is not None and not outgoing.is_suspended:
                 self._outgoing.pop(guest)  # its job ended without a word
                 outgoing = None
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)
             self._make_room(guest)
+            if outgoing is not None and scopes:
+                outgoing = replace(outgoing, scopes=scopes)
+                self._outgoing.put(guest, outgoing)
             session = self._leaving(greeting.id, guest, sender, outgoing, greeting.line)
             if session.lacks_ports:  # whoever starts anew when the guest has left finds them nowhere but in the journal
                 session.note_ports(scopes)

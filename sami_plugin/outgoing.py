@@ -6,6 +6,7 @@ its host tells any more where it went, nor where its ports were.
 
 from __future__ import annotations
 
+import hmac
 import json
 import logging
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Outgoing:
     """Where to, if the hypervisor said so."""
     is_suspended: bool = False
     scopes: tuple[Scope, ...] = ()
-    """Its ports, where no session knows them."""
+    """Its ports, as far as they are known: a session that knows them may end while the job goes on."""
     token: str = field(default="", repr=False)
     """What its description said (`Origin`), which its destination is given."""
 
@@ -55,6 +56,13 @@ class OutgoingGuests:
     def unconfirmed(self) -> list[str]:
         """Those of which nothing was heard since `read`: they may have left meanwhile, or have stayed."""
         return list(self._unconfirmed)
+
+    def is_of(self, guest: str, token: str) -> bool:
+        """Whether nothing was heard of the guest since `read`, and it was to leave with this token."""
+        known = self._known.get(guest)
+        if known is None or not known.token or guest not in self._unconfirmed:
+            return False
+        return hmac.compare_digest(known.token.encode(), token.encode())
 
     def get(self, guest: str) -> Outgoing | None:
         return self._known.get(guest)

@@ -230,6 +230,27 @@ def test_while_the_source_s_hypervisor_is_started_anew_the_description_shows_whe
         assert held(hosts, "host-b") == set()
 
 
+def test_guest_that_comes_against_a_veto_gets_its_flows_from_an_agent_that_was_away_meanwhile(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    """The job goes on where no hook stops it; where the guest's ports were, the session that was refused had noted."""
+    guest = is_copying(hosts, hypervisors)
+    description = hypervisors["host-a"].description(guest)
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert outcome(hosts, "host-a", guest)[0] == "stayed"
+    hosts.kill("host-a")
+    hosts.agents["host-b"].tell(MigrationEvent(guest, Phase.PREPARE, domain=description))
+    for phase in (Phase.STARTED, Phase.RESUMED):
+        hosts.say("host-b", phase, guest)
+    hypervisors["host-a"].leaving.clear()
+    hypervisors["host-a"].marks.clear()
+    hosts.start("host-a")
+    hosts.agents["host-a"].note(MigrationEvent(guest, Phase.STOPPED, role="source"))
+    until_idle(hosts)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
+
+
 def test_host_that_was_not_given_the_guest_s_description_gets_nothing_and_stops_nothing(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
