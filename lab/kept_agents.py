@@ -57,9 +57,9 @@ class KeptAgents:
         self._keeper.join()
         self._stack.close()
 
-    def arm(self, host: str, writes: int, when: str) -> None:
+    def arm(self, host: str, writes: int) -> None:
         """See `lab.mortal.arm`."""
-        mortal.arm(self.agents[host].configuration.parent, writes, when)
+        mortal.arm(self.agents[host].configuration.parent, writes)
 
     def disarm(self, host: str) -> bool:
         """See `lab.mortal.disarm`."""

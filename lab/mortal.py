@@ -1,7 +1,7 @@
-"""An agent that ends as `kill -9` ends it, at a write of its journal that a test has chosen.
+"""An agent that ends as `kill -9` ends it, before a write of its journal that a test has chosen.
 
-What is left to it stands in the file ``die-at`` beside its configuration: how many writes there are until then, and
-whether that one is still done (``after``) or not (``before``). Without the file it lives. All else is `sami-agent`.
+How many writes are left to it stands in the file ``die-at`` beside its configuration. Without the file it lives. All
+else is `sami-agent`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _ONE = threading.Lock()
 WRITES = ("begin", "know", "record", "keep_payload", "go_on", "end", "keep_outgoing")
 
 
-def arm(folder: Path, writes: int, when: str) -> None:
-    """The agent whose configuration is in the folder ends at its write of this number, from now on; 0 is the next."""
+def arm(folder: Path, writes: int) -> None:
+    """The agent whose configuration is in the folder ends after so many writes, from now on, before the next one."""
     new = folder / "die-at.new"
-    new.write_text(f"{writes} {when}")
+    new.write_text(f"{writes}")
     new.rename(folder / "die-at")
 
 
@@ -48,25 +48,20 @@ def main() -> int:
 def _mortal(write: Callable[..., Any], file: Path) -> Callable[..., Any]:
     def mortal(*arguments: Any, **named: Any) -> Any:
         with _ONE:
-            left, when = _left(file)
-        if left == 0 and when == "before":
-            _die(file)
-        result = write(*arguments, **named)
-        if left == 0:
-            _die(file)
-        return result
+            _count(file)
+        return write(*arguments, **named)
 
     return mortal
 
 
-def _left(file: Path) -> tuple[int, str]:
+def _count(file: Path) -> None:
     try:
-        left, when = file.read_text().split()
+        left = int(file.read_text())
     except FileNotFoundError:
-        return -1, ""
-    if int(left) > 0:
-        arm(file.parent, int(left) - 1, when)
-    return int(left), when
+        return
+    if left == 0:
+        _die(file)
+    arm(file.parent, left - 1)
 
 
 def _die(file: Path) -> None:

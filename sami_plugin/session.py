@@ -398,6 +398,7 @@ class Session(abc.ABC):
         """Into the journal, where a later start finds it: before it lives, and before the peer hears that it does."""
         if self._former is not None:  # it is there as the one that goes on
             return
+        self._noted = self._knowledge()
         try:
             self.host.journal.begin(
                 self.id,
@@ -405,12 +406,12 @@ class Session(abc.ABC):
                 self.role,
                 self.peer,
                 self._state(),
+                ports=[scope.as_dict() for scope in self._scopes_known()],
                 destination=self.destination,
                 token=self.token,
             )
         except JournalError as error:
             self.lose_journal(error)
-        self.note_knowledge()
 
     # In the session's own thread.
 
@@ -495,7 +496,7 @@ class Session(abc.ABC):
 
     def note_knowledge(self) -> None:
         """What a later start needs to know besides decisions and flows goes into the journal when it has changed."""
-        known = self.peer, self.destination, self.token, self._scopes_known()
+        known = self._knowledge()
         if known == self._noted or not self._journal_works:
             return
         self._noted = known
@@ -504,6 +505,9 @@ class Session(abc.ABC):
             self.host.journal.know(self.id, peer=self.peer, ports=ports, destination=self.destination, token=self.token)
         except JournalError as error:
             self.lose_journal(error)
+
+    def _knowledge(self) -> tuple[str, str, str, tuple[Scope, ...]]:
+        return self.peer, self.destination, self.token, self._scopes_known()
 
     def _enact(self, label: str, actions: list[Action]) -> None:
         """Records a decision, then does it."""

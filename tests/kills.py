@@ -10,13 +10,9 @@ MOST_WRITES = 60
 """More than a session writes."""
 
 
-def when(write: int) -> str:
-    """Whether the agent dies before that write is done or after it: in turn, so that each gap between two is met."""
-    return ("after", "before")[write % 2]
-
-
 def writes(config: pytest.Config, chosen: Sequence[int], deaths: Sequence[bool]) -> Iterator[int]:
-    """Those chosen, or with --every-write all, up to one that the agent does not come to.
+    """Those chosen, or with --every-write all, and so each gap between two, up to one that the
+    agent does not come to.
 
     Of each it has to be added to `deaths` whether the agent died at it.
     """

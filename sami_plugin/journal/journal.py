@@ -143,13 +143,25 @@ class Journal:
             self._db.close()
 
     def begin(
-        self, session: str, guest: str, role: str, peer: str, state: str, *, destination: str = "", token: str = ""
+        self,
+        session: str,
+        guest: str,
+        role: str,
+        peer: str,
+        state: str,
+        *,
+        ports: Iterable[dict[str, Any]] = (),
+        destination: str = "",
+        token: str = "",
     ) -> None:
-        """`destination` is where the guest goes to, `token` what its description says (`Origin`), if that is known."""
+        """`destination` is where the guest goes to, `token` what its description says (`Origin`), if they are known.
+
+        `ports` as in `know`.
+        """
         self._write(
-            "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, destination, token) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (session, guest, role, peer, state, time.time(), session, destination, token),
+            "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, ports, destination, token) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (session, guest, role, peer, state, time.time(), session, json.dumps(list(ports)), destination, token),
         )
 
     def go_on(

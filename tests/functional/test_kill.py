@@ -167,7 +167,7 @@ def test_connection_lives_whichever_write_an_agent_dies_at(
         deaths: list[bool] = []
         for write in kills.writes(pytestconfig, (chosen,), deaths):
             victim = made.here if role == "source" else made.there
-            made.agents.arm(victim, write, kills.when(write))
+            made.agents.arm(victim, write)
             try:
                 made.move()
             except DeadlinePassed as error:

@@ -84,9 +84,9 @@ def mortals(
 
 @contextmanager
 def dying(agent: HostAgent, write: int, deaths: list[bool]) -> Iterator[None]:
-    """The agent dies at this write of its journal, and is started anew at once."""
+    """The agent dies before this write of its journal, and is started anew at once."""
     folder = agent.configuration.parent
-    mortal.arm(folder, write, kills.when(write))
+    mortal.arm(folder, write)
     has_ended = threading.Event()
 
     def keep() -> None:

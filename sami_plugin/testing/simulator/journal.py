@@ -31,7 +31,16 @@ class MemoryJournal(Journal):
             raise JournalError("cannot use the journal: the disk is full")
 
     def begin(
-        self, session: str, guest: str, role: str, peer: str, state: str, *, destination: str = "", token: str = ""
+        self,
+        session: str,
+        guest: str,
+        role: str,
+        peer: str,
+        state: str,
+        *,
+        ports: Iterable[dict[str, Any]] = (),
+        destination: str = "",
+        token: str = "",
     ) -> None:
         self._before("beginning")
         self._sessions[session] = {
@@ -46,7 +55,7 @@ class MemoryJournal(Journal):
             "report": None,
             "known_as": session,
             "heard": [],
-            "ports": [],
+            "ports": list(ports),
             "destination": destination,
             "token": token,
         }
