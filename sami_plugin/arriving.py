@@ -26,6 +26,8 @@ class Arriving:
     """What the device holds thanks to this session, with the device's own ids."""
     former: FlowTable = field(default_factory=FlowTable)
     """What another session, with which this one goes on, may have put in, and the source has not told of anew."""
+    unadmitted: list[Batch] = field(default_factory=list)
+    """What peers had begun when the port's zone was known and its guest ran already."""
     doubtful: list[tuple[Scope, Batch]] = field(default_factory=list)
     """What may be in the device, and for which scope it was put in: the device failed before it said so."""
 

@@ -231,6 +231,13 @@ MIGRATION_OPTIONS = [
         help="Seconds after such a purge for which an agent of the destination that was away may still have the flows, "
         "from the source's journal. Later they could outlive a firewall rule that was removed meanwhile.",
     ),
+    cfg.BoolOpt(
+        "remove_unadmitted",
+        default=_DEFAULTS.remove_unadmitted,
+        help="Whether the destination removes, by name, flows that a peer began while the guest ran already and its "
+        "port had no zone yet, and that the source did not have. The network's agent may not have written the port's "
+        "rules by then, so nobody has admitted them. They are named in the report in any case.",
+    ),
     cfg.FloatOpt(
         "watch_seconds",
         default=_LIMITS.watch_seconds,
@@ -640,5 +647,6 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         started_seconds=values.started_seconds,
         headroom_percent=values.headroom_percent,
         late_import_seconds=values.late_import_seconds,
+        remove_unadmitted=values.remove_unadmitted,
         enterprise=conf.agent.enterprise_number,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +38,7 @@ from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import (
     Batch,
     has_end_in,
+    holds_any,
     importance,
     is_translated_elsewhere,
     names,
@@ -67,6 +68,8 @@ from sami_plugin.model.verdict import Verdict
 from sami_plugin.notifications import at_risk, started
 from sami_plugin.session import Actions, Host, Session
 
+UNADMITTED = "begun by a peer when the guest ran here and its port had no zone yet; the source did not have them"
+UNADMITTED_REMOVED = f"removed: {UNADMITTED}"
 NOT_DISCARDED = "not discarded: the firewall failed, and they may have been there before"
 
 
@@ -240,6 +243,9 @@ class DestinationSession(Session):
         if found and not self.host.may_put_in(self.guest):
             return Done("FindScope", len(self._ports), is_all=False)
         fresh = [Arriving(scope) for scope in found]
+        if self._known.runs_here:
+            for port in fresh:
+                port.unadmitted = list(self._begun_by_peers(port.scope))
         self._ports += fresh
         self._unfilled += fresh
         if fresh:
@@ -254,6 +260,31 @@ class DestinationSession(Session):
             self.note("scope known")
             self._note_last()
         return Done("FindScope", len(self._ports), is_all=is_all)
+
+    def _begun_by_peers(self, scope: Scope) -> Iterator[Batch]:
+        for piece in self.host.driver.export(scope):
+            if isinstance(piece, Batch):
+                called = piece.rows[piece.destination_field]
+                batch = piece.take(holds_any(called, piece.template.is_ipv6, scope.addresses))
+                if len(batch):
+                    yield batch
+
+    def _judge_unadmitted(self) -> None:
+        """Once all that the source had is here: what is still there of what peers began, and was not the source's."""
+        is_removing = self.host.settings.remove_unadmitted
+        for port in self._ports:
+            for batch in port.unadmitted:
+                found, is_there = self.host.driver.read_back(port.scope, batch)
+                is_same = is_there & (found.rows["flowId"] == batch.rows["flowId"])
+                with self.host.deciding(port.scope):
+                    left = batch.take(is_same & ~port.held.find(batch)[0])
+                    left = self.host.arriving.unclaimed_by_others(self.id, port.scope, left)
+                    if is_removing:
+                        removed = self.host.driver.remove(port.scope, left.identities)
+                        left = left.take(removed["outcome"] == Outcome.REMOVED)
+                if len(left):
+                    self.report.name(UNADMITTED_REMOVED if is_removing else UNADMITTED, len(left), names(left))
+            port.unadmitted = []
 
     def _apply(self, payload: bytes, ports: list[Arriving], *, is_final: bool) -> None:
         """Takes out and puts in what the payload says of these ports. When final, refuses what is no port's at all."""
@@ -422,6 +453,8 @@ class DestinationSession(Session):
             for port in self._ports:
                 for batch in list(port.former.batches()):  # the source has not told of it: it has ended meanwhile
                     self._take_out(batch.identities, [port])
+        if self._known.has_last and not self._waiting:
+            self._judge_unadmitted()
         return Done("Verify", self._held_count(), refused=self._findings.refused)
 
     def _settle(self, *, until_all: bool = True) -> None:

@@ -67,6 +67,7 @@ class Settings:
     started_seconds: float = 0.4
     headroom_percent: float = 5.0
     late_import_seconds: float = 30.0
+    remove_unadmitted: bool = False
     enterprise: int = 32473
 
 
