@@ -83,8 +83,9 @@ class Moves:
 
     def goes_on(self) -> None:
         start = self.flow.samples()[-1].total if self.flow.samples() else 0
+        # A peer that got no answer while the agent was away tries again after as long as that was once more.
         wait_until(
-            lambda: self.flow.samples() and self.flow.samples()[-1].total >= start + 50_000, "the download to go on", 15
+            lambda: self.flow.samples() and self.flow.samples()[-1].total >= start + 50_000, "the download to go on", 40
         )
 
     @property
