@@ -156,13 +156,19 @@ def _pack_initramfs(root: Path) -> None:
     for module in modules:
         shutil.copy(module, root / "modules")
     (root / "modules/order").write_text("".join(f"{module.name}\n" for module in modules))
+    pack(root, INITRAMFS)
+
+
+def pack(root: Path, archive: Path) -> None:
+    """Make a compressed archive of a folder, as the kernel unpacks one at its start; all or nothing."""
     files = "".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*")))
-    with INITRAMFS.with_suffix(".new").open("wb") as packed:
-        archive = subprocess.run(
+    new = archive.with_suffix(".new")
+    with new.open("wb") as packed:
+        made = subprocess.run(
             ["cpio", "-o", "-H", "newc", "--quiet"], cwd=root, input=files.encode(), capture_output=True, check=True
         )
-        subprocess.run(["gzip", "-9n"], input=archive.stdout, stdout=packed, check=True)
-    INITRAMFS.with_suffix(".new").rename(INITRAMFS)
+        subprocess.run(["gzip", "-9n"], input=made.stdout, stdout=packed, check=True)
+    new.rename(archive)
 
 
 def _modules() -> list[Path]:

@@ -52,10 +52,10 @@ def register(cloud: Cloud) -> None:
 def fill(cloud: Cloud) -> None:
     """All that a guest needs."""
     # With aki and ari, their proper names, a guest boots and its migration fails: Nova's inspector at the destination.
-    kernel = _image(cloud, "guest-kernel", parts.kernel_image().read_bytes())
-    ramdisk = _image(cloud, "guest-ramdisk", parts.INITRAMFS.read_bytes())
+    kernel = image(cloud, "guest-kernel", parts.kernel_image().read_bytes())
+    ramdisk = image(cloud, "guest-ramdisk", parts.INITRAMFS.read_bytes())
     words = f"{KERNEL_WORDS} lab.name=guest lab.by-mac={addresses.PREFIX} lab.control={CONTROL_PORT}"
-    _image(cloud, IMAGE, bytes(DISK_OCTETS), kernel_id=kernel, ramdisk_id=ramdisk, os_command_line=words)
+    image(cloud, IMAGE, bytes(DISK_OCTETS), kernel_id=kernel, ramdisk_id=ramdisk, os_command_line=words)
     flavor = {"name": FLAVOR, "id": FLAVOR, "ram": MEMORY_MIB, "vcpus": 1, "disk": 0}
     cloud.ensure("compute", "/flavors", "flavors", "flavor", flavor)
     for name, number in addresses.NETWORKS.items():
@@ -96,6 +96,18 @@ def admit(cloud: Cloud, group: str, port: int) -> str:
     return made
 
 
+def image(cloud: Cloud, name: str, octets: bytes, **properties: str) -> str:
+    """The id of the image that is called so, made of the octets if there is none."""
+    found = cloud.find("image", "/images", "images", name)
+    if found is None:
+        body = {"name": name, "visibility": "public", "disk_format": "raw", "container_format": "bare", **properties}
+        found = cloud.post("image", "/images", body)
+    if found["status"] != "active":
+        cloud.call("image", "PUT", f"/images/{found['id']}/file", octets=octets)
+    known: str = found["id"]
+    return known
+
+
 def anchors(cloud: Cloud) -> list[Anchor]:
     """One for each network and host."""
     made = []
@@ -128,14 +140,3 @@ def tap(port: Any) -> str:
     """The name of a port's link, on every host."""
     name: str = "tap" + port["id"][:11]
     return name
-
-
-def _image(cloud: Cloud, name: str, octets: bytes, **properties: str) -> str:
-    found = cloud.find("image", "/images", "images", name)
-    if found is None:
-        body = {"name": name, "visibility": "public", "disk_format": "raw", "container_format": "bare", **properties}
-        found = cloud.post("image", "/images", body)
-    if found["status"] != "active":
-        cloud.call("image", "PUT", f"/images/{found['id']}/file", octets=octets)
-    image: str = found["id"]
-    return image
