@@ -5,11 +5,14 @@ COMPUTES = ("a", "b")
 
 UNDERLAY = {CONTROLLER: "10.93.0.10", "a": "10.93.0.11", "b": "10.93.0.12"}
 """Where services, libvirtd and QEMU are, by machine."""
+OUTSIDE_UNDERLAY = "10.93.0.254"
+"""The outside's address there, once it has a way to the controller."""
 
 NETWORKS = {"net1": 1, "net2": 2}
 """The guests' networks, by name; the number stands in addresses and in the names of what carries them."""
 
 PREFIX = "10.94"
+ALL_NETWORKS = f"{PREFIX}.0.0/16"
 OUTSIDE_HOST = 254
 FIRST_GUEST_HOST = 11
 FIRST_ANCHOR_HOST = 240

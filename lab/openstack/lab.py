@@ -132,6 +132,13 @@ class OpenStackLab:
 
         wait_for(report, f"nova-compute of {' and '.join(names)} to report", START_SECONDS)
 
+    def lead_outside_to_controller(self) -> None:
+        """From now on who is outside reaches the APIs, and the controller answers guests by way of the outside. Call
+        once."""
+        self._connect(self.outside, "out", "under", UNDERLAY)
+        self.outside.ip(f"address add {addresses.OUTSIDE_UNDERLAY}/24 dev {UNDERLAY}")
+        self.controller.namespace.ip(f"route add {addresses.ALL_NETWORKS} via {addresses.OUTSIDE_UNDERLAY}")
+
     # --- Building ----------------------------------------------------------------------------------------------------
 
     def _build(self, prefix: str, stack: contextlib.ExitStack) -> None:

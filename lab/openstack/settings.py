@@ -14,7 +14,7 @@ BROKER = f"rabbit://guest:guest@127.0.0.1:{BROKER_PORT}/"
 """Each machine has the way to the lab's broker on its own loopback."""
 
 CONTROLLER = addresses.UNDERLAY[addresses.CONTROLLER]
-PORTS = {"keystone": 5000, "nova": 8774, "placement": 8778, "glance": 9292, "neutron": 9696}
+PORTS = {"keystone": 5000, "nova": 8774, "placement": 8778, "glance": 9292, "neutron": 9696, "nova-metadata": 8775}
 KINDS = {"glance": "image", "placement": "placement", "neutron": "network", "nova": "compute"}
 """Of services, as the catalogue calls them."""
 
@@ -75,10 +75,11 @@ def controller() -> dict[str, str]:
         "placement/placement.conf": _placement(),
         "glance/glance-api.conf": _glance(),
         "nova/nova.conf": nova,
+        "nova/nova-metadata.conf": _nova_metadata(),
         "neutron/neutron.conf": neutron,
         "neutron/ml2.ini": _ml2(),
     }
-    return {"mysql.cnf": MYSQL} | {path: text(groups) for path, groups in files.items()}
+    return {"mysql.cnf": MYSQL, "nova/policy.yaml": POLICY} | {path: text(groups) for path, groups in files.items()}
 
 
 def compute(host: str) -> dict[str, str]:
@@ -126,6 +127,11 @@ innodb_log_file_size = 32M
 innodb_flush_log_at_trx_commit = 0
 innodb_doublewrite = 0
 performance_schema = 0
+"""
+
+
+# By default Nova keeps a flavor without a disk for administrators.
+POLICY = """"os_compute_api:servers:create:zero_disk_flavor": "rule:project_member_or_admin"
 """
 
 
@@ -211,6 +217,14 @@ def _nova(machine: str) -> Groups:
         **_token_check("nova"),
         **_privsep("nova_sys_admin", "vif_plug_linux_bridge_privileged", "vif_plug_ovs_privileged", "privsep_osbrick"),
     }
+
+
+def _nova_metadata() -> Groups:
+    """What is said after nova.conf, to a nova-api that serves metadata alone.
+
+    It tells guests by the addresses that they ask from, which no two of the lab's networks share.
+    """
+    return {"DEFAULT": {"enabled_apis": "metadata", "metadata_listen": CONTROLLER, "metadata_workers": 1}}
 
 
 def _nova_compute(host: str) -> Groups:
