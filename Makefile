@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz fuzz-properties soak lint docs clean run-tests run-lint lint-style lint-layers lint-types
-.PHONY: demo-nova prepare-openstack test-nova
+.PHONY: demo-nova prepare-openstack prepare-tempest test-nova test-tempest
 .PHONY: test-kills demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
 
 help: ## say what there is
@@ -29,6 +29,9 @@ test-libvirt: prepare-libvirt run-libvirt-tests ## the tests on real libvirt hos
 
 test-nova: prepare-openstack ## the tests on a small OpenStack: Nova migrates guests, things go wrong; as root, 30 minutes
 	$(PYTEST_IN_A_WORLD) tests/nova $(ARGS)
+
+test-tempest: prepare-tempest ## tempest itself with our plugin, on that OpenStack with SAMI; as root, 15 minutes
+	$(PYTHON_HERE) -m lab.openstack.tempest $(ARGS)
 
 test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
 	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
@@ -100,3 +103,6 @@ prepare-libvirt:
 
 prepare-openstack:
 	@tools/prepare openstack
+
+prepare-tempest:
+	@tools/prepare tempest
