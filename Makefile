@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz fuzz-properties soak lint docs clean run-tests run-lint lint-style lint-layers lint-types
-.PHONY: demo-nova prepare-openstack prepare-tempest test-nova test-tempest
+.PHONY: demo-nova prepare-openstack prepare-tempest test-nova test-nova-own test-tempest
 .PHONY: test-kills demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
 
 help: ## say what there is
@@ -32,6 +32,9 @@ test-nova: prepare-openstack ## the tests on a small OpenStack: Nova migrates gu
 
 test-tempest: prepare-tempest ## tempest itself with our plugin, on that OpenStack with SAMI; as root, 15 minutes
 	$(PYTHON_HERE) -m lab.openstack.tempest $(ARGS)
+
+test-nova-own: prepare-openstack ## Nova's own tests of live migration with our notification driver beside theirs; as root, an hour
+	$(PYTHON_HERE) -m lab.nova_tests $(ARGS)
 
 test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
 	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
