@@ -1,6 +1,6 @@
 """Nova's own tests of live migration, of two releases, without our notification driver and with it.
 
-    python -m lab.nova_tests [--release 26] [--release 34] [--wide] [--output build/nova-tests]
+    python -m lab.nova_tests [--release 26] [--kind functional] [--wide] [--output build/nova-tests]
 
 Runs them without the driver, with it and an agent that answers; and those that the driver has something to announce in
 with nobody at its socket, and with an agent that never answers. Every test has to end as it
@@ -18,18 +18,20 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lab.command import exit_code
 from lab.nova_tests import findings, releases
+from lab.nova_tests.chosen import KINDS
 from lab.nova_tests.releases import RELEASES, Release
 from lab.nova_tests.run import AGENTS, UNTOUCHED, Ran, run
 
 COLUMNS = ("release", "run", "passed", "failed", "skipped", "announced", "longest wait", "faults")
 
 
-def try_release(release: Release, output: Path, *, is_wide: bool) -> list[dict[str, Any]]:
+def try_release(release: Release, output: Path, kinds: Collection[str], *, is_wide: bool) -> list[dict[str, Any]]:
     """What came of each run, a row for each. Blocks for minutes; raises LabError."""
     say(f"Nova {release.what}: its environment")
     releases.prepare(release)
@@ -40,9 +42,9 @@ def try_release(release: Release, output: Path, *, is_wide: bool) -> list[dict[s
         if name == UNTOUCHED and not is_wide:
             continue
         began = time.monotonic()
-        if name == "nobody":
+        if "with" in made:
             only = {event["test"] for event in findings.announcing(made["with"]) if event["test"] is not None}
-        ran = made[name] = run(release, name, output / release.name / name, is_wide=is_wide, only=only)
+        ran = made[name] = run(release, name, output / release.name / name, kinds=kinds, is_wide=is_wide, only=only)
         faults = faults_of(ran, made, release, only)
         rows.append(row(release, ran, faults, made.get("without", ran)))
         say(f"Nova {release.name}, {name}: {len(ran.outcomes)} tests in {time.monotonic() - began:.0f} s")
@@ -114,6 +116,7 @@ def main() -> int:
         prog="python -m lab.nova_tests", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--release", action="append", choices=RELEASES, help="of Nova; may be repeated (all)")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of tests; may be repeated (all)")
     parser.add_argument(
         "--wide", action="store_true", help="more tests, and before all a run in which Nova is not even watched"
     )
@@ -123,7 +126,7 @@ def main() -> int:
     def work() -> int:
         rows: list[dict[str, Any]] = []
         for name in options.release or RELEASES:
-            rows += try_release(RELEASES[name], options.output, is_wide=options.wide)
+            rows += try_release(RELEASES[name], options.output, options.kind or KINDS, is_wide=options.wide)
             (options.output / "result.json").write_text(json.dumps(rows, indent=1) + "\n")
         print(table(rows))
         for one in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -33,8 +34,8 @@ AGENTS: dict[str, Agent | None] = {
     UNTOUCHED: None,
     "without": None,
     "with": agents.answering,
-    "nobody": agents.nobody,
     "deaf": agents.deaf,
+    "nobody": agents.nobody,
 }
 """By the name of a run; None: the driver is not configured."""
 
@@ -67,9 +68,15 @@ class Ran:
 
 
 def run(
-    release: Release, name: str, output: Path, *, is_wide: bool = False, only: Collection[str] | None = None
+    release: Release,
+    name: str,
+    output: Path,
+    *,
+    kinds: Collection[str] = KINDS,
+    is_wide: bool = False,
+    only: Collection[str] | None = None,
 ) -> Ran:
-    """Run the chosen tests, of them `only` these where it is given.
+    """Run the chosen tests of these kinds, of them `only` these where it is given.
 
     Blocks for minutes; keeps all logs below `output`, which is made anew. Raises LabError.
     """
@@ -85,13 +92,15 @@ def run(
             (output / "nova.conf").write_text(configuration(None if agent is None else socket))
         if agent is not None:
             heard = stack.enter_context(agent(socket))
-        for kind in KINDS:
+        for kind in kinds:
             modules = {"modules": chosen(kind, is_wide=is_wide), "only": None if only is None else sorted(only)}
             (output / f"{kind}.json").write_text(json.dumps(modules))
             for event in _run_kind(release, kind, output.resolve(), folder):
                 _take(event, ran)
         if agent is not None:
             ran.announcements.extend(heard)
+            lines = [json.dumps(dataclasses.asdict(announcement)) + "\n" for announcement in heard]
+            (output / "announced.log").write_text("".join(lines))
     return ran
 
 
