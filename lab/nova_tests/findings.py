@@ -86,21 +86,24 @@ def calls(ran: Ran) -> dict[str, list[list[str]]]:
     """By test, and of each of its guests in the order they appear: what was called and notified, and on which host.
 
     A guest is the test's that it was first seen in: Nova's threads may outlive their test. Hosts are numbered, for in
-    some tests Nova's scheduler is free to choose.
+    some tests Nova's scheduler is free to choose. What a user asks of a migration under way, to end it or to complete
+    it, is another thread's and a list of its own.
     """
     tests: dict[str, list[list[str]]] = defaultdict(list)
-    guests: dict[str, list[str]] = {}
+    guests: dict[tuple[str, bool], list[str]] = {}
     hosts: dict[str, dict[str, int]] = defaultdict(dict)
     for event in ran.events:
         guest = event.get("guest")
-        if guest is None or (guest not in guests and event["test"] is None):
+        what = event.get("called") or event.get("notified") or ""
+        thread = (guest, any(word in what for word in ("abort", "force")))
+        if guest is None or (thread not in guests and event["test"] is None):
             continue
-        if guest not in guests:
-            guests[guest] = []
-            tests[event["test"]].append(guests[guest])
+        if thread not in guests:
+            guests[thread] = []
+            tests[event["test"]].append(guests[thread])
         on = event.get("on") or host_of(event.get("publisher") or "")
         number = hosts[guest].setdefault(on, len(hosts[guest])) if on else ""
-        guests[guest].append(f"{event.get('called') or event.get('notified')} on host {number}")
+        guests[thread].append(f"{what} on host {number}")
     return dict(tests)
 
 
