@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from lab.errors import CommandFailed, LabError, LabUnavailable
+from lab.errors import LabError, LabUnavailable
 from lab.isolation import search_path
+from lab.packages import Apt, is_older, modules_of, pack, run
 
 FOLDER = Path(__file__).parents[2] / ".libvirt-lab"
 SOURCES = Path(__file__).parent / "sources"
@@ -35,8 +34,6 @@ ENTER = FOLDER / "enter"
 HOOK = FOLDER / "hook"
 STREAMS = FOLDER / "streams"
 DIRTY = FOLDER / "dirty"
-
-KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
 def check() -> None:
@@ -70,73 +67,16 @@ def fetch() -> None:
     apt.clean()
     for program in (ENTER, HOOK, STREAMS, DIRTY):
         source = SOURCES / f"{program.name}.c"
-        if _is_older(program, source):
+        if is_older(program, source):
             print(f"Building {program.name}")
-            _run(["gcc", "-O2", "-Wall", "-static", "-o", program, source])
-    if _is_older(INITRAMFS, SOURCES / "init", STREAMS, DIRTY, KERNEL):
+            run(["gcc", "-O2", "-Wall", "-static", "-o", program, source])
+    if is_older(INITRAMFS, SOURCES / "init", STREAMS, DIRTY, KERNEL):
         print(f"Building {INITRAMFS.name}")
         _pack_initramfs(FOLDER / "initramfs")
 
 
-class Apt:
-    """apt-get with lists, cache and sources of its own below `folder`, and the mirror that the machine uses."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._options = [
-            f"-oDir::Etc::sourcelist={folder}/sources.list",
-            "-oDir::Etc::sourceparts=-",
-            f"-oDir::State::lists={folder}/lists",
-            f"-oDir::Cache={folder}",
-            "-oAPT::Sandbox::User=root",
-        ]
-
-    def unpack(self, packages: Sequence[str], target: Path, suite: str = "") -> None:
-        """Download packages of the release (or of its `suite`) and unpack them into `target`, all or nothing."""
-        print(f"Downloading {' '.join(packages)}")
-        self._update()
-        debs = self._folder / target.name
-        shutil.rmtree(debs, ignore_errors=True)
-        debs.mkdir()
-        release = platform.freedesktop_os_release()["VERSION_CODENAME"]
-        _run(["apt-get", *self._options, "-qq", "-t", release + suite, "download", *packages], cwd=debs)
-        new = target.with_suffix(".new")
-        shutil.rmtree(new, ignore_errors=True)
-        for deb in debs.glob("*.deb"):
-            _run(["dpkg", "-x", deb, new])
-        new.rename(target)
-
-    def dependency(self, package: str, prefix: str) -> str:
-        """The first package that `package` depends on whose name begins with `prefix`."""
-        self._update()
-        for line in _run(["apt-cache", *self._options, "depends", package]).splitlines():
-            word, _, name = line.strip().partition(": ")
-            if word == "Depends" and name.startswith(prefix):
-                return name
-        raise LabError(f"the package {package} depends on no {prefix}*")
-
-    def clean(self) -> None:
-        """Remove lists and downloads."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _update(self) -> None:
-        if (self._folder / "lists").exists():
-            return
-        for name in ("lists/partial", "archives/partial"):
-            (self._folder / name).mkdir(parents=True)
-        release = platform.freedesktop_os_release()["VERSION_CODENAME"]
-        wanted = ["--format", "$(REPO_URI)", f"Codename: {release}", "Component: main", "Created-By: Packages"]
-        mirrors = _run(["apt-get", "indextargets", *wanted]).split()
-        if not mirrors:
-            raise LabError(f"apt knows no mirror of {release}; check /etc/apt/sources.list, then: apt-get update")
-        suites = (release, f"{release}-backports")
-        lines = [f"deb [signed-by={KEYS}] {mirrors[0]} {suite} main\n" for suite in suites]
-        (self._folder / "sources.list").write_text("".join(lines))
-        _run(["apt-get", *self._options, "-qq", "update"])
-
-
 def _check_libraries(program: Path) -> None:
-    missing = [line.split()[0] for line in _run(["ldd", program]).splitlines() if "not found" in line]
+    missing = [line.split()[0] for line in run(["ldd", program]).splitlines() if "not found" in line]
     if missing:
         raise LabError(f"{program} lacks {', '.join(missing)}; {HOW}")
 
@@ -152,48 +92,12 @@ def _pack_initramfs(root: Path) -> None:
         shutil.copy(program, root / "bin")
     shutil.copy(SOURCES / "init", root)
     (root / "init").chmod(0o755)
-    modules = _modules()
+    version = kernel_image().name.removeprefix("vmlinuz-")
+    modules = modules_of(KERNEL, version, MODULES)
     for module in modules:
         shutil.copy(module, root / "modules")
     (root / "modules/order").write_text("".join(f"{module.name}\n" for module in modules))
     pack(root, INITRAMFS)
-
-
-def pack(root: Path, archive: Path) -> None:
-    """Make a compressed archive of a folder, as the kernel unpacks one at its start; all or nothing."""
-    files = "".join(f"{path.relative_to(root)}\n" for path in sorted(root.rglob("*")))
-    new = archive.with_suffix(".new")
-    with new.open("wb") as packed:
-        made = subprocess.run(
-            ["cpio", "-o", "-H", "newc", "--quiet"], cwd=root, input=files.encode(), capture_output=True, check=True
-        )
-        subprocess.run(["gzip", "-9n"], input=made.stdout, stdout=packed, check=True)
-    new.rename(archive)
-
-
-def _modules() -> list[Path]:
-    """The kernel's module files that MODULES need, in the order to load them."""
-    version = kernel_image().name.removeprefix("vmlinuz-")
-    _run(["depmod", "-b", KERNEL, version])
-    order: list[Path] = []
-    for name in MODULES:
-        for line in _run(["modprobe", "-d", KERNEL, "-S", version, "--show-depends", name]).splitlines():
-            verb, _, path = line.strip().partition(" ")
-            if verb == "insmod" and Path(path) not in order:
-                order.append(Path(path))
-    return order
-
-
-def _is_older(made: Path, *sources: Path) -> bool:
-    return not made.exists() or any(source.stat().st_mtime > made.stat().st_mtime for source in sources)
-
-
-def _run(argv: Sequence[str | Path], cwd: Path | None = None) -> str:
-    environment = os.environ | {"PATH": search_path(), "LC_ALL": "C"}
-    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        raise CommandFailed([str(word) for word in argv], done.returncode, done.stderr)
-    return done.stdout
 
 
 def main(make: Callable[[], None] = fetch) -> int:

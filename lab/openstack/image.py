@@ -14,9 +14,9 @@ from pathlib import Path
 from lab.errors import LabError, LabUnavailable
 from lab.libvirt import parts as libvirt_parts
 from lab.libvirt.guest import KERNEL_WORDS
-from lab.libvirt.parts import Apt
 from lab.openstack import content, parts
 from lab.openstack.api import Cloud
+from lab.packages import Apt, is_older, pack
 
 NAME = "guest-that-asks"
 USER = "root"
@@ -40,7 +40,7 @@ def fetch() -> None:
         apt = Apt(parts.FOLDER / "apt")
         apt.unpack(PACKAGES, DROPBEAR)
         apt.clean()
-    if not ARCHIVE.exists() or any(source.stat().st_mtime > ARCHIVE.stat().st_mtime for source in (INIT, DROPBEAR)):
+    if is_older(ARCHIVE, INIT, DROPBEAR):
         print(f"Building {ARCHIVE.name}")
         _pack(parts.FOLDER / "image")
 
@@ -66,7 +66,7 @@ def _pack(root: Path) -> None:
     shutil.copy(program, root / "bin")
     for name, file in _libraries(program).items():
         shutil.copy(file, root / ("lib64" if name.startswith("ld-linux") else "lib") / name)
-    libvirt_parts.pack(root, ARCHIVE)
+    pack(root, ARCHIVE)
 
 
 def _libraries(program: Path) -> dict[str, Path]:
