@@ -6,7 +6,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench fuzz fuzz-properties soak lint docs clean run-tests run-lint lint-style lint-layers lint-types
-.PHONY: demo-nova prepare-openstack prepare-tempest test-nova test-nova-own test-tempest
+.PHONY: demo-nova prepare-kernels prepare-openstack prepare-tempest test-kernels test-nova test-nova-own test-tempest
 .PHONY: test-kills demo-libvirt prepare-all prepare-demo prepare-test prepare-libvirt run-libvirt-tests test-libvirt test-long
 
 help: ## say what there is
@@ -35,6 +35,14 @@ test-tempest: prepare-tempest ## tempest itself with our plugin, on that OpenSta
 
 test-nova-own: prepare-openstack ## Nova's own tests of live migration with our notification driver beside theirs; as root, an hour
 	$(PYTHON_HERE) -m lab.nova_tests $(ARGS)
+
+# First the lab itself, here; then the tests in it. KERNEL=bookworm-backports and trixie-backports are newer ones.
+KERNEL ?= bookworm
+
+test-kernels: prepare-kernels ## what takes another kernel than this machine's: Debian's 6.1, in QEMU; half an hour
+	$(PYTHON_HERE) -m pytest tests/kernels/test_lab.py
+	$(PYTHON_HERE) -m lab.kernels --suite $(KERNEL) -t 7200 -- $(PYTEST_IN_A_WORLD) --timeout 900 \
+		tests/kernels tests/functional/test_linux_conntrack.py $(ARGS)
 
 test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
 	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
@@ -85,7 +93,7 @@ lint-types:
 PYTEST_IN_A_WORLD := $(PYTHON_HERE) -m lab.isolation -- env PYTEST_DEBUG_TEMPROOT=/run $(PYTHON_HERE) -m pytest
 
 run-tests:
-	$(PYTEST_IN_A_WORLD) -n 4 --ignore tests/libvirt --ignore tests/nova tests $(ARGS)
+	$(PYTEST_IN_A_WORLD) -n 4 --ignore tests/kernels --ignore tests/libvirt --ignore tests/nova tests $(ARGS)
 
 # Alone and one by one: guests that are emulated, and what they measure, take both processors.
 run-libvirt-tests:
@@ -100,6 +108,9 @@ prepare-test:
 # The lab of libvirt hosts needs the machine's root; its tests are skipped for anybody else, and say so.
 prepare-all:
 	@tools/prepare $$(test $$(id -u) -eq 0 && echo libvirt || echo test)
+
+prepare-kernels:
+	@tools/prepare kernels
 
 prepare-libvirt:
 	@tools/prepare libvirt

@@ -4,6 +4,7 @@ LabError
  +-- LabUnavailable    this machine lets us make no namespaces; the operator's move
  +-- CommandFailed     a tool (ip, iptables-restore, ...) refused; its words are in the message
  +-- DeadlinePassed    a condition did not come true in time
+ +-- GuestDied         a guest of lab.kernels ended before its command did
  +-- IllegalMove       a migration that cannot be: the guest is elsewhere, or already moving; the caller's move
 """
 
@@ -38,6 +39,13 @@ class DeadlinePassed(LabError):
         super().__init__(f"waited {seconds:g} s in vain for {what}")
         self.what = what
         self.seconds = seconds
+
+
+class GuestDied(LabError):
+    """A guest that ran a command is gone, and has left no exit code."""
+
+    def __init__(self, console: str) -> None:
+        super().__init__(f"the guest died; its console: {console}")
 
 
 class IllegalMove(LabError):

@@ -18,8 +18,11 @@ KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 class Apt:
     """apt-get with lists, cache and sources of its own below `folder`, and the mirror that the machine uses."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *suites: str) -> None:
+        """Without `suites` it knows the machine's release and that one's backports."""
         self._folder = folder
+        release = _release()
+        self._suites = suites or (release, f"{release}-backports")
         self._options = [
             f"-oDir::Etc::sourcelist={folder}/sources.list",
             "-oDir::Etc::sourceparts=-",
@@ -29,14 +32,13 @@ class Apt:
         ]
 
     def unpack(self, packages: Sequence[str], target: Path, suite: str = "") -> None:
-        """Download packages of the release (or of its `suite`) and unpack them into `target`, all or nothing."""
+        """Download packages of the first suite (or of its `suite`) and unpack them into `target`, all or nothing."""
         print(f"Downloading {' '.join(packages)}")
         self._update()
         debs = self._folder / target.name
         shutil.rmtree(debs, ignore_errors=True)
         debs.mkdir()
-        release = platform.freedesktop_os_release()["VERSION_CODENAME"]
-        run(["apt-get", *self._options, "-qq", "-t", release + suite, "download", *packages], cwd=debs)
+        run(["apt-get", *self._options, "-qq", "-t", self._suites[0] + suite, "download", *packages], cwd=debs)
         new = target.with_suffix(".new")
         shutil.rmtree(new, ignore_errors=True)
         for deb in debs.glob("*.deb"):
@@ -45,12 +47,17 @@ class Apt:
 
     def dependency(self, package: str, prefix: str) -> str:
         """The first package that `package` depends on whose name begins with `prefix`."""
+        found = self.dependencies(package, prefix)
+        if not found:
+            raise LabError(f"the package {package} depends on no {prefix}*")
+        return found[0]
+
+    def dependencies(self, package: str, prefix: str = "", suffix: str = "") -> list[str]:
+        """The packages that `package` depends on whose names begin and end so."""
         self._update()
-        for line in run(["apt-cache", *self._options, "depends", package]).splitlines():
-            word, _, name = line.strip().partition(": ")
-            if word == "Depends" and name.startswith(prefix):
-                return name
-        raise LabError(f"the package {package} depends on no {prefix}*")
+        lines = run(["apt-cache", *self._options, "depends", package]).splitlines()
+        told = [line.strip().partition("Depends: ") for line in lines]
+        return [name for before, _, name in told if not before and name.startswith(prefix) and name.endswith(suffix)]
 
     def clean(self) -> None:
         """Remove lists and downloads."""
@@ -61,15 +68,18 @@ class Apt:
             return
         for name in ("lists/partial", "archives/partial"):
             (self._folder / name).mkdir(parents=True)
-        release = platform.freedesktop_os_release()["VERSION_CODENAME"]
+        release = _release()
         wanted = ["--format", "$(REPO_URI)", f"Codename: {release}", "Component: main", "Created-By: Packages"]
         mirrors = run(["apt-get", "indextargets", *wanted]).split()
         if not mirrors:
             raise LabError(f"apt knows no mirror of {release}; check /etc/apt/sources.list, then: apt-get update")
-        suites = (release, f"{release}-backports")
-        lines = [f"deb [signed-by={KEYS}] {mirrors[0]} {suite} main\n" for suite in suites]
+        lines = [f"deb [signed-by={KEYS}] {mirrors[0]} {suite} main\n" for suite in self._suites]
         (self._folder / "sources.list").write_text("".join(lines))
         run(["apt-get", *self._options, "-qq", "update"])
+
+
+def _release() -> str:
+    return platform.freedesktop_os_release()["VERSION_CODENAME"]
 
 
 def modules_of(base: Path, release: str, names: Sequence[str]) -> list[Path]:
