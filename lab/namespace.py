@@ -85,9 +85,9 @@ class Namespace:
 
     def start(self, argv: Sequence[str], **options) -> subprocess.Popen:
         """Start a process here in a session of its own; `close()` kills it. `options` are Popen's."""
-        options = {"stdin": subprocess.DEVNULL, "start_new_session": True} | options
+        options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "env": _environment()} | options
         with self.starting, self.inside():
-            process = subprocess.Popen(list(argv), env=_environment(), **options)
+            process = subprocess.Popen(list(argv), **options)
             self._started.append(process)
         return process
 

@@ -1,7 +1,7 @@
 """A real Open vSwitch, and OVN, of a test's own: Debian's packages, started by hand, gone with the test.
 
-The datapath is the one in user space, which needs no module of the kernel. Its connections are tracked by itself, not
-by the kernel, so this is for what is read of the databases and flows, and not for flows of guests.
+The datapath is by default the one in user space, which needs no module of the kernel. It tracks connections by itself,
+so that is for what is read of the databases and flows; flows of guests in the kernel's table take `datapath="system"`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import signal
 import subprocess
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
+from lab.agents import Start
 from lab.deadline import wait_until
 from lab.errors import CommandFailed, LabUnavailable
 from lab.isolation import search_path
@@ -22,23 +24,23 @@ _PACKAGES = {"ovs-vswitchd": "openvswitch-switch", "ovn-controller": "ovn-host",
 _SCHEMAS = Path("/usr/share")
 
 
-class OpenVswitch:
-    """A context manager: a database and ovs-vswitchd with an integration bridge, below `folder`."""
+class Programs:
+    """Daemons and their tools, with their files and sockets below `folder`. A context manager."""
 
-    programs: tuple[str, ...] = ("ovs-vswitchd",)
+    needed: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path) -> None:
-        """Raises LabUnavailable when it is not installed."""
-        for program in self.programs:
+    def __init__(self, folder: Path, start: Start = subprocess.Popen) -> None:
+        """`start` starts a process, as Popen does, where it is to run. Raises LabUnavailable: one is not installed."""
+        for program in self.needed:
             if shutil.which(program, path=search_path()) is None:
                 raise LabUnavailable(f"{program} is not installed", f"apt-get install {_PACKAGES[program]}")
         self.folder = folder
-        self.connection = f"unix:{folder}/db.sock"
         folders = ("OVS_RUNDIR", "OVS_DBDIR", "OVS_LOGDIR", "OVN_RUNDIR", "OVN_DBDIR", "OVN_LOGDIR")
         self._environment = os.environ | {"PATH": search_path()} | dict.fromkeys(folders, str(folder))
+        self._start_process = start
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> OpenVswitch:
+    def __enter__(self) -> Self:
         try:
             self._start()
         except BaseException:
@@ -50,10 +52,7 @@ class OpenVswitch:
         self._stop()
 
     def _start(self) -> None:
-        self._serve("db", _SCHEMAS / "openvswitch" / "vswitch.ovsschema")
-        self.vsctl("--no-wait", "init")
-        self._run_on("ovs-vswitchd", self.connection, f"--unixctl={self.folder}/ovs-vswitchd.ctl")
-        self.vsctl("add-br", "br-int", "--", "set", "bridge", "br-int", "datapath_type=netdev", "fail_mode=secure")
+        raise NotImplementedError
 
     def _serve(self, name: str, schema: Path) -> None:
         """Starts a database's server; its socket is called NAME.sock."""
@@ -69,7 +68,7 @@ class OpenVswitch:
 
     def _run_on(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         with open(self.folder / "log", "ab") as log:
-            process = subprocess.Popen([program, *arguments], env=self._environment, stdout=log, stderr=log)
+            process = self._start_process([program, *arguments], env=self._environment, stdout=log, stderr=log)
         self._started.append(process)
         return process
 
@@ -90,15 +89,36 @@ class OpenVswitch:
             raise CommandFailed(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
 
+
+class OpenVswitch(Programs):
+    """A database, and ovs-vswitchd with an integration bridge."""
+
+    needed = ("ovs-vswitchd",)
+
+    def __init__(self, folder: Path, *, datapath: str = "netdev", start: Start = subprocess.Popen) -> None:
+        super().__init__(folder, start)
+        self.connection = f"unix:{folder}/db.sock"
+        self.datapath = datapath
+
+    def _start(self) -> None:
+        self._serve("db", _SCHEMAS / "openvswitch" / "vswitch.ovsschema")
+        self.vsctl("--no-wait", "init")
+        self._run_on("ovs-vswitchd", self.connection, f"--unixctl={self.folder}/ovs-vswitchd.ctl")
+        kind = f"datapath_type={self.datapath}"
+        self.vsctl("add-br", "br-int", "--", "set", "bridge", "br-int", kind, "fail_mode=secure")
+
     def vsctl(self, *arguments: str) -> str:
         """Of the database of Open vSwitch."""
         return self.run("ovs-vsctl", f"--db={self.connection}", *arguments)
 
-    def plug(self, tap: str, port: str, mac: str, **more: str) -> int:
-        """As libvirt does it; returns the port's number in flows. `more` is of the port, such as `tag`."""
+    def plug(self, tap: str, port: str, mac: str, kind: str = "internal", **more: str) -> int:
+        """As libvirt does it; returns the port's number in flows. `more` is of the port, such as `tag`.
+
+        A device that is there is of the kind `system`.
+        """
         told = [f"external_ids:iface-id={port}", f"external_ids:attached-mac={mac}", "external_ids:iface-status=active"]
         extra = ["--", "set", "port", tap, *(f"{name}={value}" for name, value in more.items())] if more else []
-        self.vsctl("add-port", "br-int", tap, "--", "set", "interface", tap, "type=internal", *told, *extra)
+        self.vsctl("add-port", "br-int", tap, "--", "set", "interface", tap, f"type={kind}", *told, *extra)
         return int(self.vsctl("get", "interface", tap, "ofport"))
 
     def unplug(self, tap: str) -> None:
@@ -138,33 +158,63 @@ class OpenVswitch:
         return process
 
 
-class Ovn(OpenVswitch):
-    """With OVN: its two databases, ovn-northd, and ovn-controller for one chassis."""
+class Central(Programs):
+    """OVN's two databases, and ovn-northd."""
 
-    programs = ("ovs-vswitchd", "ovn-controller", "ovn-northd")
+    needed = ("ovn-northd",)
 
-    def __init__(self, folder: Path, chassis: str = "host-a") -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.chassis = chassis
         self.southbound = f"unix:{folder}/sb.sock"
 
     def _start(self) -> None:
-        super()._start()
         for name in ("nb", "sb"):
             self._serve(name, _SCHEMAS / "ovn" / f"ovn-{name}.ovsschema")
         self.nbctl("init")
         self.sbctl("init")
         databases = (f"--ovnnb-db=unix:{self.folder}/nb.sock", f"--ovnsb-db={self.southbound}")
         self._run_on("ovn-northd", *databases, f"--unixctl={self.folder}/northd.ctl")
-        told = {
-            "system-id": self.chassis,
-            "hostname": self.chassis,
-            "ovn-remote": self.southbound,
+
+    def nbctl(self, *arguments: str) -> str:
+        """Of the northbound database, as Neutron writes it. Waits for nothing."""
+        return self.run("ovn-nbctl", f"--db=unix:{self.folder}/nb.sock", *arguments)
+
+    def sbctl(self, *arguments: str) -> str:
+        """Of the southbound database."""
+        return self.run("ovn-sbctl", f"--db={self.southbound}", *arguments)
+
+
+class Chassis(OpenVswitch):
+    """One host of OVN's: Open vSwitch, and ovn-controller."""
+
+    needed = ("ovs-vswitchd", "ovn-controller")
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        southbound: str,
+        *,
+        address: str = "127.0.0.1",
+        datapath: str = "netdev",
+        start: Start = subprocess.Popen,
+    ) -> None:
+        """`address` is where tunnels of other hosts end."""
+        super().__init__(folder, datapath=datapath, start=start)
+        self.name = name
+        self._settings = {
+            "system-id": name,
+            "hostname": name,
+            "ovn-remote": southbound,
             "ovn-encap-type": "geneve",
-            "ovn-encap-ip": "127.0.0.1",
-            "ovn-bridge-datapath-type": "netdev",
+            "ovn-encap-ip": address,
+            "ovn-bridge-datapath-type": datapath,
         }
-        self.vsctl("set", "open", ".", *(f"external_ids:{name}={value}" for name, value in told.items()))
+
+    def _start(self) -> None:
+        super()._start()
+        told = (f"external_ids:{name}={value}" for name, value in self._settings.items())
+        self.vsctl("set", "open", ".", *told)
         self.start_controller()
 
     def start_controller(self) -> None:
@@ -177,10 +227,20 @@ class Ovn(OpenVswitch):
         self._controller.wait()
         self._started.remove(self._controller)
 
-    def nbctl(self, *arguments: str) -> str:
-        """Of the northbound database, as Neutron writes it. Waits for nothing."""
-        return self.run("ovn-nbctl", f"--db=unix:{self.folder}/nb.sock", *arguments)
 
-    def sbctl(self, *arguments: str) -> str:
-        """Of the southbound database."""
-        return self.run("ovn-sbctl", f"--db={self.southbound}", *arguments)
+class Ovn(Chassis):
+    """All of OVN for one host, in one folder."""
+
+    def __init__(self, folder: Path, chassis: str = "host-a") -> None:
+        self._central = Central(folder)
+        self.southbound = self._central.southbound
+        self.nbctl, self.sbctl = self._central.nbctl, self._central.sbctl
+        super().__init__(folder, chassis, self.southbound)
+
+    def _start(self) -> None:
+        self._central.__enter__()
+        super()._start()
+
+    def _stop(self) -> None:
+        super()._stop()
+        self._central._stop()
