@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lab.deadline import wait_until
+from lab.deadline import STRETCH, wait_until
 from lab.guest import Guest
 from sami_plugin.errors import JournalError, OperatorError
 from sami_plugin.hooks import local_socket
@@ -22,7 +22,7 @@ from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.testing.certificates import Certificates
 
-START_SECONDS = 30.0
+START_SECONDS = TELL_SECONDS = STOP_SECONDS = 30.0
 
 AGENT = (sys.executable, "-W", "ignore", "-m", "sami_plugin.cmd.agent")
 IN_CLEAR = (*AGENT[:-1], "lab.in_clear")
@@ -45,11 +45,19 @@ class Agent:
         self.journal = journal
         self.log = log
 
-    def tell(self, phase: Phase, guest: str, source: str | None = None, destination: str | None = None) -> None:
-        """What this host's hypervisor says of a guest."""
-        local_socket.send(self.socket, MigrationEvent(guest, phase, source, destination))
+    def tell(
+        self,
+        phase: Phase,
+        guest: str,
+        source: str | None = None,
+        destination: str | None = None,
+        domain: str | None = None,
+    ) -> None:
+        """What this host's hypervisor says of a guest; `domain` is its XML, where a hook was given it."""
+        event = MigrationEvent(guest, phase, source, destination, domain=domain)
+        local_socket.send(self.socket, event, TELL_SECONDS * STRETCH)
 
-    def tell_of(self, phase: str, guest: Guest) -> None:
+    def tell_of(self, phase: str, guest: Guest, domain: str | None = None) -> None:
         """What the lab's migration says of one of its guests: where to, when it begins to leave; where from, before."""
         source = destination = None
         if phase == Phase.OUTGOING.value:
@@ -58,7 +66,7 @@ class Agent:
         elif phase == Phase.PREPARE.value:
             assert guest.host is not None
             source = guest.host.name
-        self.tell(Phase(phase), guest.uuid, source, destination)
+        self.tell(Phase(phase), guest.uuid, source, destination, domain)
 
     def sessions(self, guest: str) -> list[dict[str, Any]]:
         """The journal's rows of the guest's sessions here, newest first."""
@@ -150,7 +158,7 @@ class AgentProcess(Agent):
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(with_signal)  # does nothing where it has ended
-            process.wait(30)
+            process.wait(STOP_SECONDS * STRETCH)
 
     def __enter__(self) -> AgentProcess:
         self.start()

@@ -18,6 +18,8 @@ import termios
 import time
 
 SAMPLE_SECONDS = 0.02
+# A steady stream is many small writes. In guests of lab.kernels waking up so often would take all of the processor.
+WAKE_SECONDS = 0.1 if "KERNEL_LAB" in os.environ else 0.005
 # What is not sent in a stall is not made up for beyond this, else a stall would be followed by a flood.
 BACKLOG_SECONDS = 0.25
 CHUNK = bytes(65536)
@@ -94,9 +96,8 @@ def pump(connection, rate, log, is_echo=False):
     pace, to_echo, is_open = Pace(rate), 0, True
     while is_open:
         due = min(to_echo if is_echo else pace.due(), CHUNK_BYTES)
-        # A steady stream is many small writes; wake up for them every 5 ms.
         writers = [connection] if due else []
-        readable, writable, _ = select.select([connection], writers, [], 0.005)
+        readable, writable, _ = select.select([connection], writers, [], WAKE_SECONDS)
         try:
             if readable:
                 data = connection.recv(CHUNK_BYTES)
@@ -109,7 +110,7 @@ def pump(connection, rate, log, is_echo=False):
                 to_echo -= sent
                 if not readable and rate:
                     # The socket is nearly always writable: without this wait the loop would send byte by byte.
-                    select.select([connection], [], [], 0.005)
+                    select.select([connection], [], [], WAKE_SECONDS)
         except BlockingIOError:
             pass
         except OSError as error:
@@ -166,7 +167,7 @@ def tcp_feed(options):
     connection.setblocking(False)
     pace = Pace(options.send / options.piece)
     while True:
-        time.sleep(0.005)  # a steady stream is many small writes
+        time.sleep(WAKE_SECONDS)
         try:
             if is_open and (due := pace.due()):
                 accepted = connection.send(CHUNK[: due * options.piece])
@@ -189,7 +190,7 @@ def udp_serve(options):
     ready()
     pace, log, peer = Pace(options.send), Log(options.log), None
     while True:
-        readable, _, _ = select.select([server], [], [], 0.005)
+        readable, _, _ = select.select([server], [], [], WAKE_SECONDS)
         try:
             if readable:
                 data, peer = server.recvfrom(CHUNK_BYTES)
@@ -218,7 +219,7 @@ def udp_stream(options):
     client.setblocking(False)
     pace = Pace(options.send)
     while True:
-        readable, _, _ = select.select([client], [], [], 0.005)
+        readable, _, _ = select.select([client], [], [], WAKE_SECONDS)
         try:
             if readable:
                 log.add(len(client.recv(CHUNK_BYTES)))
@@ -241,7 +242,7 @@ def icmp_echo(options):
     identifier, sequence, is_ready = os.getpid() & 0xFFFF, 0, False
     pace, log = Pace(options.send), Log(options.log)
     while True:
-        readable, _, _ = select.select([raw], [], [], 0.005)
+        readable, _, _ = select.select([raw], [], [], WAKE_SECONDS)
         try:
             if readable:
                 data = raw.recv(CHUNK_BYTES)
@@ -305,7 +306,7 @@ def udp_flows(options):
     ready()
     pace = Pace(options.send)
     while True:
-        time.sleep(0.005)
+        time.sleep(WAKE_SECONDS)
         for _ in range(pace.due()):
             begin(log.total)
             log.add(1)

@@ -9,12 +9,12 @@ import itertools
 import select
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from lab import addresses, programs
+from lab.deadline import STRETCH
 from lab.errors import DeadlinePassed, LabError
 from lab.guest import Guest
 from lab.host import Host
@@ -163,9 +163,8 @@ def start_program(
 
 def wait_until_ready(process: subprocess.Popen, seconds: float = START_SECONDS) -> None:
     """Return when a program does what it is for. Raises DeadlinePassed, and LabError when it ended instead."""
-    deadline = time.monotonic() + seconds
-    readable, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+    readable, _, _ = select.select([process.stdout], [], [], seconds * STRETCH)
     if not readable:
-        raise DeadlinePassed(f"{' '.join(process.args[4:])} to be ready", seconds)
+        raise DeadlinePassed(f"{' '.join(process.args[4:])} to be ready", seconds * STRETCH)
     if process.stdout.readline() != b"ready\n":
         raise LabError(f"{' '.join(process.args[4:])} ended with {process.wait()}; its reason is on stderr")

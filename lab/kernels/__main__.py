@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
+from lab.broker import Broker
 from lab.command import EXIT_INTERRUPTED
 from lab.errors import DeadlinePassed, LabError
 from lab.isolation import EXIT_UNAVAILABLE
@@ -26,14 +28,18 @@ def main() -> int:
     parser.add_argument("-t", "--seconds", type=float, default=600.0, help="how long the guest may run: 600")
     parser.add_argument("--suite", choices=parts.SUITES, default=parts.SUITES[0], help=f"whose: {parts.SUITES[0]}")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="is $OUTPUT there")
+    parser.add_argument("--broker", action="store_true", help="start a RabbitMQ here, which the guest can reach")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
     options = parser.parse_args()
     try:
         kernel = parts.fetch(options.suite)
-        with tempfile.TemporaryDirectory(prefix="kernel-lab-output-") as nobodys:
-            output = options.output or Path(nobodys)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kernel-lab-")))
+            output = options.output or folder / "output"
             output.mkdir(parents=True, exist_ok=True)
-            return guest.run(kernel, options.command, output, options.seconds)
+            # In the guest it takes minutes to start.
+            port = stack.enter_context(Broker(folder)).port if options.broker else None
+            return guest.run(kernel, options.command, output, options.seconds, port)
     except DeadlinePassed as error:
         print(f"time over: {error}", file=sys.stderr)
         return EXIT_TIME_OVER

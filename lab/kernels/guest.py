@@ -19,29 +19,34 @@ from typing import BinaryIO
 
 from lab.deadline import STRETCHED
 from lab.errors import DeadlinePassed, GuestDied
-from lab.isolation import search_path
+from lab.isolation import INSIDE, search_path
 from lab.kernels.parts import SOURCES, Kernel
 
 MEMORY_MIB = 1536
-OUTPUT = "/run/lab/output"
+OUTPUT = "/output"  # not below /run, which a world of the lab has for itself
 PASSED_ON = ("HOME", "LANG", "PATH", "PYTHONPATH")
+BROKER = "SAMI_LAB_BROKER"
+"""What says in a guest where the machine's broker is, as ADDRESS:PORT."""
+GATEWAY = "10.0.2.2"  # QEMU's name for the machine's loopback
 # Without the watchdog: on a busy machine it distrusts the emulated clock.
 APPENDED = "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0 random.trust_cpu=on tsc=nowatchdog"
 
 
-def run(kernel: Kernel, command: Sequence[str], output: Path, seconds: float) -> int:
+def run(kernel: Kernel, command: Sequence[str], output: Path, seconds: float, broker_port: int | None = None) -> int:
     """The command's exit code, once it has ended; what it writes is written to our stdout as it comes.
 
-    It runs in the current folder, with `output` as $OUTPUT. Raises DeadlinePassed, and GuestDied if there is no code.
+    It runs in the current folder, with `output` as $OUTPUT, in a world of the lab. With `broker_port` the guest has a
+    way to the machine's loopback. Raises DeadlinePassed, and GuestDied if there is no code.
     """
     with tempfile.TemporaryDirectory(prefix="kernel-lab-") as name:
         folder = Path(name)
         shutil.copy(SOURCES / "session", folder)
-        (folder / "command").write_text(_script(kernel, command))
-        (folder / "output").mkdir()
+        (folder / "command").write_text(_script(kernel, command, broker_port))
         console = folder / "console"
         # Not to outlive us, however we end.
         argv = ["setpriv", "--pdeathsig", "KILL", *_qemu(kernel, folder, output, console)]
+        if broker_port is not None:
+            argv += ["-nic", "user,model=virtio-net-pci,ipv6=off"]
         environment = os.environ | {"PATH": search_path()}
         qemu = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment)
         try:
@@ -62,11 +67,18 @@ def run(kernel: Kernel, command: Sequence[str], output: Path, seconds: float) ->
             raise GuestDied(_tail(console)) from error
 
 
-def _script(kernel: Kernel, command: Sequence[str]) -> str:
+def _script(kernel: Kernel, command: Sequence[str], broker_port: int | None) -> str:
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment |= {"PATH": search_path(), "OUTPUT": OUTPUT, STRETCHED: kernel.suite}
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    return "\n".join((f"cd {shlex.quote(os.getcwd())}", *lines, f"exec {shlex.join(command)}", ""))
+    if broker_port is not None:
+        environment[BROKER] = f"{GATEWAY}:{broker_port}"
+    lines = [f"cd {shlex.quote(os.getcwd())}"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    lines += [f"export {INSIDE}=$(stat -L -c %i /proc/self/ns/mnt)"]
+    if broker_port is not None:
+        # And no route to anywhere else.
+        lines += ["modprobe virtio_net", "ip address add 10.0.2.15/24 dev eth0", "ip link set eth0 up"]
+    return "\n".join((*lines, f"exec {shlex.join(command)}", ""))
 
 
 def _qemu(kernel: Kernel, folder: Path, output: Path, console: Path) -> list[str]:

@@ -1,0 +1,138 @@
+"""The conntrack driver where the kernel does not filter by zone, and with protocols that the machine has not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import netaddr
+import pytest
+
+from benchmarks.floor import namespaces
+from lab.deadline import STRETCHED
+from lab.namespace import Namespace
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, probe
+from sami_plugin.drivers.linux_conntrack.encode import dump_request
+from sami_plugin.drivers.linux_conntrack.netlink import Connection
+from sami_plugin.model.flows import TEMPLATES, Batch, Omitted, ZoneRole
+from sami_plugin.model.results import Outcome
+from sami_plugin.model.scope import Scope
+from sami_plugin.testing.conformance import PORT_ADDRESSES, flows
+
+pytestmark = pytest.mark.usefixtures("kernel_lab")
+
+OLD = "bookworm"
+"""Linux 6.1 of this suite takes CTA_ZONE for nothing, in a dump and in a flush."""
+HERE, THERE = "10.9.0.1", "10.9.0.2"
+SECURED = """table inet zones {
+  chain out { type filter hook output priority raw; ct zone set 5; }
+  chain in { type filter hook prerouting priority raw; ct zone set 5; }
+  chain tracked { type filter hook input priority filter; ct state established accept; }
+}
+"""
+
+
+@pytest.fixture
+def driver() -> Iterator[LinuxConntrackDriver]:
+    made = LinuxConntrackDriver()
+    yield made
+    made.close()
+
+
+def scope_of(namespace: str, zone: int) -> Scope:
+    return Scope("port", "guest", {ZoneRole.PORT: zone}, PORT_ADDRESSES, namespace)
+
+
+def ports(driver: LinuxConntrackDriver, scope: Scope) -> list[int]:
+    """Source ports of the scope's TCP flows."""
+    parts = list(driver.export(scope))
+    assert all(isinstance(part, Batch) for part in parts)
+    return sorted(int(port) for part in parts for port in part.rows["sourceTransportPort"])
+
+
+def test_probe_knows_whether_this_kernel_filters_by_zone() -> None:
+    assert probe.features().filters_dump_by_zone == (os.environ[STRETCHED] != OLD)
+
+
+def test_neighbours_zones_are_neither_told_nor_touched_whether_the_kernel_filters_or_not(
+    driver: LinuxConntrackDriver,
+) -> None:
+    with namespaces() as places:
+        mine, theirs, empty = (scope_of(places[0], zone) for zone in (5, 6, 7))
+        sent = flows(TEMPLATES["tcp-ipv4"], 4)
+        # Of the zone numbers alone they differ.
+        for scope in (mine, theirs):
+            assert (driver.insert(scope, sent)["outcome"] == Outcome.IMPORTED).all()
+        connection = Connection(places[0])
+        came = sum(len(messages) for messages in connection.dump(dump_request(5)))
+        connection.close()
+        assert came == (8 if os.environ[STRETCHED] == OLD else 4)
+
+        assert ports(driver, mine) == ports(driver, theirs) == sorted(sent.rows["sourceTransportPort"].tolist())
+        assert ports(driver, empty) == []
+        several = dataclasses.replace(mine, zones={ZoneRole.PORT: 5, ZoneRole.DNAT: 7})
+        assert ports(driver, several) == ports(driver, mine)
+
+        (exported,) = driver.export(mine)
+        assert isinstance(exported, Batch)
+        # Nothing names nothing: to the kernel a removal that names nothing would be a flush, of all zones.
+        driver.remove(mine, exported.take([]).identities)
+        driver.remove(empty, exported.identities)
+        assert ports(driver, mine) == ports(driver, theirs)
+        with driver.watch(mine) as watch:
+            assert (driver.remove(mine, exported.identities)["outcome"] == Outcome.REMOVED).all()
+            driver.insert(theirs, flows(TEMPLATES["tcp-ipv4"], 1, first=500))
+            changes = watch.collect()
+        assert not changes.upserts
+        assert sum(map(len, changes.removals)) <= len(sent)  # entries that nobody listened to may end untold
+        assert ports(driver, mine) == []
+        assert len(ports(driver, theirs)) == 5
+
+
+def test_sctp_association_is_named_as_left_behind_and_goes_on(driver: LinuxConntrackDriver) -> None:
+    near, far = Namespace("sctp-near"), Namespace("sctp-far")
+    try:
+        near.ip("link add eth0 type veth peer name eth0 netns sctp-far")
+        for namespace, address in ((near, HERE), (far, THERE)):
+            namespace.ip(f"address add {address}/24 dev eth0", "link set eth0 up")
+        near.run(["nft", "-f", "-"], SECURED)
+        client, server = associated(near, far)
+        with client, server:
+            scope = Scope("port", "guest", {ZoneRole.PORT: 5}, (netaddr.IPAddress(HERE),), near.path)
+            for batch in driver.export(scope):
+                if isinstance(batch, Batch):
+                    driver.remove(scope, batch.identities)
+            (left,) = driver.export(scope)
+            assert isinstance(left, Omitted)
+            assert (left.reason, left.count) == ("protocol sctp is not carried", 1)
+            assert left.examples == (f"sctp {HERE}:{client.getsockname()[1]} > {THERE}:5000",)
+            for sender, receiver in ((client, server), (server, client)):
+                sender.send(b"still there")
+                assert receiver.recv(100) == b"still there"
+            assert "ESTABLISHED" in near.run(["conntrack", "-L", "-p", "sctp"])
+    finally:
+        near.close()
+        far.close()
+
+
+def associated(near: Namespace, far: Namespace) -> tuple[socket.socket, socket.socket]:
+    """Both ends of an SCTP association that `near` has begun."""
+    with far.inside():
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
+    listener.settimeout(60)
+    listener.bind((THERE, 5000))
+    listener.listen()
+    accepted: list[socket.socket] = []
+    thread = threading.Thread(target=lambda: accepted.append(listener.accept()[0]))
+    thread.start()
+    with near.inside():
+        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
+    client.settimeout(60)
+    client.connect((THERE, 5000))
+    thread.join()
+    listener.close()
+    accepted[0].settimeout(60)
+    return client, accepted[0]
