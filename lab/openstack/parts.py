@@ -15,7 +15,7 @@ from pathlib import Path
 from lab.errors import LabUnavailable
 from lab.isolation import search_path
 from lab.libvirt import parts
-from lab.libvirt.parts import Apt
+from lab.packages import Apt
 
 FOLDER = Path(__file__).parents[2] / ".openstack-lab"
 SOURCES = Path(__file__).parent / "sources"
