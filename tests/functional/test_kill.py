@@ -66,7 +66,7 @@ CASES = {
     "our own veto": Case(VETOED | MOVED, is_vetoed=True),
 }
 CHOSEN = {"source": (4, 7, 10), "destination": (5, 8, 11)}
-CHOSEN_BEFORE_AN_END = {"source": (1, 4), "destination": (2, 5)}
+CHOSEN_BEFORE_AN_END = {"source": (1, 4), "destination": (2, 4)}
 """Each case has one of them in turn; --every-write tries all."""
 
 
