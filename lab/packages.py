@@ -6,7 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lab.errors import CommandFailed, LabError
@@ -117,3 +118,13 @@ def run(argv: Sequence[str | Path], cwd: Path | None = None) -> str:
     if done.returncode != 0:
         raise CommandFailed([str(word) for word in argv], done.returncode, done.stderr)
     return done.stdout
+
+
+def made(make: Callable[[], object]) -> int:
+    """Fetch and build; the exit code says whether all is there."""
+    try:
+        make()
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -37,7 +37,7 @@ def main() -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kernel-lab-")))
             output = options.output or folder / "output"
             output.mkdir(parents=True, exist_ok=True)
-            # In the guest it takes minutes to start.
+            # In the guest it was not up after two minutes.
             port = stack.enter_context(Broker(folder)).port if options.broker else None
             return guest.run(kernel, options.command, output, options.seconds, port)
     except DeadlinePassed as error:

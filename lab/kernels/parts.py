@@ -11,8 +11,7 @@ from pathlib import Path
 
 from lab.errors import LabUnavailable
 from lab.isolation import search_path
-from lab.libvirt.parts import main
-from lab.packages import Apt, is_older, modules_of, pack
+from lab.packages import Apt, is_older, made, modules_of, pack
 
 FOLDER = Path(__file__).parents[2] / ".kernel-lab"
 SOURCES = Path(__file__).parent / "sources"
@@ -94,4 +93,4 @@ def _pack_initramfs(kernel: Kernel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(lambda: [fetch(suite) for suite in sys.argv[1:] or SUITES[:1]]))
+    sys.exit(made(lambda: [fetch(suite) for suite in sys.argv[1:] or SUITES[:1]]))

@@ -12,12 +12,11 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from lab.errors import LabError, LabUnavailable
 from lab.isolation import search_path
-from lab.packages import Apt, is_older, modules_of, pack, run
+from lab.packages import Apt, is_older, made, modules_of, pack, run
 
 FOLDER = Path(__file__).parents[2] / ".libvirt-lab"
 SOURCES = Path(__file__).parent / "sources"
@@ -100,15 +99,5 @@ def _pack_initramfs(root: Path) -> None:
     pack(root, INITRAMFS)
 
 
-def main(make: Callable[[], None] = fetch) -> int:
-    """Fetch and build; the exit code says whether all is there."""
-    try:
-        make()
-    except LabError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(made(fetch))

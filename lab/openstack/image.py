@@ -16,7 +16,7 @@ from lab.libvirt import parts as libvirt_parts
 from lab.libvirt.guest import KERNEL_WORDS
 from lab.openstack import content, parts
 from lab.openstack.api import Cloud
-from lab.packages import Apt, is_older, pack
+from lab.packages import Apt, is_older, made, pack
 
 NAME = "guest-that-asks"
 USER = "root"
@@ -87,4 +87,4 @@ def _libraries(program: Path) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(libvirt_parts.main(fetch))
+    sys.exit(made(fetch))

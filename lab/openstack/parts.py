@@ -15,7 +15,7 @@ from pathlib import Path
 from lab.errors import LabUnavailable
 from lab.isolation import search_path
 from lab.libvirt import parts
-from lab.packages import Apt
+from lab.packages import Apt, made
 
 FOLDER = Path(__file__).parents[2] / ".openstack-lab"
 SOURCES = Path(__file__).parent / "sources"
@@ -70,4 +70,4 @@ def fetch() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(parts.main(fetch))
+    sys.exit(made(fetch))
