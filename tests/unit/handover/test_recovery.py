@@ -123,7 +123,7 @@ def test_what_a_source_was_asked_is_in_the_journal_before_it_has_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_left: bool
 ) -> None:
     """Killed in between, it would leave a destination that waits for an answer to what was taken."""
-    with hosts_in(tmp_path) as hosts:
+    with hosts_in(tmp_path, limited(arrival_seconds=20)) as hosts:
         guest = guest_with_flows(hosts)
         asked: list[Session] = []
         run = Host.run
