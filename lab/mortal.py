@@ -18,7 +18,7 @@ from sami_plugin.cmd import agent
 from sami_plugin.journal.journal import Journal
 
 _ONE = threading.Lock()
-WRITES = ("begin", "know", "record", "keep_payload", "go_on", "end", "keep_outgoing")
+WRITES = ("begin", "know", "record", "keep_payload", "go_on", "end", "keep_outgoing", "keep_description")
 
 
 def arm(folder: Path, writes: int) -> None:

@@ -14,6 +14,7 @@ from sami_plugin.channel.identity import Credentials
 from sami_plugin.drivers import loader
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.errors import ConfigurationError
+from sami_plugin.hooks.descriptions import Descriptions
 from sami_plugin.hooks.libvirt_events import LibvirtHost
 from sami_plugin.hooks.local_socket import LocalSocket, guest_of, text_of
 from sami_plugin.journal.journal import Journal, opened
@@ -71,14 +72,16 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
     :raises SamiError: it cannot start; the message says what to change.
     """
     settings, domains = options.settings(conf), options.domains(conf)
-    libvirt = LibvirtHost(conf.libvirt.uri, conf.agent.host) if conf.libvirt.uri else None
+    journal, libvirt = opened(conf.agent.journal, options.retention(conf)), None
+    if conf.libvirt.uri:
+        libvirt = LibvirtHost(conf.libvirt.uri, conf.agent.host, Descriptions(journal))
     agent = Agent(
         host_of(
             conf,
             name=conf.agent.host,
             driver=loader.load_driver(conf.agent.driver, **options.driver_options(conf)),
             scopes=load_scopes(conf.agent.scopes, conf),
-            journal=opened(conf.agent.journal, options.retention(conf)),
+            journal=journal,
             settings=settings,
             credentials=Credentials(conf.agent.host, options.tls_files(conf)),
             domains=domains,

@@ -12,6 +12,7 @@ is used: it has to be built against the host's libvirt, and not every host has o
 
 from __future__ import annotations
 
+import enum
 import logging
 import queue
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 from sami_plugin.errors import NotAvailable, RepresentationError, SamiError
 from sami_plugin.hooks import domain_xml
+from sami_plugin.hooks.descriptions import Descriptions
 from sami_plugin.model.migration import MigrationEvent, Origin, Phase
 
 LOG = logging.getLogger(__name__)
@@ -34,6 +36,18 @@ Underway = Callable[[], Iterable[tuple[str, str]]]
 
 SOURCE, DESTINATION = "source", "destination"
 
+
+class Mark(enum.Enum):
+    """What is to become of the mark of a guest."""
+
+    THERE = enum.auto()
+    """It is to have one of this host."""
+    NEW = enum.auto()
+    """It is to have another one than it has."""
+    GONE = enum.auto()
+    """It is not here any more."""
+
+
 Words = tuple[tuple[Phase, str | None], ...]
 """What an event says, and which role of this host it is about."""
 COPIES: Words = ((Phase.OUTGOING, SOURCE),)
@@ -43,7 +57,7 @@ COPIES: Words = ((Phase.OUTGOING, SOURCE),)
 class LibvirtHost:
     """This host's libvirt. Works by itself from `start` on, through restarts of the daemon, until `stop`."""
 
-    def __init__(self, uri: str, host: str) -> None:
+    def __init__(self, uri: str, host: str, descriptions: Descriptions) -> None:
         """`host` is this host's name among the agents.
 
         :raises NotAvailable: there is no libvirt-python.
@@ -61,10 +75,9 @@ class LibvirtHost:
         self._runs = _events_of_guests_that_run(libvirt)
         self._connection: Any = None
         self._callbacks: list[int] = []
-        self._descriptions: dict[str, str] = {}
-        """Of the guests that run here, as far as they were marked."""
+        self._descriptions = descriptions
         self._queue: queue.SimpleQueue[tuple[str, Words] | None] = queue.SimpleQueue()
-        self._to_mark: queue.SimpleQueue[tuple[str, bool] | None] = queue.SimpleQueue()
+        self._marks: queue.SimpleQueue[tuple[str, Mark] | None] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
         self._is_lost = threading.Event()
         self._tell: Tell = lambda event: None
@@ -90,7 +103,7 @@ class LibvirtHost:
         self._is_stopping.set()
         self._is_lost.set()
         self._queue.put(None)
-        self._to_mark.put(None)
+        self._marks.put(None)
         for thread in self._threads:
             thread.join(RECONNECT_SECONDS)
 
@@ -121,7 +134,7 @@ class LibvirtHost:
 
     def mark(self, guest: str) -> None:
         """Gives the guest a new token, some time: another host has learned the one it has. Returns at once."""
-        self._to_mark.put((guest, True))
+        self._marks.put((guest, Mark.NEW))
 
     # --- The connection, and questions from time to time
 
@@ -140,9 +153,11 @@ class LibvirtHost:
             LOG.info("libvirt %s tells of migrations from now on", self._uri)
             try:
                 self._settle()
-                for domain in self._connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                here = self._connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+                self._descriptions.keep_only({domain.UUIDString() for domain in here})
+                for domain in here:
                     self._say_what_was_missed(domain)
-                    self._to_mark.put((domain.UUIDString(), False))
+                    self._marks.put((domain.UUIDString(), Mark.THERE))
                 while not self._is_lost.wait(POLL_SECONDS):
                     self._poll()
             except Exception:  # as in `_say`
@@ -258,10 +273,13 @@ class LibvirtHost:
     # --- Which host a guest is on
 
     def _mark_all(self) -> None:
-        while (wanted := self._to_mark.get()) is not None:
-            guest, is_new = wanted
+        while (wanted := self._marks.get()) is not None:
+            guest, mark = wanted
+            if mark is Mark.GONE:
+                self._descriptions.pop(guest)
+                continue
             try:
-                self._mark(guest, is_new=is_new)
+                self._mark(guest, is_new=mark is Mark.NEW)
             except self._libvirt.libvirtError as error:
                 if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:
                     continue  # it ended meanwhile
@@ -275,18 +293,18 @@ class LibvirtHost:
         if connection is None:  # all are looked at when there is one again
             return
         domain = connection.lookupByUUIDString(guest)
-        self._descriptions[guest] = domain.XMLDesc(0)
-        if not is_new and self._is_marked(self._descriptions[guest]):
-            return
-        domain.setMetadata(
-            libvirt.VIR_DOMAIN_METADATA_ELEMENT,
-            domain_xml.new_origin(self._host),
-            domain_xml.ORIGIN_PREFIX,
-            domain_xml.ORIGIN,
-            libvirt.VIR_DOMAIN_AFFECT_LIVE,
-        )
-        self._descriptions[guest] = domain.XMLDesc(0)
-        LOG.debug("guest %s: its description says that it is on %s", guest, self._host)
+        xml = domain.XMLDesc(0)
+        if is_new or not self._is_marked(xml):
+            domain.setMetadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+                domain_xml.new_origin(self._host),
+                domain_xml.ORIGIN_PREFIX,
+                domain_xml.ORIGIN,
+                libvirt.VIR_DOMAIN_AFFECT_LIVE,
+            )
+            xml = domain.XMLDesc(0)
+            LOG.debug("guest %s: its description says that it is on %s", guest, self._host)
+        self._descriptions.put(guest, xml)
 
     def _is_marked(self, xml: str) -> bool:
         origin = self._origin(xml)
@@ -303,9 +321,9 @@ class LibvirtHost:
     def _heard(self, connection: Any, domain: Any, event: int, detail: int, opaque: object) -> None:
         """In libvirt's own thread."""
         if (event, detail) in self._runs or event == self._libvirt.VIR_DOMAIN_EVENT_RESUMED:
-            self._to_mark.put((domain.UUIDString(), False))
+            self._marks.put((domain.UUIDString(), Mark.THERE))
         if event == self._libvirt.VIR_DOMAIN_EVENT_STOPPED:
-            self._descriptions.pop(domain.UUIDString(), None)
+            self._marks.put((domain.UUIDString(), Mark.GONE))
         if (event, detail) in self._phases:
             self._queue.put((domain.UUIDString(), self._phases[event, detail]))
 

@@ -63,6 +63,10 @@ CREATE TABLE IF NOT EXISTS outgoing (
     guest       TEXT PRIMARY KEY,
     told        TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS descriptions (
+    guest       TEXT PRIMARY KEY,
+    xml         TEXT NOT NULL
+);
 CREATE TABLE IF NOT EXISTS refusals (
     who         TEXT NOT NULL,
     reason      TEXT NOT NULL,
@@ -278,6 +282,17 @@ class Journal:
     def outgoing(self) -> dict[str, str]:
         """By guest, what was kept of those that are moved away."""
         return {row["guest"]: row["told"] for row in self._read("SELECT * FROM outgoing", ())}
+
+    def keep_description(self, guest: str, xml: str | None) -> None:
+        """How a guest that runs here is described; None where it does not run here any more."""
+        if xml is None:
+            self._write("DELETE FROM descriptions WHERE guest = ?", (guest,))
+        else:
+            self._write("INSERT OR REPLACE INTO descriptions VALUES (?, ?)", (guest, xml))
+
+    def descriptions(self) -> dict[str, str]:
+        """By guest, of those that run here."""
+        return {row["guest"]: row["xml"] for row in self._read("SELECT * FROM descriptions", ())}
 
     def count_refusals(self, counts: Mapping[tuple[str, str], int]) -> None:
         """Adds how often each one was refused for each reason since the last call."""

@@ -7,6 +7,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 from lab.deadline import wait_until
 from sami_plugin.errors import NotAvailable, OperatorError
 from sami_plugin.hooks import domain_xml, libvirt_events
+from sami_plugin.hooks.descriptions import Descriptions
 from sami_plugin.hooks.libvirt_events import LibvirtHost
+from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Origin, Phase
 
 GUEST = "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4"
@@ -191,8 +195,14 @@ def heard() -> Heard:
 
 
 @pytest.fixture
-def host(libvirt: Libvirt, heard: Heard) -> Iterator[LibvirtHost]:
-    made = LibvirtHost("qemu:///system", "host-a")
+def descriptions(tmp_path: Path) -> Iterator[Descriptions]:
+    with closing(Journal(tmp_path / "journal.sqlite")) as journal:
+        yield Descriptions(journal)
+
+
+@pytest.fixture
+def host(libvirt: Libvirt, heard: Heard, descriptions: Descriptions) -> Iterator[LibvirtHost]:
+    made = LibvirtHost("qemu:///system", "host-a", descriptions)
     polls: list[None] = []
     real = made._poll
     made._poll = lambda: polls.append(real())  # type: ignore[method-assign, func-returns-value]
@@ -300,7 +310,7 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     libvirt: Libvirt, heard: Heard, host: LibvirtHost, now: tuple[str, str | None] | None, word: str
 ) -> None:
     heard.underway = [(GUEST, "destination")]
-    wait_until(lambda: libvirt.domain.metadata and GUEST in host._descriptions, "the guest to be marked")
+    wait_until(lambda: libvirt.domain.metadata and host._descriptions.get(GUEST), "the guest to be marked")
     libvirt.is_up = False
     assert libvirt.closed is not None
     libvirt.closed(libvirt, 1, None)
@@ -318,14 +328,51 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     assert libvirt.connections == 2
 
 
-def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(libvirt: Libvirt, heard: Heard) -> None:
+def test_agent_that_starts_while_the_daemon_is_away_knows_the_guests_of_the_one_before(
+    libvirt: Libvirt, heard: Heard, host: LibvirtHost, tmp_path: Path
+) -> None:
+    """A guest leaves without its daemon, and the agent may be killed meanwhile: nobody else knows its token then."""
+    wait_until(lambda: libvirt.domain.metadata and host._descriptions.get(GUEST), "the guest to be marked")
+    host.stop()
+    libvirt.is_up = False
+    with closing(Journal(tmp_path / "journal.sqlite")) as journal:
+        successor = LibvirtHost("qemu:///system", "host-a", Descriptions(journal))
+        assert successor.description(GUEST) == libvirt.domain.XMLDesc(0)
+        assert successor.is_leaving(GUEST) is None
+        successor.start(heard.tell, lambda: heard.underway)
+        libvirt.domain.now, libvirt.is_up = None, True
+        wait_until(lambda: not journal.descriptions(), "those that are not here any more to be forgotten")
+        successor.stop()
+
+
+def test_guest_that_ends_is_described_no_more(libvirt: Libvirt, host: LibvirtHost, tmp_path: Path) -> None:
+    wait_until(lambda: libvirt.domain.metadata and host._descriptions.get(GUEST), "the guest to be marked")
+    with closing(Journal(tmp_path / "journal.sqlite")) as journal:
+        assert set(journal.descriptions()) == {GUEST}
+        libvirt.say("STOPPED", "SHUTDOWN")
+        wait_until(lambda: not journal.descriptions(), "it to be forgotten")
+
+
+def test_descriptions_outlast_a_journal_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    descriptions = Descriptions(journal)
+    journal.close()
+    descriptions.put(GUEST, "<domain/>")
+    assert descriptions.get(GUEST) == "<domain/>"
+    assert Descriptions(journal).get(GUEST) is None
+    assert caplog.text.count("cannot use the journal") == 2
+
+
+def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions
+) -> None:
     libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
     libvirt.domain.setMetadata(
         NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-z"), domain_xml.ORIGIN_PREFIX,
         domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
     )  # fmt: skip
     libvirt.domain.may_write = False
-    host = LibvirtHost("qemu:///system", "host-a")
+    host = LibvirtHost("qemu:///system", "host-a", descriptions)
     host.start(heard.tell, lambda: heard.underway)
     wait_until(lambda: heard.events, "the guest's beginning")
     host.stop()
@@ -333,7 +380,9 @@ def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(libvirt: Lib
     assert heard.events[0].is_incoming
 
 
-def test_leaving_guest_that_is_paused_when_the_agent_starts_is_told(libvirt: Libvirt, heard: Heard) -> None:
+def test_leaving_guest_that_is_paused_when_the_agent_starts_is_told(
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions
+) -> None:
     libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
     libvirt.domain.job = {
         "type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
@@ -342,7 +391,7 @@ def test_leaving_guest_that_is_paused_when_the_agent_starts_is_told(libvirt: Lib
         NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-a"), domain_xml.ORIGIN_PREFIX,
         domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
     )  # fmt: skip
-    host = LibvirtHost("qemu:///system", "host-a")
+    host = LibvirtHost("qemu:///system", "host-a", descriptions)
     host.start(heard.tell, lambda: heard.underway)
     wait_until(lambda: len(heard.events) == 2, "the pause")
     host.stop()
@@ -361,10 +410,12 @@ def test_incoming_guest_is_not_asked_for_while_the_connection_lasts(
     assert asked == [], "it may answer only when its hooks have returned"
 
 
-def test_libvirt_python_that_is_missing_is_said_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libvirt_python_that_is_missing_is_said_with_the_mend(
+    monkeypatch: pytest.MonkeyPatch, descriptions: Descriptions
+) -> None:
     monkeypatch.setitem(sys.modules, "libvirt", None)
     with pytest.raises(NotAvailable, match="extra `libvirt`"):
-        LibvirtHost("qemu:///system", "host-a")
+        LibvirtHost("qemu:///system", "host-a", descriptions)
 
 
 def origin(libvirt: Libvirt) -> Origin | None:
