@@ -221,9 +221,8 @@ class Agent:
         :raises OperatorError: something is missing in what was said.
         :raises Veto: the guest may not come here.
         """
-        self.note(event)
+        coming = self.note(event)
         settings = self.host.settings
-        coming = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
         if event.phase is Phase.PREPARE and coming is not None:
             self._await_verdict(coming)
         if event.phase is Phase.STARTED:
@@ -332,22 +331,24 @@ class Agent:
                 del self._questions[session]
                 self._ended.add(session, question.line, self.host.monotonic())
 
-    def note(self, event: MigrationEvent) -> None:
-        """This host's hypervisor said something of a guest. The same may be said twice. Returns at once.
+    def note(self, event: MigrationEvent) -> DestinationSession | None:
+        """This host's hypervisor said something of a guest. The same may be said twice.
+
+        Returns at once, where the guest comes here with the session that is about it, even if it is over by then.
 
         :raises OperatorError: something is missing in what was said.
         """
         if event.guest in self.host.policies.excluded:
-            return
+            return None
         origin = self._learn(event.guest, event.domain)
         if event.domain is None and event.phase in (Phase.STARTED, Phase.RESUMED):
             self._look_for_ports(event.guest)
         match event.phase:
             case Phase.PREPARE:
-                self._expect(event, origin)
+                return self._expect(event, origin)
             case Phase.STARTED:
                 # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
-                if not self._sessions_of(event.guest, DestinationSession):
+                if all(one.refusal is not None for one in self._sessions_of(event.guest, DestinationSession)):
                     refused_from = self._refused.pop(event.guest, "")
                     if event.is_incoming or refused_from:  # who was to stop the migration has not done it
                         known = event if event.source else replace(event, source=refused_from or None)
@@ -375,13 +376,13 @@ class Agent:
                         leaving.tell(event)
                 self._lead(event, SourceSession, DestinationSession)
             case Phase.ROLLBACK:
-                if self._is_leaving(event.guest):  # again: the word is about the job before this one
-                    return
-                with self._lock:
-                    self._outgoing.pop(event.guest)
-                self._lead(event, SourceSession)
+                if not self._is_leaving(event.guest):  # else again: the word is about the job before this one
+                    with self._lock:
+                        self._outgoing.pop(event.guest)
+                    self._lead(event, SourceSession)
             case Phase.STOPPED:
                 self._stops(event)
+        return next(iter(self._sessions_of(event.guest, DestinationSession)), None)
 
     def _learn(self, guest: str, domain: str | None) -> Origin | None:
         """Keeps what the description says of the guest's ports; returns what it says of where it comes from."""
@@ -605,7 +606,7 @@ class Agent:
         """Then the hypervisor is not asked about it: it may answer only when its hooks have returned."""
         return any(one.is_awaited for one in self._sessions_of(guest, DestinationSession))
 
-    def _expect(self, event: MigrationEvent, origin: Origin | None) -> None:
+    def _expect(self, event: MigrationEvent, origin: Origin | None) -> DestinationSession:
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
         announced = self._announced.pop(event.guest, None)
@@ -634,6 +635,7 @@ class Agent:
                 session.token = token or session.token
                 if source:
                     session.find(source)
+            return session
 
     def _answer(self, greeting: _Greeting, said: Message) -> Message | None:
         """What is said to a host that gets no session of its own; None where nothing is, or where it does get one."""

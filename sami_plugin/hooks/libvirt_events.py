@@ -30,7 +30,7 @@ KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 5, 3
 RECONNECT_SECONDS = 1.0
 POLL_SECONDS = 0.5
 
-Tell = Callable[[MigrationEvent], None]
+Tell = Callable[[MigrationEvent], object]
 Underway = Callable[[], Iterable[tuple[str, str]]]
 """The guests that are on their way and the role of this host in it, "source" or "destination"."""
 

@@ -45,7 +45,7 @@ MOST_OCTETS = 4096
 MOST_OCTETS_WITH_DOMAIN = 1 << 20
 ROLES = ("source", "destination")
 
-Tell = Callable[[MigrationEvent], None]
+Tell = Callable[[MigrationEvent], object]
 Said = Mapping[str, object]
 Requests = Mapping[str, Callable[[Said], Mapping[str, object] | None]]
 """By name, what answers a request. May raise `SamiError`."""

@@ -308,12 +308,10 @@ def _resumed(session: Source, event: Event, now: float) -> Decision:
 def _peer_says_it_stays(session: Source, event: Event, now: float) -> Decision:
     assert isinstance(event, PeerSaid)
     assert isinstance(event.message, Stays)
+    if session.is_gone:  # said too late to be true: who was to be stopped has left, or left in a later migration
+        reason = session.reason or f"the guest has left, and the destination says: {event.message.reason}"
+        return replace(session, state=State.ABANDONED, reason=reason), [_next_wake(session)]
     return replace(session, state=State.ENDED), [End(Outcome.STAYED, event.message.reason)]
-
-
-def _peer_says_it_stayed(session: Source, event: Event, now: float) -> Decision:
-    """Of a guest that has gone since, it is about a migration before the one that took it."""
-    return (session, []) if session.is_gone else _peer_says_it_stays(session, event, now)
 
 
 def _gone(session: Source, event: Event, now: float) -> Decision:
@@ -549,7 +547,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Complete: _ignore,
         Arrived: _ignore,
         GivesUp: _ignore,
-        Stays: _peer_says_it_stayed,
+        Stays: _peer_says_it_stays,
         "Superseded": _superseded,
         "Continued": _continued,
     },

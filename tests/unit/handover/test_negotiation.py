@@ -577,6 +577,23 @@ def test_guest_that_goes_on_against_a_veto_does_not_lose_what_has_a_place(tmp_pa
         assert [told["outcome"] for told in hosts.reports("host-b", guest)] == ["moved", "stayed"]
 
 
+def test_guest_that_has_left_already_leaves_nothing_behind_when_it_is_refused(tmp_path: Path) -> None:
+    """An agent that was away when its hook asked, and is told of the guest when nobody stops it any more."""
+    with six_against_four(tmp_path, Refuse(), arrival_seconds=20) as (hosts, guest):
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.unplug("host-a", guest)
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-a", Phase.STOPPED, guest)
+        with pytest.raises(Veto):
+            hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        for phase in (Phase.STARTED, Phase.RESUMED):
+            hosts.say("host-b", phase, guest)
+        until_idle(hosts)
+        assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 4)
+        assert hosts.reports("host-b", guest)[0]["outcome"] == "moved"
+
+
 def test_kind_that_may_not_go_out_is_a_loss_to_the_policy_veto(tmp_path: Path) -> None:
     with regions(tmp_path, east={"kinds_out": ("udp-*",)}) as (hosts, _):
         hosts.agents["host-b"].host.policies = Policies(Refuse())

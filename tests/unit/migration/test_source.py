@@ -109,6 +109,7 @@ HEARD: dict[State, set[type[Message]]] = {
         ((OPENED, OUTGOING, Done("StartExport", 2), ANSWERED), [Choose(4, ("tcp-ipv4",)), ExportNext()]),
         ((OPENED, OUTGOING, Done("StartExport", 2), PeerSaid(GivesUp("no"))), [WakeAt(100)]),
         ((OPENED, OUTGOING, Done("StartExport", 2), PeerSaid(Stays("veto"))), [End(Outcome.STAYED, "veto")]),
+        ((OPENED, OUTGOING, Done("StartExport", 2), STOPPED, PeerSaid(Stays("veto"))), [WakeAt(20.0)]),
         ((OPENED, OUTGOING, Done("ExportNext", 5, is_all=False)), [ExportNext()]),
         ((OPENED, OUTGOING, Done("ExportNext", 5)), [Say(InSync(5)), WakeAt(1.0)]),
         ((OPENED, OUTGOING, SUSPENDED), [ExportChanges(is_last=False)]),
