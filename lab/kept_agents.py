@@ -19,7 +19,7 @@ from lab.agents import AgentProcess
 from lab.guest import Guest
 from lab.host import Host
 from lab.lab import Lab
-from sami_plugin.errors import OperatorError
+from sami_plugin.errors import OperatorError, Veto
 from sami_plugin.model.migration import Phase
 
 MORTAL = (sys.executable, "-P", "-W", "ignore", mortal.__file__)
@@ -97,7 +97,7 @@ class KeptAgents:
         for guest in self._lab.guests.values():
             is_known = any(row["ended_at"] is None for row in agent.sessions(guest.uuid))
             for phase in _now(known.get(guest.uuid, [])):
-                with contextlib.suppress(OperatorError):
+                with contextlib.suppress(OperatorError, Veto):  # nobody stops it any more
                     if phase != "prepare":
                         agent.tell_of(phase, guest)
                     elif not is_known:  # libvirt says so by its first event; the guest may have come by now
