@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
@@ -115,6 +116,8 @@ class SourceSession(Session):
         self._ports: list[Leaving] = []
         self._compression = "zlib"
         self._pieces: Iterator[Piece] = iter(())
+        self._unsent: deque[Piece] = deque()
+        """Of an export that is whole, what is still to be told."""
         self._sweep: Sweep | None = None
         self._offered = Inventory()
         self._is_answered = True
@@ -222,9 +225,8 @@ class SourceSession(Session):
 
     def _say_offer(self, action: SayOffer) -> None:
         """All is exported before, to know how much it is."""
-        pieces = list(self._pieces)
-        self._pieces = iter(pieces)
-        for _, batch in pieces:
+        self._line_up(self._pieces)
+        for _, batch in self._unsent:
             self._offered.add(batch, self._domain)
         self._is_answered = False
         self._say(Offer(self._known.version, action.ports, *self._offered.told()))
@@ -232,6 +234,10 @@ class SourceSession(Session):
 
     def _say_again(self, action: SayAgain) -> None:
         self._say(AskAgain(self.known_as))
+
+    def _line_up(self, pieces: Iterable[Piece]) -> None:
+        unsent = self._unsent = deque(pieces)
+        self._pieces = (unsent.popleft() for _ in range(len(unsent)))
 
     def _choose(self, action: Choose) -> None:
         """Keeps back what has no place there: the least important."""
@@ -243,7 +249,7 @@ class SourceSession(Session):
         pieces = list(self._pieces)
         others = [piece for piece in pieces if piece[1].template.name not in action.kinds]
         chosen, rest = foremost((piece for piece in pieces if piece[1].template.name in action.kinds), action.places)
-        self._pieces = iter([*chosen, *others])
+        self._line_up([*chosen, *others])
         for port, batch in rest:
             with self.host.deciding(port.scope):
                 self.host.leaving.claim(self.id, port.scope, batch)
@@ -252,12 +258,16 @@ class SourceSession(Session):
     def _keep(self, action: Keep) -> Done:
         """Nobody asked for the guest's flows. What it leaves is noted, to be removed by name like all else."""
         self._start_export(StartExport())
-        for some in self._told(self._pieces):
-            self._packed(some)
+        self._note_unsent(self._pieces)
         for port in self._ports:
             port.close()
         self.note("export ended")
         return Done("Keep", self._exported_count())
+
+    def _note_unsent(self, pieces: Iterable[Piece]) -> None:
+        """What nobody was told of is removed by name too, and kept for who may still come for it."""
+        for some in self._told(pieces):
+            self._packed(some)
 
     def _export(self) -> Iterator[Piece]:
         for port in self._ports:
@@ -419,6 +429,7 @@ class SourceSession(Session):
             if not is_allowed:
                 self.report.remark("the guest is back and its flows with it; what it left here before was not removed")
                 return Done("Purge", refused=self._exported_count())
+            self._note_unsent(self._unsent)
             for port in self._ports:
                 with self.host.lock:
                     stay = self._neighbours(port.scope)

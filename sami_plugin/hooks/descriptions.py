@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection
 from typing import Protocol
 
 from sami_plugin.errors import JournalError
+from sami_plugin.hooks import domain_xml
 
 LOG = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ class Descriptions:
         self._journal = journal
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
+        self._unwritten: set[str] = set()
+        """Guests of which the journal has something else, for it failed."""
         try:
             self._known = journal.descriptions()
         except JournalError as error:
@@ -40,26 +42,32 @@ class Descriptions:
     def get(self, guest: str) -> str | None:
         return self._known.get(guest)
 
-    def put(self, guest: str, xml: str) -> None:
-        """It runs here, and this is how it is."""
+    def guests(self) -> set[str]:
         with self._lock:
-            if self._known.get(guest) != xml:
+            return {*self._known, *self._unwritten}
+
+    def put(self, guest: str, xml: str) -> None:
+        """It runs here, and this is how it is. What is too large to be read is not kept."""
+        with self._lock:
+            if len(xml) > domain_xml.MOST_OCTETS:
+                self._drop(guest)
+            elif self._known.get(guest) != xml or guest in self._unwritten:
                 self._known[guest] = xml
                 self._keep(guest, xml)
 
     def pop(self, guest: str) -> None:
         """It is not here any more."""
         with self._lock:
-            if self._known.pop(guest, None) is not None:
-                self._keep(guest, None)
+            self._drop(guest)
 
-    def keep_only(self, guests: Collection[str]) -> None:
-        """These are all that run here."""
-        for guest in [one for one in self._known if one not in guests]:
-            self.pop(guest)
+    def _drop(self, guest: str) -> None:
+        if self._known.pop(guest, None) is not None or guest in self._unwritten:
+            self._keep(guest, None)
 
     def _keep(self, guest: str, xml: str | None) -> None:
+        self._unwritten.add(guest)
         try:
             self._journal.keep_description(guest, xml)
+            self._unwritten.discard(guest)
         except JournalError as error:
             LOG.error("guest %s: %s", guest, error)

@@ -45,7 +45,7 @@ class Mark(enum.Enum):
     NEW = enum.auto()
     """It is to have another one than it has."""
     GONE = enum.auto()
-    """It is not here any more."""
+    """It may not be here any more; then nothing is to be known of it."""
 
 
 Words = tuple[tuple[Phase, str | None], ...]
@@ -153,11 +153,11 @@ class LibvirtHost:
             LOG.info("libvirt %s tells of migrations from now on", self._uri)
             try:
                 self._settle()
-                here = self._connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-                self._descriptions.keep_only({domain.UUIDString() for domain in here})
-                for domain in here:
+                for domain in self._connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                     self._say_what_was_missed(domain)
                     self._marks.put((domain.UUIDString(), Mark.THERE))
+                for guest in self._descriptions.guests():
+                    self._marks.put((guest, Mark.GONE))
                 while not self._is_lost.wait(POLL_SECONDS):
                     self._poll()
             except Exception:  # as in `_say`
@@ -275,11 +275,11 @@ class LibvirtHost:
     def _mark_all(self) -> None:
         while (wanted := self._marks.get()) is not None:
             guest, mark = wanted
-            if mark is Mark.GONE:
-                self._descriptions.pop(guest)
-                continue
             try:
-                self._mark(guest, is_new=mark is Mark.NEW)
+                if mark is Mark.GONE:
+                    self._forget_gone(guest)
+                else:
+                    self._mark(guest, is_new=mark is Mark.NEW)
             except self._libvirt.libvirtError as error:
                 if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:
                     continue  # it ended meanwhile
@@ -305,6 +305,17 @@ class LibvirtHost:
             xml = domain.XMLDesc(0)
             LOG.debug("guest %s: its description says that it is on %s", guest, self._host)
         self._descriptions.put(guest, xml)
+
+    def _forget_gone(self, guest: str) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            is_here = connection.lookupByUUIDString(guest).isActive()
+        except self._libvirt.libvirtError as error:
+            is_here = error.get_error_code() != self._libvirt.VIR_ERR_NO_DOMAIN
+        if not is_here:
+            self._descriptions.pop(guest)
 
     def _is_marked(self, xml: str) -> bool:
         origin = self._origin(xml)

@@ -261,11 +261,12 @@ class Journal:
             self._db.execute(f"DELETE FROM {table} WHERE session IN {gone}", (ended_at,))
 
     def _octets(self) -> int:
-        """What is in use of the file; it does not shrink, and what is free in it is used again."""
+        """What sessions take of the file; it does not shrink, and what is free in it is used again."""
         pages, free, size = (
             self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
         )
-        return int((pages - free) * size)
+        (of_guests,) = self._db.execute("SELECT total(length(CAST(xml AS BLOB))) FROM descriptions").fetchone()
+        return int((pages - free) * size - of_guests)
 
     def _older_half_ended(self) -> float | None:
         """When the last one of the older half ended; None where there is but one, which is kept."""

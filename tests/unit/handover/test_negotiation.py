@@ -594,6 +594,22 @@ def test_guest_that_has_left_already_leaves_nothing_behind_when_it_is_refused(tm
         assert hosts.reports("host-b", guest)[0]["outcome"] == "moved"
 
 
+def test_guest_that_has_left_and_is_refused_is_purged_by_name_when_nobody_asks_again(tmp_path: Path) -> None:
+    """By then its zone is another guest's, where nothing is looked for that has no name."""
+    with six_against_four(tmp_path, Refuse(), arrival_seconds=1.0) as (hosts, guest):
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.unplug("host-a", guest)
+        hosts.say("host-a", Phase.STOPPED, guest)
+        with pytest.raises(Veto):
+            hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        hosts.plug("host-a", new_guest(), ZONES["host-a"], "192.0.2.8")
+        until_idle(hosts)
+        assert held(hosts, "host-a") == set()
+        flows = hosts.reports("host-a", guest)[0]["flows"]
+        assert (flows["purged"], flows["late"]) == (6, 0)
+
+
 def test_kind_that_may_not_go_out_is_a_loss_to_the_policy_veto(tmp_path: Path) -> None:
     with regions(tmp_path, east={"kinds_out": ("udp-*",)}) as (hosts, _):
         hosts.agents["host-b"].host.policies = Policies(Refuse())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lab.deadline import wait_until
-from sami_plugin.errors import NotAvailable, OperatorError
+from sami_plugin.errors import JournalError, NotAvailable, OperatorError
 from sami_plugin.hooks import domain_xml, libvirt_events
 from sami_plugin.hooks.descriptions import Descriptions
 from sami_plugin.hooks.libvirt_events import LibvirtHost
@@ -94,6 +94,9 @@ class Domain:
         self.metadata = ""
         self.may_write = True
         self.writes = 0
+
+    def isActive(self) -> int:  # noqa: N802
+        return 1
 
     def XMLDesc(self, flags: int) -> str:  # noqa: N802
         return f"<domain><uuid>{GUEST}</uuid><metadata>{self.metadata}</metadata></domain>"
@@ -349,18 +352,66 @@ def test_guest_that_ends_is_described_no_more(libvirt: Libvirt, host: LibvirtHos
     wait_until(lambda: libvirt.domain.metadata and host._descriptions.get(GUEST), "the guest to be marked")
     with closing(Journal(tmp_path / "journal.sqlite")) as journal:
         assert set(journal.descriptions()) == {GUEST}
+        libvirt.domain.now = None
         libvirt.say("STOPPED", "SHUTDOWN")
         wait_until(lambda: not journal.descriptions(), "it to be forgotten")
 
 
-def test_descriptions_outlast_a_journal_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    journal = Journal(tmp_path / "journal.sqlite")
-    descriptions = Descriptions(journal)
-    journal.close()
+def test_guest_that_boots_while_libvirt_lists_those_that_run_stays_described(
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions
+) -> None:
+    runs, libvirt.domain.now = libvirt.domain.now, None
+    descriptions.put(GUEST, "<domain>of before</domain>")
+
+    def listed(flags: int) -> list[Domain]:
+        libvirt.domain.now = runs
+        libvirt.say("STARTED", "BOOTED")
+        wait_until(
+            lambda: "of before" not in (descriptions.get(GUEST) or "of before"), "the mark of the one that boots"
+        )
+        return []
+
+    libvirt.listAllDomains = listed  # type: ignore[method-assign]
+    host = LibvirtHost("qemu:///system", "host-a", descriptions)
+    host.start(heard.tell, lambda: heard.underway)
+    wait_until(lambda: "of before" not in (descriptions.get(GUEST) or "of before"), "the one that boots")
+    wait_until(host._marks.empty, "all marks")
+    host.stop()
+    assert descriptions.get(GUEST) == libvirt.domain.XMLDesc(0)
+
+
+def test_descriptions_outlast_a_journal_that_fails_and_are_written_when_it_works_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*of: object) -> None:
+        raise JournalError("disk is full")
+
+    with closing(Journal(tmp_path / "journal.sqlite")) as journal:
+        descriptions = Descriptions(journal)
+        descriptions.put(GUEST, "<domain>old</domain>")
+        with monkeypatch.context() as patched:
+            patched.setattr(journal, "keep_description", fail)
+            descriptions.put(GUEST, "<domain>new</domain>")
+        assert "disk is full" in caplog.text
+        assert (descriptions.get(GUEST), Descriptions(journal).get(GUEST)) == (
+            "<domain>new</domain>",
+            "<domain>old</domain>",
+        )
+        descriptions.put(GUEST, "<domain>new</domain>")
+        assert journal.descriptions() == {GUEST: "<domain>new</domain>"}
+        with monkeypatch.context() as patched:
+            patched.setattr(journal, "keep_description", fail)
+            descriptions.pop(GUEST)
+        assert descriptions.guests() == {GUEST}
+        descriptions.pop(GUEST)
+        assert journal.descriptions() == {}
+        assert descriptions.guests() == set()
+
+
+def test_description_that_is_too_large_to_be_read_is_not_kept(descriptions: Descriptions) -> None:
     descriptions.put(GUEST, "<domain/>")
-    assert descriptions.get(GUEST) == "<domain/>"
-    assert Descriptions(journal).get(GUEST) is None
-    assert caplog.text.count("cannot use the journal") == 2
+    descriptions.put(GUEST, "x" * (domain_xml.MOST_OCTETS + 1))
+    assert descriptions.get(GUEST) is None
 
 
 def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(

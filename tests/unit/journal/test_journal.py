@@ -339,6 +339,14 @@ def test_journal_takes_no_more_room_than_it_may(tmp_path: Path) -> None:
     assert path.stat().st_size < 1.2 * (1 << 20)
 
 
+def test_descriptions_of_guests_take_no_room_from_the_history(tmp_path: Path) -> None:
+    made = Journal(tmp_path / "journal.sqlite", keep=Retention(octets=1 << 20))
+    for number in range(60):
+        made.keep_description(f"guest {number}", "ä" * 10_000)
+    kept = [ended(made, number) for number in range(4)]
+    assert [row["session"] for row in made.sessions()] == kept[::-1]
+
+
 def test_the_last_report_is_kept_whatever_room_it_takes(tmp_path: Path) -> None:
     made = Journal(tmp_path / "journal.sqlite", keep=Retention(octets=1))
     ended(made, 1)
