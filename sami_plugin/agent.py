@@ -119,6 +119,8 @@ class Agent:
         self._greetings: dict[str, _Greeting] = {}
         self._questions: dict[str, Question] = {}
         self._announced: OrderedDict[str, _Announced] = OrderedDict()
+        self._excluded: set[str] = set()
+        """Guests of flavors for which nothing is to be done."""
         self._refused: dict[str, str] = {}
         """Guests that were refused, and where from: if nobody stops their migration, they come all the same."""
         bounds = host.settings.bounds
@@ -290,9 +292,9 @@ class Agent:
         """
         if host == self.host.name:
             raise OperatorError(f"to: the guest is to move from {host} to another host")
-        if guest in self.host.policies.excluded:
-            raise OperatorError(self._words_of_exclusion(guest))
         self._look(guest)
+        if self._is_excluded(guest):
+            raise OperatorError(self._words_of_exclusion(guest))
         scopes = self.host.scopes.find(guest)
         if not scopes:
             raise OperatorError(f"guest: {self.host.name} knows no port of {guest}; is the guest here?")
@@ -338,9 +340,15 @@ class Agent:
 
         :raises OperatorError: something is missing in what was said.
         """
-        if event.guest in self.host.policies.excluded:
-            return None
         origin = self._learn(event.guest, event.domain)
+        is_first_word = event.phase is Phase.OUTGOING or event.is_incoming
+        if is_first_word and event.domain is None and self.host.policies.excluded_flavors:
+            self._look(event.guest)
+        if self._is_excluded(event.guest):
+            if event.phase is Phase.STOPPED:
+                self._excluded.discard(event.guest)
+                self.host.scopes.learn(event.guest, ())
+            return None
         if event.domain is None and event.phase in (Phase.STARTED, Phase.RESUMED):
             self._look_for_ports(event.guest)
         match event.phase:
@@ -389,6 +397,8 @@ class Agent:
         if domain is None:
             return None
         try:
+            if domain_xml.flavor_of(domain) in self.host.policies.excluded_flavors:
+                self._excluded.add(guest)
             if ports := domain_xml.ports_of(domain):
                 self.host.scopes.learn(guest, ports)
         except RepresentationError as error:  # the migration is known all the same
@@ -697,14 +707,18 @@ class Agent:
 
         :raises NotAuthorised: the guest's flows are nobody's business here.
         """
-        if check.guest in self.host.policies.excluded:
+        if self._is_excluded(check.guest):
             raise NotAuthorised(self._words_of_exclusion(check.guest))
         demand = Demand.of(check)
         risk = self.host.risk(demand, "", check.guest, sender, is_kept=False)
         return risk.answered(self.host.policies.judge(risk, self.host.peers.way_to(sender).domain), 0)
 
+    def _is_excluded(self, guest: str) -> bool:
+        return guest in self.host.policies.excluded or guest in self._excluded
+
     def _words_of_exclusion(self, guest: str) -> str:
-        return f"the operator of {self.host.name} wants nothing done for {guest} ([policy] guests)"
+        why = "guests" if guest in self.host.policies.excluded else "excluded_flavors"
+        return f"the operator of {self.host.name} wants nothing done for {guest} ([policy] {why})"
 
     def _open(self, greeting: _Greeting, said: Open, heard: list[bytes]) -> Session:
         """The session that the caller asks for in the first message that was heard of it."""
@@ -712,13 +726,13 @@ class Agent:
         if not _is_uuid(said.guest):
             raise IllegalMessage("a guest is a UUID")
         guest = str(uuid.UUID(said.guest))
-        if guest in self.host.policies.excluded:
-            raise NotAuthorised(self._words_of_exclusion(guest))
         if said.continues and (continuing := self._continue(greeting, said, guest, heard)) is not None:
             return continuing
         if said.has_all:
             raise NotAuthorised(f"there is no session {said.continues} of {guest} here")
         has_token = not self._is_coming(guest) and self._has_token(guest, said.token)
+        if self._is_excluded(guest):
+            raise NotAuthorised(self._words_of_exclusion(guest))
         has_job = self._has_job(guest, has_token=has_token)
         scopes: tuple[Scope, ...] = ()
         with contextlib.suppress(SamiError):

@@ -311,6 +311,12 @@ POLICY_OPTIONS: list[cfg.Opt] = [
         help="Policies of single guests, UUID:POLICY; they come before those of domains. The policy `off` means that "
         "this host does nothing for the guest's flows; set it on all hosts that the guest may be on.",
     ),
+    cfg.ListOpt(
+        "excluded_flavors",
+        default=[],
+        help="Names of Nova's flavors. This host does nothing for the flows of guests that are of one of them, by what "
+        "their descriptions say; set it on all hosts that they may be on.",
+    ),
     cfg.FloatOpt(
         "partial_percent",
         default=90.0,

@@ -81,6 +81,15 @@ def origin_of(xml: str | bytes) -> Origin | None:
     return Origin(host, token)
 
 
+def flavor_of(xml: str | bytes) -> str:
+    """The name of the flavor that Nova made the guest of; empty where it says none.
+
+    :raises Malformed: as `ports_of`.
+    """
+    flavor = _domain(xml).find(f"metadata/{{{NOVA}}}instance/{{{NOVA}}}flavor")
+    return "" if flavor is None else flavor.get("name", "")
+
+
 def new_origin(host: str) -> str:
     """The element that says that a guest runs on this host, with a new token. libvirt adds the namespace."""
     return f"<origin host={quoteattr(host)} token={quoteattr(secrets.token_hex(32))}/>"

@@ -38,6 +38,8 @@ class Policies:
     guests: Mapping[str, Policy] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
     """Guests whose flows are nobody's business."""
+    excluded_flavors: frozenset[str] = frozenset()
+    """So are those of guests of these."""
 
     def of(self, guest: str, domain: Domain | None) -> Policy:
         if guest in self.guests:
@@ -68,6 +70,7 @@ class Policies:
             {one.name: _load(one.policy, conf, f"[domain:{one.name}] policy") for one in domains if one.policy},
             {guest: _load(name, conf, "[policy] guests") for guest, name in names.items() if name != OFF},
             frozenset(guest for guest, name in names.items() if name == OFF),
+            frozenset(conf.policy.excluded_flavors),
         )
 
 

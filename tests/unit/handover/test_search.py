@@ -16,6 +16,7 @@ from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import OperatorError
 from sami_plugin.hooks import domain_xml
 from sami_plugin.model.migration import Flows, MigrationEvent, Offer, Phase
+from sami_plugin.policies.chosen import Policies
 from sami_plugin.session import Session
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
@@ -47,6 +48,8 @@ class Hypervisor:
         self.is_away = False
         self.asked: list[str] = []
         self.marks: dict[str, str] = {}
+        self.flavor = "m1.small"
+        """Of all of them."""
 
     def is_leaving(self, guest: str) -> bool | None:
         self.asked.append(guest)
@@ -54,15 +57,16 @@ class Hypervisor:
 
     def description(self, guest: str) -> str | None:
         self.asked.append(guest)
-        return described(guest, self.host, self.marks[guest]) if guest in self.marks else None
+        return described(guest, self.host, self.marks[guest], self.flavor) if guest in self.marks else None
 
     def mark(self, guest: str) -> None:
         self.marks[guest] = secrets.token_hex(32)
 
 
-def described(guest: str, host: str, token: str) -> str:
+def described(guest: str, host: str, token: str, flavor: str = "m1.small") -> str:
     return (
         f"<domain><uuid>{guest}</uuid><metadata>"
+        f"<n:instance xmlns:n='{domain_xml.NOVA}'><n:flavor name='{flavor}'/></n:instance>"
         f"<o:origin xmlns:o='{domain_xml.ORIGIN}' host='{host}' token='{token}'/></metadata></domain>"
     )
 
@@ -119,6 +123,43 @@ def test_the_guest_s_description_says_which_host_it_leaves(hosts: Hosts, hypervi
     until_idle(hosts)
     assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
     assert hosts.reports("host-b", guest)[0]["peer"] == "host-a"
+
+
+def exclude_flavor(hosts: Hosts, *where: str) -> None:
+    for host in where:
+        hosts.agents[host].host.policies = Policies(excluded_flavors=frozenset({"m1.small"}))
+
+
+@pytest.mark.parametrize("flavor", ["m1.small", "m1.large"])
+def test_guests_of_a_flavor_that_the_operator_excluded_are_left_alone(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor], flavor: str
+) -> None:
+    exclude_flavor(hosts, "host-a", "host-b")
+    hypervisors["host-a"].flavor = flavor
+    guest = marked(hosts, hypervisors)
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    comes(hosts, guest, hypervisors["host-a"].description(guest))
+    assert len(hosts.agents["host-b"].sessions()) == (flavor == "m1.large")
+    finish(hosts, guest)
+    until_idle(hosts)
+    left, arrived = (0, 100) if flavor == "m1.large" else (100, 0)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (left, arrived)
+    assert hosts.agents["host-a"].underway() == []
+
+
+def test_source_that_excluded_a_flavor_gives_nothing_and_says_so(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    exclude_flavor(hosts, "host-a")
+    guest = marked(hosts, hypervisors)
+    hypervisors["host-a"].leaving.add(guest)
+    comes(hosts, guest, hypervisors["host-a"].description(guest))
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert "wants nothing done for" in outcome(hosts, "host-b", guest)[1]
+    with pytest.raises(OperatorError, match=r"\[policy\] excluded_flavors"):
+        hosts.agents["host-a"].check(guest, "host-b")
 
 
 def test_word_that_the_guest_stays_is_of_the_job_before_while_the_hypervisor_says_that_it_leaves(

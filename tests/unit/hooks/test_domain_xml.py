@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sami_plugin.errors import Malformed
-from sami_plugin.hooks.domain_xml import MOST_OCTETS, ORIGIN, guest_uuid_of, new_origin, origin_of, ports_of
+from sami_plugin.hooks.domain_xml import MOST_OCTETS, ORIGIN, flavor_of, guest_uuid_of, new_origin, origin_of, ports_of
 from sami_plugin.model.guest_port import GuestPort
 
 UUID = "6ac3c1c0-0000-4000-8000-000000000001"
@@ -18,7 +18,7 @@ PORT_UUID = "1234abcd-5e6f-4000-8000-000000000002"
 
 NOVA = f"""
     <nova:instance xmlns:nova="http://openstack.org/xmlns/libvirt/nova/1.1">
-      <nova:package version="26.3.0"/><nova:name>web</nova:name>
+      <nova:package version="26.3.0"/><nova:name>web</nova:name><nova:flavor name="m1.small"/>
       <nova:ports>
         <nova:port uuid="{PORT_UUID}">
           <nova:ip type="fixed" address="192.0.2.7" ipVersion="4"/>
@@ -99,6 +99,11 @@ def test_addresses_by_nova_go_by_the_name_of_the_tap() -> None:
     first, second = ports_of(domain(ours + interface(), NOVA))
     assert first.claimed == addresses("192.0.2.7", "2001:db8::7")
     assert second.claimed == ()
+
+
+def test_flavor_is_the_one_that_nova_names() -> None:
+    assert flavor_of(domain("", NOVA)) == "m1.small"
+    assert flavor_of(domain()) == ""
 
 
 def test_same_address_said_twice_counts_once() -> None:

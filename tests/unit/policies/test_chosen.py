@@ -67,6 +67,11 @@ def test_guest_that_is_off_has_no_policy_and_is_excluded(read: Read) -> None:
     assert list(policies.guests) == [OTHER]
 
 
+def test_flavors_are_excluded_by_name(read: Read) -> None:
+    assert read("")[0].excluded_flavors == frozenset()
+    assert read("[policy]\nexcluded_flavors = m1.tiny, m1.small\n")[0].excluded_flavors == {"m1.tiny", "m1.small"}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
