@@ -65,6 +65,7 @@ LOG = logging.getLogger(__name__)
 VERDICT_MARGIN_SECONDS = 0.5
 """What a session gets beyond its own limits to say what comes of them."""
 MOST_ANNOUNCED = 1024
+MOST_EXCLUDED = 16384
 
 SessionT = TypeVar("SessionT", bound=Session)
 Older = SourceSession | tuple[Former, dict[str, Any]]
@@ -119,7 +120,7 @@ class Agent:
         self._greetings: dict[str, _Greeting] = {}
         self._questions: dict[str, Question] = {}
         self._announced: OrderedDict[str, _Announced] = OrderedDict()
-        self._excluded: set[str] = set()
+        self._excluded: OrderedDict[str, None] = OrderedDict()
         """Guests of flavors for which nothing is to be done."""
         self._refused: dict[str, str] = {}
         """Guests that were refused, and where from: if nobody stops their migration, they come all the same."""
@@ -340,14 +341,15 @@ class Agent:
 
         :raises OperatorError: something is missing in what was said.
         """
+        if event.guest in self.host.policies.excluded:
+            return None
         origin = self._learn(event.guest, event.domain)
-        is_first_word = event.phase is Phase.OUTGOING or event.is_incoming
-        if is_first_word and event.domain is None and self.host.policies.excluded_flavors:
+        leaves = event.phase in (Phase.OUTGOING, Phase.SUSPENDED)
+        if self.host.policies.excluded_flavors and event.domain is None and (leaves or event.is_incoming):
             self._look(event.guest)
-        if self._is_excluded(event.guest):
-            if event.phase is Phase.STOPPED:
-                self._excluded.discard(event.guest)
-                self.host.scopes.learn(event.guest, ())
+        if event.guest in self._excluded and all(one.guest != event.guest for one in self.sessions()):
+            with self._lock:  # of before it was excluded
+                self._outgoing.pop(event.guest)
             return None
         if event.domain is None and event.phase in (Phase.STARTED, Phase.RESUMED):
             self._look_for_ports(event.guest)
@@ -397,9 +399,8 @@ class Agent:
         if domain is None:
             return None
         try:
-            if domain_xml.flavor_of(domain) in self.host.policies.excluded_flavors:
-                self._excluded.add(guest)
-            if ports := domain_xml.ports_of(domain):
+            self._exclude(guest, is_excluded=domain_xml.flavor_of(domain) in self.host.policies.excluded_flavors)
+            if guest not in self._excluded and (ports := domain_xml.ports_of(domain)):
                 self.host.scopes.learn(guest, ports)
         except RepresentationError as error:  # the migration is known all the same
             LOG.warning("guest %s: its ports are not known: %s", guest, error)
@@ -712,6 +713,15 @@ class Agent:
         demand = Demand.of(check)
         risk = self.host.risk(demand, "", check.guest, sender, is_kept=False)
         return risk.answered(self.host.policies.judge(risk, self.host.peers.way_to(sender).domain), 0)
+
+    def _exclude(self, guest: str, *, is_excluded: bool) -> None:
+        """By its flavor, as its newest description has it: what is excluded stays so when it has left."""
+        with self._lock:
+            self._excluded.pop(guest, None)
+            if is_excluded:
+                self._excluded[guest] = None
+            if len(self._excluded) > MOST_EXCLUDED:
+                self._excluded.popitem(last=False)
 
     def _is_excluded(self, guest: str) -> bool:
         return guest in self.host.policies.excluded or guest in self._excluded

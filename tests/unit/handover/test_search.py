@@ -162,6 +162,60 @@ def test_source_that_excluded_a_flavor_gives_nothing_and_says_so(
         hosts.agents["host-a"].check(guest, "host-b")
 
 
+def leaves_unheard(hosts: Hosts, hypervisors: dict[str, Hypervisor], guest: str) -> None:
+    """And its hypervisor says so twice, as a hook and an event do."""
+    hosts.unplug("host-a", guest)
+    hypervisors["host-a"].leaving.discard(guest)
+    del hypervisors["host-a"].marks[guest]
+    for _ in range(2):
+        hosts.say("host-a", Phase.STOPPED, guest)
+    until_idle(hosts)
+
+
+def test_guest_of_an_excluded_flavor_whose_pause_is_the_first_word_is_left_alone(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    exclude_flavor(hosts, "host-a", "host-b")
+    guest = marked(hosts, hypervisors)
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    leaves_unheard(hosts, hypervisors, guest)
+    assert len(held(hosts, "host-a")) == 100
+
+
+def test_guest_whose_flavor_is_excluded_by_a_restart_while_it_leaves_is_left_alone(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = marked(hosts, hypervisors)
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    hosts.kill("host-a")
+    hosts.start("host-a")
+    exclude_flavor(hosts, "host-a")
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    leaves_unheard(hosts, hypervisors, guest)
+    assert len(held(hosts, "host-a")) == 100
+    assert hosts.agents["host-a"].underway() == []
+
+
+@pytest.mark.parametrize("liar", ["host-a", "host-c"])
+def test_guest_is_of_the_flavor_that_its_newest_description_says(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor], liar: str
+) -> None:
+    """It was resized after a move that failed; or somebody else had described it so, and let his migration fail."""
+    exclude_flavor(hosts, "host-a", "host-b")
+    guest = marked(hosts, hypervisors)
+    before = described(guest, liar, hypervisors["host-a"].marks[guest])
+    hosts.agents["host-b"].tell(MigrationEvent(guest, Phase.PREPARE, domain=before))
+    hypervisors["host-a"].flavor = "m1.large"
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    comes(hosts, guest, hypervisors["host-a"].description(guest))
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
+
+
 def test_word_that_the_guest_stays_is_of_the_job_before_while_the_hypervisor_says_that_it_leaves(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
