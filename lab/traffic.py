@@ -9,7 +9,8 @@ import itertools
 import select
 import subprocess
 import sys
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +33,7 @@ class Place(Protocol):
     def start(self, argv: list[str], **options) -> subprocess.Popen: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Traffic:
     """A running traffic: `log` grows at the end whose receiving counts. `port` is the server's."""
 
@@ -40,10 +41,18 @@ class Traffic:
     processes: tuple[subprocess.Popen, ...]
     log: Path
     port: int | None = None
+    _read: list[Sample] = field(default_factory=list, repr=False)
+    _octets: int = 0
+    _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def samples(self) -> list[Sample]:
-        """What was received up to now, by time."""
-        return parse_samples(self.log.read_text())
+        """What was received up to now, by time. Of a long log, only what is new is read: this is asked very often."""
+        with self._reading, self.log.open("rb") as log:
+            log.seek(self._octets)
+            whole, end, _ = log.read().rpartition(b"\n")
+            self._octets += len(whole + end)
+            self._read += parse_samples((whole + end).decode())
+            return list(self._read)
 
     def stop(self) -> None:
         """End the processes. Not while the guest is paused. May be repeated."""
