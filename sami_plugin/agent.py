@@ -899,6 +899,9 @@ class Agent:
                     self._outgoing.pop(session.guest)
                 if session.role == "source" and self._hypervisor is not None:
                     self._hypervisor.mark(session.guest)
+            has_moved = session.role == "source" and session.report.outcome == Outcome.MOVED.value
+            if is_last and has_moved and (left := self._outgoing.get(session.guest)) is not None and left.is_suspended:
+                self._outgoing.pop(session.guest)  # with post-copy its process ends later, and leaves nothing more
             if is_last and has_stayed == (session.role == "destination"):
                 self.host.scopes.learn(session.guest, ())  # it is not here any more
             self._ended.add(session.id, session.line, self.host.monotonic())

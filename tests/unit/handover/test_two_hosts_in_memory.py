@@ -198,3 +198,16 @@ def test_two_guests_at_a_time_do_not_get_the_same_place_twice(tmp_path: Path) ->
         imported = [hosts.reports("host-b", guest)[0]["flows"]["imported"] for guest in guests]
         assert sum(imported) == devices["host-b"].count
         assert 180 <= sum(imported) <= 190
+
+
+def test_guest_that_leaves_long_after_it_runs_elsewhere_has_one_report(hosts: Hosts) -> None:
+    """As with post-copy: its process here ends when all memory has followed, long after its flows were purged."""
+    guest = guest_with_flows(hosts)
+    begin(hosts, guest)
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.say("host-b", Phase.RESUMED, guest)
+    until_idle(hosts)
+    hosts.say("host-a", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert [report["outcome"] for report in hosts.reports("host-a", guest)] == ["moved"]
+    assert hosts.agents["host-a"].underway() == []
