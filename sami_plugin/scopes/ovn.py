@@ -111,8 +111,10 @@ def knowledge_of(
 ) -> Knowledge:
     """What the bridge's database says, its flows, and the southbound database.
 
-    A port counts once OVN says, beside its zone, that all its flows are in place: then all its addresses are there. It
-    says so on the host where a guest migrates to as well, before the guest is there (seen with OVN 23.03.1).
+    A port counts once OVN says, beside its zone, that all its flows are in place. It says so on the host where a guest
+    migrates to as well, before the guest is there; but what the port may send from, its bridge has only when the port
+    is bound there, which is after the guest has come (seen with OVN 23.03.1). Until then the addresses are those of the
+    southbound database, or of the guest's description.
     """
     zones, own = dict[str, frozenset[int]](), dict[str, Addresses]()
     for one in bridge.interfaces.values():
