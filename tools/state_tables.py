@@ -134,7 +134,9 @@ ROLES = (
         (
             source.Source(LIMITS, LIMITS.session_seconds),
             source.continuing(LIMITS, 0.0, has_all=True, is_suspended=True, is_gone=False),
-            source.recovered(LIMITS, 0.0, "drained", is_suspended=True, is_gone=False, has_arrived=False)[0],
+            source.recovered(
+                LIMITS, 0.0, "drained", is_suspended=True, is_gone=False, has_arrived=False, has_purged=False
+            )[0],
         ),
     ),
     Role(

@@ -104,6 +104,8 @@ class DestinationSession(Session):
         self._findings = Findings()
         self._discarded = 0
         self._declared: Collection[str] = ()
+        self._has_stopped = False
+        """The hypervisor has said so; the session may not have come to it yet."""
         self.times_asked = 1
         """How often the source was asked anew for this migration, this time included."""
         self.risk = ""
@@ -517,7 +519,8 @@ class DestinationSession(Session):
 
         Either may be unknown yet, and is the same then.
         """
-        return destination.is_open(self._known) and (source == self.peer or not source or not self.peer)
+        is_open = destination.is_open(self._known) and not self._has_stopped
+        return is_open and (source == self.peer or not source or not self.peer)
 
     @property
     def lacks_ports(self) -> bool:
@@ -592,6 +595,7 @@ class DestinationSession(Session):
 
     def _note_phase(self, event: MigrationEvent) -> None:
         self.note(event.phase.value)
+        self._has_stopped |= event.phase is Phase.STOPPED
         if event.phase is Phase.RESUMED:
             self.host.arriving_guests.pop(self.id, None)
             self.host.arrived_guests.add(self.guest)

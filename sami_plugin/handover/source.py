@@ -143,6 +143,7 @@ class SourceSession(Session):
                 is_suspended=is_suspended,
                 is_gone=is_gone,
                 has_arrived=former.has("peer said Arrived"),
+                has_purged=any(one.startswith("Purge done") for one in former.heard),
             )
         else:
             self._known = source.continuing(

@@ -112,12 +112,13 @@ Decision = tuple[Source, list[Action]]
 
 
 def recovered(
-    limits: Limits, now: float, state: str, *, is_suspended: bool, is_gone: bool, has_arrived: bool
+    limits: Limits, now: float, state: str, *, is_suspended: bool, is_gone: bool, has_arrived: bool, has_purged: bool
 ) -> tuple[Source, list[Action]]:
     """What is known after this host's agent was started anew, and what is done then.
 
     `state` is the one in which the journal has the session. What was being purged is purged, which may be repeated; as
-    for all else, the destination is asked to ask again.
+    for all else, the destination is asked to ask again. Only what was purged, and had ended but for the journal's last
+    row, ends now: the guest may be here again.
     """
     session = Source(
         limits,
@@ -131,8 +132,10 @@ def recovered(
     )
     if state == State.PURGING.value:
         return replace(session, state=State.PURGING), [Purge(), SayAgain()]
+    outcome = Outcome.MOVED if has_arrived else Outcome.LEFT_WITHOUT_ARRIVAL
+    if state == State.ENDED.value and has_purged:
+        return replace(session, state=State.ENDED), [End(outcome, session.reason)]
     if state == State.WATCHING.value:
-        outcome = Outcome.MOVED if has_arrived else Outcome.LEFT_WITHOUT_ARRIVAL
         # The guest may have come back meanwhile, which is told first.
         look = WakeAt(now + limits.watch_seconds)
         return replace(session, state=State.WATCHING, outcome=outcome), [SayAgain(), look]

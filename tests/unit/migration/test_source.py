@@ -157,13 +157,21 @@ def test_watch_goes_on_after_a_new_start_with_the_outcome_of_the_purge_and_not_a
     has_arrived: bool, outcome: Outcome
 ) -> None:
     session, actions = source.recovered(
-        LIMITS, 0.0, State.WATCHING.value, is_suspended=True, is_gone=True, has_arrived=has_arrived
+        LIMITS, 0.0, State.WATCHING.value, is_suspended=True, is_gone=True, has_arrived=has_arrived, has_purged=True
     )
     assert actions == [SayAgain(), WakeAt(LIMITS.watch_seconds)]
     made = Shell(source.step, session)
     made.begin(actions)
     made.wait_until(LIMITS.watch_seconds)
     assert made.kinds() == ["SayAgain", "PurgeLate", f"end: {outcome.value}"]
+
+
+def test_session_that_had_purged_and_ended_but_for_the_last_row_ends_after_a_new_start() -> None:
+    """Its guest may be here again, and must not be asked for anew."""
+    session, actions = source.recovered(
+        LIMITS, 0.0, State.ENDED.value, is_suspended=True, is_gone=True, has_arrived=True, has_purged=True
+    )
+    assert (session.state, [type(one) for one in actions]) == (State.ENDED, [End])
 
 
 def test_guest_on_its_way_back_ends_the_watch_and_nothing_is_removed() -> None:

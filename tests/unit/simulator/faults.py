@@ -268,7 +268,7 @@ def payloads_are_not_kept() -> Any:
 # --- an agent that is started anew
 
 
-@fault(2500, crash=1.0, loss=0.3, abort=0.0)
+@fault(2500, crash=1.0, loss=0.95, abort=0.0, guests=1)
 def a_watch_goes_on_as_if_the_guest_had_arrived() -> Any:
     real = source.recovered
 

@@ -84,3 +84,9 @@ def test_wrong_arguments_are_refused(wrong: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as ended:
         main(wrong)
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("seed", [530783, 698790])
+def test_seed_that_once_broke_a_promise_breaks_none(seed: int) -> None:
+    """What had ended was gone on with; a guest's next migration was taken for the one that had ended."""
+    assert World(seed, tells=False).run() == []
