@@ -344,7 +344,8 @@ class Agent:
         if event.guest in self.host.policies.excluded:
             return None
         origin = self._learn(event.guest, event.domain)
-        leaves = event.phase in (Phase.OUTGOING, Phase.SUSPENDED)
+        # In the pause nothing is asked that was asked before it.
+        leaves = event.phase is Phase.OUTGOING or (event.phase is Phase.SUSPENDED and event.guest not in self._outgoing)
         if self.host.policies.excluded_flavors and event.domain is None and (leaves or event.is_incoming):
             self._look(event.guest)
         if event.guest in self._excluded and all(one.guest != event.guest for one in self.sessions()):
@@ -399,7 +400,8 @@ class Agent:
         if domain is None:
             return None
         try:
-            self._exclude(guest, is_excluded=domain_xml.flavor_of(domain) in self.host.policies.excluded_flavors)
+            if excluded := self.host.policies.excluded_flavors:
+                self._exclude(guest, is_excluded=domain_xml.flavor_of(domain) in excluded)
             if guest not in self._excluded and (ports := domain_xml.ports_of(domain)):
                 self.host.scopes.learn(guest, ports)
         except RepresentationError as error:  # the migration is known all the same

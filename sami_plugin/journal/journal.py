@@ -275,10 +275,7 @@ class Journal:
 
     def keep_outgoing(self, guest: str, told: str | None) -> None:
         """What is known of a guest that is moved away; None where it is not, any more."""
-        if told is None:
-            self._write("DELETE FROM outgoing WHERE guest = ?", (guest,))
-        else:
-            self._write("INSERT OR REPLACE INTO outgoing VALUES (?, ?)", (guest, told))
+        self._keep_of("outgoing", guest, told)
 
     def outgoing(self) -> dict[str, str]:
         """By guest, what was kept of those that are moved away."""
@@ -286,14 +283,17 @@ class Journal:
 
     def keep_description(self, guest: str, xml: str | None) -> None:
         """How a guest that runs here is described; None where it does not run here any more."""
-        if xml is None:
-            self._write("DELETE FROM descriptions WHERE guest = ?", (guest,))
-        else:
-            self._write("INSERT OR REPLACE INTO descriptions VALUES (?, ?)", (guest, xml))
+        self._keep_of("descriptions", guest, xml)
 
     def descriptions(self) -> dict[str, str]:
         """By guest, of those that run here."""
         return {row["guest"]: row["xml"] for row in self._read("SELECT * FROM descriptions", ())}
+
+    def _keep_of(self, table: str, guest: str, text: str | None) -> None:
+        if text is None:
+            self._write(f"DELETE FROM {table} WHERE guest = ?", (guest,))
+        else:
+            self._write(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (guest, text))
 
     def count_refusals(self, counts: Mapping[tuple[str, str], int]) -> None:
         """Adds how often each one was refused for each reason since the last call."""
