@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import json
 import logging
@@ -101,6 +100,9 @@ class Hypervisor(Protocol):
     def is_leaving(self, guest: str) -> bool | None:
         """Whether the guest is in a job that moves it away; None while it cannot be asked."""
 
+    def is_here(self, guest: str) -> bool | None:
+        """Whether the guest is there, and not paused to be moved away; None while it cannot be asked."""
+
     def description(self, guest: str) -> str | None:
         """The guest's XML, as it was last while it cannot be asked; None where it is not there."""
 
@@ -129,6 +131,7 @@ class Agent:
         self._outgoing = OutgoingGuests(host.journal)
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
+        host.is_here = self._is_here
 
     def start(self) -> None:
         """:raises SamiError: the firewall or the broker cannot be used; better now than at the first migration."""
@@ -369,10 +372,11 @@ class Agent:
                             leaving.expect_return()
                 self._lead(event, DestinationSession)
             case Phase.OUTGOING:
+                if self._may_be_here_again(event.guest) and self._is_leaving(event.guest):
+                    self._is_here_again(event.guest)
                 self._note_outgoing(event.guest, event.destination)
                 self._refuse_others(event)
                 self._lead(event, SourceSession)
-                self._note_ports(event.guest)
             case Phase.SUSPENDED:
                 self._pauses(event)
             case Phase.RESUMED:
@@ -380,11 +384,7 @@ class Agent:
                     outgoing = self._outgoing.get(event.guest)
                     if outgoing is not None and outgoing.is_suspended:
                         self._outgoing.pop(event.guest)
-                for leaving in self._sessions_of(event.guest, SourceSession):
-                    if leaving.has_purged:  # what comes from here on is no late packet of a guest that has left
-                        leaving.expect_return()
-                    elif leaving.has_left:  # nobody had said that it comes back
-                        leaving.tell(event)
+                self._is_here_again(event.guest)
                 self._lead(event, SourceSession, DestinationSession)
             case Phase.ROLLBACK:
                 if not self._is_leaving(event.guest):  # else again: the word is about the job before this one
@@ -412,15 +412,39 @@ class Agent:
             LOG.warning("guest %s: its description does not say where it comes from: %s", guest, error)
             return None
 
+    def _may_be_here_again(self, guest: str) -> bool:
+        """Whether it had left when it was last heard of."""
+        return any(leaving.may_be_here_again for leaving in self._sessions_of(guest, SourceSession))
+
+    def _is_here_again(self, guest: str) -> None:
+        """Of what it left when it moved away nothing is removed any more."""
+        for leaving in self._sessions_of(guest, SourceSession):
+            if leaving.has_purged:  # what comes from here on is no late packet of a guest that has left
+                leaving.expect_return()
+            elif leaving.has_left:  # nobody had said that it comes back
+                leaving.tell(MigrationEvent(guest, Phase.RESUMED))
+
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
-        origin = self._look(guest)
+        """In one record: who is started anew right after finds the ports of a guest that has left nowhere else."""
+        origin, scopes = self._look(guest), self._ports_of(guest)
+        for leaving in self._sessions_of(guest, SourceSession)[:1]:
+            if leaving.lacks_ports:
+                leaving.note_ports(scopes)
         with self._lock:
             known = self._outgoing.get(guest) or Outgoing()
             if destination is not None or guest not in self._outgoing:
                 # Its pause may have been told before; that it is paused still shows when it is gone.
                 known = replace(known, destination=destination, is_suspended=False)
             token = origin.token if origin is not None and origin.host == self.host.name else known.token
-            self._outgoing.put(guest, replace(known, token=token))
+            self._outgoing.put(guest, replace(known, token=token, scopes=scopes or known.scopes))
+
+    def _ports_of(self, guest: str) -> tuple[Scope, ...]:
+        """As far as they are known."""
+        try:
+            return self.host.scopes.find(guest)
+        except SamiError as error:  # the migration is known all the same
+            LOG.warning("guest %s: its ports are not known: %s", guest, error)
+            return ()
 
     def _look_for_ports(self, guest: str) -> None:
         """Of a guest that comes, where an agent before this one was told of them, and this one was not."""
@@ -458,7 +482,7 @@ class Agent:
         leaving = self._sessions_of(guest, SourceSession)
         if leaving and not leaving[0].lacks_ports:
             return
-        scopes = self.host.scopes.find(guest)
+        scopes = self._ports_of(guest)
         if leaving:
             leaving[0].note_ports(scopes)
             return
@@ -481,13 +505,13 @@ class Agent:
     def _has_gone(self, event: MigrationEvent) -> None:
         """What a guest leaves that nobody asked for is removed by a session too."""
         with self._lock:
-            outgoing = self._outgoing.pop(event.guest)
-            if outgoing is None or not outgoing.scopes or self._sessions_of(event.guest, SourceSession):
-                return
-            LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
-            session = self._leaving(self.host.new_id(), event.guest, "", outgoing)
-            self._add(session)
-        session.tell(event)
+            outgoing = self._outgoing.get(event.guest)
+            if outgoing is not None and outgoing.scopes and not self._sessions_of(event.guest, SourceSession):
+                LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
+                session = self._leaving(self.host.new_id(), event.guest, "", outgoing)
+                self._add(session)
+                session.tell(event)
+            self._outgoing.pop(event.guest)  # not before the session is in the journal
 
     def deliver(self, sender: str, session_id: str, packet: Packet) -> None:
         """A packet from who says to be `sender`. Of an unknown session it is a host that calls.
@@ -614,6 +638,10 @@ class Agent:
     def _is_leaving(self, guest: str) -> bool:
         """Whether the hypervisor says now that it moves the guest away from here."""
         return self._hypervisor is not None and not self._is_coming(guest) and bool(self._hypervisor.is_leaving(guest))
+
+    def _is_here(self, guest: str) -> bool:
+        """Whether the hypervisor says now that the guest is here."""
+        return self._hypervisor is not None and not self._is_coming(guest) and bool(self._hypervisor.is_here(guest))
 
     def _is_coming(self, guest: str) -> bool:
         """Then the hypervisor is not asked about it: it may answer only when its hooks have returned."""
@@ -746,9 +774,7 @@ class Agent:
         if self._is_excluded(guest):
             raise NotAuthorised(self._words_of_exclusion(guest))
         has_job = self._has_job(guest, has_token=has_token)
-        scopes: tuple[Scope, ...] = ()
-        with contextlib.suppress(SamiError):
-            scopes = self.host.scopes.find(guest)
+        scopes = self._ports_of(guest)
         with self._lock:
             outgoing = self._outgoing.get(guest)
             left = next((one for one in self._sessions_of(guest, SourceSession) if one.has_left), None)

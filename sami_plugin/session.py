@@ -105,6 +105,8 @@ class Host:
     arriving: Claims = field(default_factory=Claims)
     arriving_guests: dict[str, str] = field(default_factory=dict)
     """By session, guests that are being received and do not run here yet."""
+    is_here: Callable[[str], bool] = lambda guest: False
+    """Whether a guest is on this host and stays, for now, by its hypervisor's word."""
     arrived_guests: set[str] = field(default_factory=set)
     """Guests that were received and have run here since."""
     gone: dict[str, Addresses] = field(default_factory=dict)
@@ -239,13 +241,16 @@ class Host:
 
     @contextmanager
     def purging(self, guest: str) -> Iterator[bool]:
-        """Whether the guest's old flows may be removed: nothing of it is put in here until the block ends."""
+        """Whether the guest's old flows may be removed: nothing of it is put in here until the block ends.
+
+        Not where the guest is: it may have come again while no agent was here to be told.
+        """
         with self._turns:
             is_allowed = guest not in self._received
             if is_allowed:
                 self._purging.add(guest)
         try:
-            yield is_allowed
+            yield is_allowed and not self.is_here(guest)
         finally:
             with self._turns:
                 self._purging.discard(guest)

@@ -116,6 +116,16 @@ class LibvirtHost:
         phase = self._job(guest)
         return phase is Phase.OUTGOING if phase is not None or self._answers() else None
 
+    def is_here(self, guest: str) -> bool | None:
+        """Whether the guest is here, and not paused to be moved away. What `is_leaving` says of None holds here too."""
+        connection = self._connection
+        if connection is None:
+            return None
+        try:
+            return self._stays(*connection.lookupByUUIDString(guest).state(0))
+        except self._libvirt.libvirtError as error:
+            return False if self._absence(error) is Phase.STOPPED else None
+
     def _answers(self) -> bool:
         connection = self._connection
         return connection is not None and connection.isAlive() == 1
@@ -241,18 +251,21 @@ class LibvirtHost:
             if job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE:
                 is_outgoing = job.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
                 return Phase.OUTGOING if is_outgoing else None
-            state, reason = domain.state(0)
+            return Phase.ROLLBACK if self._stays(*domain.state(0)) else None
         except libvirt.libvirtError as error:
             return self._absence(error)
-        if state == libvirt.VIR_DOMAIN_PAUSED:
-            # Between the end of the job and the next event, or for good after post-copy failed.
-            is_moving = reason in (
-                libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
-                libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
-                libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,
-            )
-            return None if is_moving else Phase.ROLLBACK
-        return Phase.ROLLBACK if state == libvirt.VIR_DOMAIN_RUNNING else None
+
+    def _stays(self, state: int, reason: int) -> bool:
+        """Whether a guest in this state is here, and not on its way from or to another host."""
+        libvirt = self._libvirt
+        if state != libvirt.VIR_DOMAIN_PAUSED:
+            return bool(state == libvirt.VIR_DOMAIN_RUNNING)
+        # Between the end of the job and the next event, or for good after post-copy failed.
+        return reason not in (
+            libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
+            libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+            libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,
+        )
 
     def _arrival(self, guest: str) -> Phase | None:
         libvirt, connection = self._libvirt, self._connection

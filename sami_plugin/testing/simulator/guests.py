@@ -151,6 +151,8 @@ class Guest:
     """Hosts that it was, or was to be, on."""
     left_at: dict[str, float] = field(default_factory=dict)
     """By host, when it ran there last."""
+    moves: list[tuple[float, str, str]] = field(default_factory=list)
+    """When it went from where to where."""
     gone_at: dict[str, float] = field(default_factory=dict)
     """By host, when that one's hypervisor first said that it is gone."""
     expected: set[str] = field(default_factory=set)
@@ -167,3 +169,11 @@ class Guest:
     @property
     def runs(self) -> bool:
         return self.place is not None and not self.is_paused
+
+    def round_of(self, host: str, born: float) -> tuple[float, float]:
+        """From when it came to the host to when it came next, where what was made then was left when it left."""
+        left = next((when for when, source, _ in self.moves if source == host and when >= born), math.inf)
+        came = [when for when, _, destination in self.moves if destination == host]
+        return max((when for when in came if when < left), default=0.0), min(
+            (when for when in came if when > left), default=math.inf
+        )

@@ -37,6 +37,10 @@ class SimulatedHypervisor:
         known = self.world.guests.get(guest)
         return known is not None and self.host in known.jobs
 
+    def is_here(self, guest: str) -> bool:
+        known = self.world.guests.get(guest)
+        return known is not None and known.place == self.host and not known.is_paused_by_job
+
     def description(self, guest: str) -> str | None:
         known = self.world.guests.get(guest)
         if known is None or not self.world.is_described or self.host not in (known.place, *known.jobs, *known.expected):
@@ -241,6 +245,7 @@ class Migration:
         for flow in guest.flows:
             flow.is_cleaned = False
         guest.left_at[source] = world.now
+        guest.moves.append((world.now, source, destination))
         guest.is_paused, guest.is_paused_by_job = stays_paused or not says_pause, False
         guest.expected.discard(destination)
         if not guest.is_paused:

@@ -136,8 +136,8 @@ class World:
         self.story = Story(self.names)
         self._tells = tells
         self.is_described = self.random.random() < self.mix.is_described
-        self.is_asked = self.is_described or self.random.random() < 0.4
-        """Whether agents have a hypervisor to ask; else all is told to them."""
+        self.is_asked = self.is_described or self.random.random() < 0.4 or bool(self.mix.crash)
+        """Whether agents have a hypervisor to ask, as one that is started anew has to; else all is told to them."""
         self.polls = self.is_asked and self.random.random() < self.mix.polls
         self.words_seconds = self.mix.late_words
         self._heap: list[tuple[float, int, Callable[[], None]]] = []

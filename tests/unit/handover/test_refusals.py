@@ -35,6 +35,9 @@ class Asked:
     def is_leaving(self, guest: str) -> bool:
         return True
 
+    def is_here(self, guest: str) -> bool:
+        return False
+
     def description(self, guest: str) -> str | None:
         return None
 

@@ -45,6 +45,8 @@ class Hypervisor:
     def __init__(self, host: str) -> None:
         self.host = host
         self.leaving: set[str] = set()
+        self.here: set[str] = set()
+        """Where it makes a difference."""
         self.is_away = False
         self.asked: list[str] = []
         self.marks: dict[str, str] = {}
@@ -54,6 +56,9 @@ class Hypervisor:
     def is_leaving(self, guest: str) -> bool | None:
         self.asked.append(guest)
         return None if self.is_away else guest in self.leaving
+
+    def is_here(self, guest: str) -> bool:
+        return guest in self.here
 
     def description(self, guest: str) -> str | None:
         self.asked.append(guest)
@@ -507,6 +512,33 @@ def test_guest_that_is_back_and_nobody_had_announced_it_keeps_its_flows(tmp_path
         until_idle(hosts)
         assert len(held(hosts, "host-a")) == 100
         assert outcome(hosts, "host-a", guest)[0] == "unclear"
+
+
+def test_guest_that_left_and_leaves_again_keeps_its_flows_until_it_has_gone(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    """It came back while nobody was there to be told."""
+    guest = guest_with_flows(hosts)
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.say("host-a", Phase.STOPPED, guest)
+    until(lambda: any(one._state() == "abandoned" for one in hosts.agents["host-a"].sessions()))
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+    until_idle(hosts)
+    assert outcome(hosts, "host-a", guest)[0] == "unclear"
+    assert len(held(hosts, "host-a")) == 100
+
+
+def test_from_a_guest_that_its_hypervisor_says_is_here_nothing_is_taken(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = guest_with_flows(hosts)
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.say("host-a", Phase.STOPPED, guest)
+    hypervisors["host-a"].here.add(guest)
+    until_idle(hosts)
+    assert len(held(hosts, "host-a")) == 100
+    assert any("the guest is back" in remark for remark in hosts.reports("host-a", guest)[0]["remarks"])
 
 
 def test_job_that_was_aborted_without_a_word_serves_nobody_later(

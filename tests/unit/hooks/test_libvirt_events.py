@@ -264,19 +264,20 @@ JOBS = {
         {"type": "UNBOUNDED", "operation": "OPERATION_MIGRATION_OUT"},
         ("RUNNING", None),
         "outgoing",
+        True,
     ),
-    "in another job": ({"type": "UNBOUNDED", "operation": "OPERATION_SAVE"}, ("RUNNING", None), None),
-    "runs, no job": ({}, ("RUNNING", None), "rollback"),
-    "paused by its user, no job": ({}, ("PAUSED", "USER"), "rollback"),
-    "paused for the move": ({}, ("PAUSED", "MIGRATION"), None),
-    "in post-copy": ({}, ("PAUSED", "POSTCOPY"), None),
-    "lost in post-copy": ({}, ("PAUSED", "POSTCOPY_FAILED"), None),
-    "shut off": ({}, ("SHUTOFF", None), None),
-    "gone": ({}, None, "stopped"),
+    "in another job": ({"type": "UNBOUNDED", "operation": "OPERATION_SAVE"}, ("RUNNING", None), None, True),
+    "runs, no job": ({}, ("RUNNING", None), "rollback", True),
+    "paused by its user, no job": ({}, ("PAUSED", "USER"), "rollback", True),
+    "paused for the move": ({}, ("PAUSED", "MIGRATION"), None, False),
+    "in post-copy": ({}, ("PAUSED", "POSTCOPY"), None, False),
+    "lost in post-copy": ({}, ("PAUSED", "POSTCOPY_FAILED"), None, False),
+    "shut off": ({}, ("SHUTOFF", None), None, False),
+    "gone": ({}, None, "stopped", False),
 }
 
 
-@pytest.mark.parametrize(("job", "now", "word"), JOBS.values(), ids=JOBS)
+@pytest.mark.parametrize(("job", "now", "word", "is_here"), JOBS.values(), ids=JOBS)
 def test_guest_on_its_way_is_asked_for(
     libvirt: Libvirt,
     heard: Heard,
@@ -284,6 +285,7 @@ def test_guest_on_its_way_is_asked_for(
     job: dict[str, str],
     now: tuple[str, str | None] | None,
     word: str | None,
+    is_here: bool,
 ) -> None:
     libvirt.domain.job = {name: NUMBERS[f"VIR_DOMAIN_JOB_{value}"] for name, value in job.items()}
     if now is None:
@@ -294,6 +296,7 @@ def test_guest_on_its_way_is_asked_for(
     phase = host._job(GUEST)
     assert (phase.value if phase else None) == word
     assert host.is_leaving(GUEST) == (word == "outgoing")
+    assert host.is_here(GUEST) is is_here
     heard.underway = [(GUEST, "source")]
     if word is not None:
         wait_until(lambda: heard.events, "the word that no event says")
@@ -319,6 +322,7 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     libvirt.closed(libvirt, 1, None)
     wait_until(lambda: host._connection is None, "the end of the connection")
     assert host.is_leaving(GUEST) is None
+    assert host.is_here(GUEST) is None
     assert host.description(GUEST) == libvirt.domain.XMLDesc(0)
     assert host.description(str(uuid.uuid4())) is None
     if now is None:
