@@ -48,8 +48,8 @@ LATE_ANSWER = "the source did not answer in time"
 CARRIED = (Outcome.MOVED.value, Outcome.STAYED.value)
 
 
-UNARRIVED = (Outcome.LEFT_WITHOUT_ARRIVAL.value, Outcome.FAILED.value)
-"""The second one where the firewall failed in the midst of it."""
+UNARRIVED = (Outcome.LEFT_WITHOUT_ARRIVAL.value, Outcome.FAILED.value, Outcome.CONTINUED.value)
+"""The second one where the firewall failed in the midst of it, the third of a session that another went on with."""
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Guard:
         self._world = world
         self._taken: list[_Taken] = []
         self.unarrived: set[tuple[str, str]] = set()
-        """Sessions, by host and id, that purged though nobody had said that the guest arrived."""
+        """Sessions, by host and first id, that purged though nobody had said that the guest arrived."""
 
     def put_in(self, device: GuardedDevice, entry: Entry) -> None:
         """A session made an entry."""
@@ -123,10 +123,11 @@ class Guard:
             return
         if guest.place is None or host.name in guest.expected:
             return
-        if any(isinstance(one, DestinationSession) and one.guest == guest.id for one in host.live):
-            return  # it comes back, as far as anybody here knows, so it has left
+        is_coming = any(isinstance(one, DestinationSession) and one.guest == guest.id for one in host.live)
         # Another session may go on with one; what was said to any of them counts.
-        same = {one.id for _, one in world.sessions if one.known_as == session.known_as} | {session.known_as}
+        same = {one.id for one in _same(world, session)} | {session.known_as}
+        if is_coming or any(known["event"] == "Returns" for one in same for known in host.memory.decisions(one)):
+            return  # it comes back, or came back, as far as anybody here knows, so it has left
         said = set().union(*(world.kinds_said.get((one, session.peer), set()) for one in same))
         if {"Complete", "Arrived"} <= said:
             return
@@ -136,7 +137,7 @@ class Guard:
         gone_at = guest.gone_at.get(host.name)
         if gone_at is None or world.now < gone_at + limit - 0.001:
             world.violated(NOT_BEFORE_ARRIVED, f"{host.name} purges {name}, and its peer has said {sorted(said)}")
-        self.unarrived.add((host.name, session.id))
+        self.unarrived.add((host.name, session.known_as))
 
     def stepped(self) -> None:
         """A session has done what there was to do for now: what it only replaced is there again."""
@@ -190,7 +191,7 @@ def final(world: World) -> None:
 
 def _check_outcome(world: World, host: SimulatedHost, session: Session) -> None:
     outcome = session.report.outcome
-    if (host.name, session.id) in world.guard.unarrived and outcome not in UNARRIVED:
+    if (host.name, session.known_as) in world.guard.unarrived and outcome not in UNARRIVED:
         world.violated(NOT_BEFORE_ARRIVED, f"{host.name} purged without arrival and reports {outcome}")
     guest = world.guests[session.guest]
     if (
@@ -240,7 +241,10 @@ def was_seen_by_nobody(world: World, guest: Guest) -> bool:
     missed = {host for host, one in world.unheard if one == guest.id}
     since = WALL + guest.moves_since
     has_session = any(
-        one.guest == guest.id and any(at >= since for _, at, _ in one.report.steps[:1]) for _, one in world.sessions
+        one.guest == guest.id
+        and (one.role == "destination") == (host.name == guest.place)  # else of the migration before, gone on with
+        and any(at >= since for _, at, _ in one.report.steps[:1])
+        for host, one in world.sessions
     )
     is_missed = guest.place in missed or UNSAID in world.hindrances
     return not has_session and is_missed and CRASHED in world.hindrances
@@ -293,7 +297,9 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     ]
     if entry.flow_id in device.by_packets and _nobody_looks_any_more(world, device, entry, sessions):
         return
-    if any((name, guest.id) in world.unheard for guest in guests) and not any(_left(one) for _, one in sessions):
+    is_unheard = any((name, guest.id) in world.unheard for guest in guests)
+    is_recorded = any(guest.id in world.journals[name].outgoing() for guest in guests)  # that it leaves
+    if is_unheard and not is_recorded and not _is_told_of(world, device.born[entry.flow_id], sessions):
         return  # the agent was down when the guest left
     says_so = not sessions or any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
     if says_so and (world.hindrances or any(guest.died_at for guest in guests) or len(sessions) > 1):
@@ -305,9 +311,23 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     world.violated(NOWHERE_ELSE, f"{flow.conversation.name} of {guests[0].name} is on {name} still, in zone {zone}")
 
 
-def _left(session: Session) -> bool:
-    """Whether it is one of a guest that moved away."""
-    return session.role == "source" and session.report.outcome != Outcome.STAYED.value
+def _same(world: World, session: Session) -> list[Session]:
+    """It, those that it goes on with, and those that went on with it."""
+    return [one for _, one in world.sessions if (one.role, one.known_as) == (session.role, session.known_as)]
+
+
+def _is_told_of(world: World, born: float, sessions: list[tuple[SimulatedHost, Session]]) -> bool:
+    """Whether a session of the guest's says that it moved away, when it first did so after that time."""
+
+    def is_of_that_move(host: SimulatedHost, one: Session) -> bool:
+        came, back = world.guests[one.guest].round_of(host.name, born)
+        began = min((at - WALL for same in _same(world, one) for _, at, _ in same.report.steps[:1]), default=0.0)
+        return came <= began <= back
+
+    return any(
+        one.role == "source" and one.report.outcome != Outcome.STAYED.value and is_of_that_move(host, one)
+        for host, one in sessions
+    )
 
 
 def _nobody_looks_any_more(

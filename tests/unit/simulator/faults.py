@@ -268,7 +268,7 @@ def payloads_are_not_kept() -> Any:
 # --- an agent that is started anew
 
 
-@fault(2500, crash=1.0, loss=0.95, abort=0.0, guests=1)
+@fault(200, crash=1.0, loss=0.95, abort=0.0, guests=1)
 def a_watch_goes_on_as_if_the_guest_had_arrived() -> Any:
     real = source.recovered
 
@@ -279,9 +279,14 @@ def a_watch_goes_on_as_if_the_guest_had_arrived() -> Any:
     return mock.patch.object(source, "recovered", recovered)
 
 
-@fault(300, crash=1.0, moves=3, is_described=1.0, no_hook=1.0, flows=2, abort=0.0)
+@fault(500, crash=1.0, moves=3, is_described=1.0, no_hook=1.0, flows=2, abort=0.0)
 def a_new_start_forgets_who_is_on_the_way() -> Any:
     return mock.patch.object(OutgoingGuests, "read", nothing)
+
+
+@fault(1500, crash=1.0, moves=3, loss=0.0, abort=0.0)
+def what_came_again_while_no_agent_was_there_is_taken_for_gone() -> Any:
+    return mock.patch.object(Agent, "_is_here", return_value=False)
 
 
 @fault(500, crash=1.0, is_shared=1.0, guests=2, residents=0, abort=0.5)
