@@ -1,6 +1,6 @@
-"""A way from a host's loopback to the same port of the world's: what a host reaches of a broker there.
+"""A way from a host's loopback to the same port of the world's, or of what the world reaches: of a broker, say.
 
-As a program (started by Relay, by path): relay.py LISTENER-DESCRIPTOR PORT.
+As a program (started by Relay, by path): relay.py LISTENER-DESCRIPTOR ADDRESS PORT.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 class Relay:
-    """Listens on 127.0.0.1 of a namespace and connects to 127.0.0.1 of the world, both at `port`."""
+    """Listens on 127.0.0.1 of a namespace and connects from the world to `address`, both at `port`."""
 
-    def __init__(self, namespace: Namespace, port: int) -> None:
+    def __init__(self, namespace: Namespace, port: int, address: str = "127.0.0.1") -> None:
         self._namespace = namespace
         self._port = port
+        self._address = address
         self._process: subprocess.Popen | None = None
 
     def mend(self) -> None:
@@ -33,7 +34,7 @@ class Relay:
         with self._namespace.inside():
             listener = socket.create_server(("127.0.0.1", self._port))
         with listener:
-            words = [sys.executable, "-I", "-S", __file__, str(listener.fileno()), str(self._port)]
+            words = [sys.executable, "-I", "-S", __file__, str(listener.fileno()), self._address, str(self._port)]
             self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=[listener.fileno()])
 
     def cut(self) -> None:
@@ -59,10 +60,10 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-async def _relay(listener: socket.socket, port: int) -> None:
+async def _relay(listener: socket.socket, address: str, port: int) -> None:
     async def welcome(near_reader: asyncio.StreamReader, near_writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+            far_reader, far_writer = await asyncio.open_connection(address, port)
         except OSError:
             near_writer.close()
             return
@@ -73,4 +74,4 @@ async def _relay(listener: socket.socket, port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_relay(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))
+    asyncio.run(_relay(socket.socket(fileno=int(sys.argv[1])), sys.argv[2], int(sys.argv[3])))
