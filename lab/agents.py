@@ -45,12 +45,19 @@ class Agent:
         self.journal = journal
         self.log = log
 
-    def tell(self, phase: Phase, guest: str, source: str | None = None, destination: str | None = None) -> None:
-        """What this host's hypervisor says of a guest."""
-        event = MigrationEvent(guest, phase, source, destination)
+    def tell(
+        self,
+        phase: Phase,
+        guest: str,
+        source: str | None = None,
+        destination: str | None = None,
+        domain: str | None = None,
+    ) -> None:
+        """What this host's hypervisor says of a guest, which `domain` describes."""
+        event = MigrationEvent(guest, phase, source, destination, domain=domain)
         local_socket.send(self.socket, event, TELL_SECONDS * STRETCH)
 
-    def tell_of(self, phase: str, guest: Guest) -> None:
+    def tell_of(self, phase: str, guest: Guest, domain: str | None = None) -> None:
         """What the lab's migration says of one of its guests: where to, when it begins to leave; where from, before."""
         source = destination = None
         if phase == Phase.OUTGOING.value:
@@ -59,7 +66,7 @@ class Agent:
         elif phase == Phase.PREPARE.value:
             assert guest.host is not None
             source = guest.host.name
-        self.tell(Phase(phase), guest.uuid, source, destination)
+        self.tell(Phase(phase), guest.uuid, source, destination, domain)
 
     def sessions(self, guest: str) -> list[dict[str, Any]]:
         """The journal's rows of the guest's sessions here, newest first."""
