@@ -33,6 +33,7 @@ SWITCH, SECURED = "net", "secured"
 CABLE_MTU = 1600  # guests keep theirs: a tunnel's headers have room beside it
 ETH_RARP = 0x8035
 SETTLE_SECONDS = 30.0
+NOVA = "http://openstack.org/xmlns/libvirt/nova/1.1"
 _numbers = itertools.count()
 
 
@@ -205,8 +206,8 @@ class OvnLab:
     def add_guest(self, name: str, host: str) -> OvnGuest:
         """Make a guest there; it can talk when this returns. It has one IPv4 and one IPv6 address."""
         number, here = len(self.guests), self.hosts[host]
-        own = addresses.guest_addresses(number)
-        port = Port(str(uuid.uuid4()), number, f"tap-{name}", addresses.guest_mac(number), own, Rules())
+        own, port_id = addresses.guest_addresses(number), str(uuid.uuid4())
+        port = Port(port_id, number, f"tap{port_id[:11]}", addresses.guest_mac(number), own, Rules())
         self._add_port(port, is_secured=True)
         guest = OvnGuest(name, str(uuid.uuid4()), port, self.prefix, False, lambda changed: None)
         self._stack.callback(guest.close)
@@ -263,3 +264,16 @@ class OvnLab:
 def _other_end(port: Port) -> str:
     """What is the guest's link later."""
     return f"vm-{port.number}"
+
+
+def domain_xml(guest: Guest, *, says_addresses: bool = True) -> str:
+    """libvirt's description of the guest, as far as it is of its port; the addresses are said by Nova's metadata."""
+    found = "".join(f"<nova:ip address='{address}'/>" for address in guest.addresses)
+    told = f"<nova:ports><nova:port uuid='{guest.port.id}'>{found}</nova:port></nova:ports>"
+    nova = f"<nova:instance xmlns:nova='{NOVA}'>{told if says_addresses else ''}</nova:instance>"
+    return (
+        f"<domain type='qemu'><name>{guest.name}</name><uuid>{guest.uuid}</uuid><metadata>{nova}</metadata>"
+        f"<devices><interface type='bridge'><mac address='{guest.port.mac}'/><source bridge='br-int'/>"
+        f"<target dev='{guest.tap}'/><virtualport type='openvswitch'><parameters interfaceid='{guest.port.id}'/>"
+        "</virtualport></interface></devices></domain>"
+    )
