@@ -212,3 +212,30 @@ def test_downloads_live_with_sami_in_ten_moves_there_and_back_and_neighbours_are
         grows(flow)
     for flow in (*theirs, *flows):
         flow.stop()
+
+
+def southbound_on_one(lab: OvnLab) -> dict[str, dict[str, dict[str, object]]]:
+    """On the other host nobody says the addresses before the guest runs: its agent does not wait for them for long."""
+    return {
+        "a": {"ovn": {"ovn_sb_connection": lab.central.southbound}},
+        "b": {"migration": OPTIONS["migration"] | {"started_seconds": 2}},
+    }
+
+
+@pytest.mark.parametrize("agents", [southbound_on_one], indirect=True)
+def test_before_the_guest_runs_ovn_says_its_addresses_in_the_southbound_database_alone(
+    lab: OvnLab, agents: Agents
+) -> None:
+    guest = lab.add_guest("unsaid", "a")
+    flows = downloads(lab, guest)
+    for number, (here, there) in enumerate((("a", "b"), ("b", "a")), 1):
+        record = lab.migrate(guest, here, there, agents.tell, copy_seconds=2)
+        assert record.errors == []
+        for flow in flows:
+            grows(flow)
+        _, arrived = agents.reports(guest, record, number)
+        assert arrived["flows"]["verified"] == len(flows), arrived
+        is_late = arrived["milliseconds"]["resumed to scope known"] > 0
+        assert is_late == (there == "b"), arrived
+    for flow in flows:
+        flow.stop()
