@@ -16,7 +16,8 @@ import pytest
 
 from lab.deadline import wait_until
 from lab.errors import LabUnavailable
-from lab.open_vswitch import OpenVswitch, Ovn
+from lab.namespace import Namespace
+from lab.open_vswitch import Chassis, OpenVswitch, Ovn
 from sami_plugin.errors import NotAvailable
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
@@ -332,14 +333,43 @@ def test_southbound_database_that_does_not_answer_is_warned_of_and_waited_for_by
     finder.close()
 
 
-def test_port_that_is_still_another_chassis_has_its_zone_and_addresses_here(ovn: Ovn, ovn_finder: OvnScopes) -> None:
-    """As Neutron asks for it while the guest migrates: bound there, and here until the guest's RARP comes."""
-    logical_port(ovn, *PAIRS)
-    ovn.sbctl("chassis-add", "host-b", "geneve", "127.0.0.8")
-    options = ("requested-chassis=host-b,host-a", "activation-strategy=rarp")
-    ovn.nbctl("lsp-set-options", FIRST[1], *options)
-    ovn.plug(*FIRST)
-    scope = wait_for_scope(ovn_finder)
-    assert scope.zones == {ZoneRole.PORT: zone_in_bridge(ovn)}
-    assert set(scope.addresses) == SECURED
-    assert "[]" not in ovn.sbctl("get", "port_binding", FIRST[1], "additional_chassis")
+def test_port_that_is_still_bound_elsewhere_has_its_zone_here_and_no_addresses_of_its_port_security(
+    folder: Path, ovn: Ovn, ovn_finder: OvnScopes, asking_finder: OvnScopes
+) -> None:
+    """As Neutron asks for it while the guest migrates: bound there, and here too until the guest's RARP comes."""
+    elsewhere = Namespace("elsewhere")
+    (folder / "b").mkdir()
+    try:
+        with Chassis(folder / "b", "host-b", ovn.southbound, address="127.0.0.8", start=elsewhere.start) as there:
+            logical_port(ovn, *PAIRS)
+            there.plug(*FIRST)
+            bound = wait_until_bound(ovn)
+            ovn.nbctl("lsp-set-options", FIRST[1], "requested-chassis=host-b,host-a", "activation-strategy=rarp")
+            ovn.plug(*FIRST)
+            scope = wait_for_scope(asking_finder)
+            assert scope.zones == {ZoneRole.PORT: zone_in_bridge(ovn)}
+            assert set(scope.addresses) == {one for one in SECURED if not str(one).startswith("fe80:")}
+            assert scope_of(ovn_finder) is None
+            ovn_finder.learn("g", (GuestPort(FIRST[0], claimed=addresses("192.0.2.7")),))
+            assert wait_for_scope(ovn_finder).addresses == addresses("192.0.2.7")
+            assert wait_until_bound(ovn) == bound
+
+            ovn.nbctl("lsp-set-options", FIRST[1], "requested-chassis=host-a")
+
+            def is_secured() -> bool:
+                found = scope_of(ovn_finder)
+                return found is not None and set(found.addresses) == SECURED
+
+            wait_until(is_secured, "the port's addresses, now that it is bound here", SECONDS, poll_seconds=0.05)
+    finally:
+        elsewhere.close()
+
+
+def wait_until_bound(ovn: Ovn) -> str:
+    """The chassis that the first port is bound to."""
+
+    def chassis() -> str:
+        return ovn.sbctl("--bare", "--columns=chassis", "find", "port_binding", f"logical_port={FIRST[1]}").strip()
+
+    wait_until(chassis, "the port to be bound", SECONDS, poll_seconds=0.05)
+    return chassis()
