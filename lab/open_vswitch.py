@@ -183,6 +183,10 @@ class Central(Programs):
         """Of the southbound database."""
         return self.run("ovn-sbctl", f"--db={self.southbound}", *arguments)
 
+    def binding(self, port: str, column: str) -> str:
+        """What the southbound database has in this column of a logical port's binding; empty if there is none."""
+        return self.sbctl("--bare", f"--columns={column}", "find", "port_binding", f"logical_port={port}").strip()
+
 
 class Chassis(OpenVswitch):
     """One host of OVN's: Open vSwitch, and ovn-controller."""
@@ -227,6 +231,10 @@ class Chassis(OpenVswitch):
         self._controller.wait()
         self._started.remove(self._controller)
 
+    def recompute(self) -> None:
+        """ovn-controller computes all its flows anew, as it does where it cannot tell what a change means for them."""
+        self.run("ovs-appctl", "-t", f"{self.folder}/ovn-controller.{self._controller.pid}.ctl", "inc-engine/recompute")
+
 
 class Ovn(Chassis):
     """All of OVN for one host, in one folder."""
@@ -234,7 +242,7 @@ class Ovn(Chassis):
     def __init__(self, folder: Path, chassis: str = "host-a") -> None:
         self._central = Central(folder)
         self.southbound = self._central.southbound
-        self.nbctl, self.sbctl = self._central.nbctl, self._central.sbctl
+        self.nbctl, self.sbctl, self.binding = self._central.nbctl, self._central.sbctl, self._central.binding
         super().__init__(folder, chassis, self.southbound)
 
     def _start(self) -> None:

@@ -110,6 +110,25 @@ class OvnHost:
         told = self.chassis.vsctl("--if-exists", "get", "interface", tap, "external_ids:ovn-installed")
         return told.strip() == '"true"'
 
+    def compute_anew(self, guest: Guest) -> None:
+        """OVN does so while the guest is expected; returns when the bridge does not say any more what it may send from.
+
+        Until the port is bound here OVN writes that when it hears of the port, and does not when it computes all anew.
+        """
+        bridge = f"unix:{self.chassis.folder}/br-int.mgmt"
+
+        def is_unsaid() -> bool:
+            self.chassis.recompute()
+            return guest.port.mac not in self.chassis.run("ovs-ofctl", "dump-flows", bridge, "table=73")
+
+        central, port = self._lab.central, guest.port.id
+        for what, condition in (
+            ("the port to be expected", lambda: central.binding(port, "additional_chassis")),
+            (f"OVN to install {guest.tap}", lambda: self.is_installed(guest.tap)),
+        ):
+            wait_until(condition, what, SETTLE_SECONDS, poll_seconds=0.1)
+        wait_until(is_unsaid, "the port's addresses to be gone", SETTLE_SECONDS, poll_seconds=0.5)
+
     def run(self, argv: Sequence[str], text: str | None = None) -> str:
         """See Namespace.run."""
         return self.namespace.run(argv, text)
