@@ -112,10 +112,12 @@ def knowledge_of(
     """What the bridge's database says, its flows, and the southbound database.
 
     A port counts once OVN says, beside its zone, that all its flows are in place. It says so on the host where a guest
-    migrates to as well, before the guest is there; but what the port may send from, its bridge has only when the port
-    is bound there, which is after the guest has come (seen with OVN 23.03.1). Until then the addresses are those of the
+    migrates to as well, before the guest is there; but what the port may send from, its bridge is sure to have only
+    when the port is bound there, which is after the guest has come. Until then the addresses are those of the
     southbound database, or of the guest's description.
     """
+    # Of a port that is bound elsewhere ovn-controller writes these flows when it hears of it, and leaves them out when
+    # it computes all anew (controller/lflow.c: lflow_handle_flows_for_lport, add_port_sec_flows; 23.03.1 to 26.03.2).
     zones, own = dict[str, frozenset[int]](), dict[str, Addresses]()
     for one in bridge.interfaces.values():
         zone = bridge.external_ids.get(f"{ZONE_PREFIX}{one.port}", "") if one.port else ""
