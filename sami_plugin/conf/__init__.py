@@ -145,8 +145,10 @@ OVN_OPTIONS: list[cfg.Opt] = [
         "ovn_sb_connection",
         help="Where OVN's southbound database answers, as Neutron's [ovn] ovn_sb_connection: tcp:ADDRESS:PORT or "
         "ssl:ADDRESS:PORT, several with commas. Without it the addresses of a guest's ports are those that OVN lets "
-        "them send from on this host, and of ports without port security those of the guest's libvirt XML. With it the "
-        "addresses of ports without port security come from OVN too.",
+        "them send from on this host, and where OVN says none, those of the guest's libvirt XML: so it is with ports "
+        "without port security, and may be with any port until the guest runs here. The XML has no allowed address "
+        "pairs, so flows of a pair may be refused when the guest comes. With it all of these addresses come from OVN. "
+        "Set it on all hosts where ports have allowed address pairs, or no port security.",
     ),
     cfg.StrOpt(
         "ovn_sb_private_key",
