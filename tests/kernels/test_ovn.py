@@ -5,13 +5,16 @@ The agents hear what libvirt's hook would say of the guest. Where its port is bo
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
+import netaddr
 import pytest
 
 from lab import traffic
@@ -22,17 +25,24 @@ from lab.host import Host
 from lab.kernels import patient
 from lab.kernels.guest import BROKER
 from lab.libvirt.relay import Relay
-from lab.migration import Record
+from lab.migration import Call, Record
 from lab.ovn import OvnGuest, OvnHost, OvnLab, domain_xml
 from lab.traffic import Traffic
 from lab.verdict import growth_times
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
+from sami_plugin.model.flows import Batch, ZoneRole
+from sami_plugin.model.scope import Scope
 
 pytestmark = [pytest.mark.usefixtures("kernel_lab"), pytest.mark.timeout(3000)]
 
 MOVES = 10
+CHANGES_IN = 4
+"""In this move, counted from 0, the flows change while memory is copied."""
 BYTES_PER_SECOND = 20_000.0
 WATCHED_SECONDS = 20.0
 """The peer sends again at 0.2, 0.6, 1.4, 3, 6.2 and 12.6 s, whenever the guest was stopped."""
+NOBODY = "192.0.2.1"
+SWITCHD, PYTHON, PACKETS = "ovs-vswitchd", "python", "packets"
 PATIENT = (*AGENT[:-1], patient.__name__)
 # All takes some fifteen times as long as on a host.
 OPTIONS: dict[str, dict[str, object]] = {
@@ -91,26 +101,57 @@ def agents(lab: OvnLab, request: pytest.FixtureRequest) -> Iterator[Agents]:
         yield Agents(lab, stack, lab.folder / f"agents-{len(lab.guests)}", more)
 
 
-class Ends:
-    """The entries that end on a host from now on, as its kernel tells, and who ended them."""
+class Events:
+    """Guests' TCP entries that are made and end on a host from now on, as its kernel tells, and by whose doing."""
 
     def __init__(self, lab: OvnLab, host: OvnHost) -> None:
-        self._file = lab.folder / f"ends-{host.name}"
+        self._host = host
+        self._file = lab.folder / f"events-{host.name}"
+        self._marks = itertools.count(1)
+        self._read: dict[str, int] = defaultdict(int)
         with self._file.open("w") as out:
-            host.start(["conntrack", "-E", "-p", "tcp", "-e", "DESTROY"], stdout=out)
+            host.start(["conntrack", "-E", "-p", "tcp", "-e", "NEW,DESTROY", "-o", "id,userspace"], stdout=out)
+        self._lines()
 
-    def of(self, guest: Guest, at_least: int = 0) -> list[str]:
-        """Of the guest's entries, once there are so many."""
+    def new_of(self, guest: Guest) -> dict[tuple[int, str], list[tuple[str, str]]]:
+        """Since the last time: by zone and name of an entry, what became of it, and by which program, or by packets."""
+        found = defaultdict[tuple[int, str], list[tuple[str, str]]](list)
+        lines = [line for line in self._lines() if is_of(guest, line)]
+        for line in lines[self._read[guest.name] :]:
+            program = re.search(r"\[USERSPACE\](?:.* progname=(\S+))?", line)
+            who = PACKETS if program is None else program[1] or "a program that has ended"
+            found[zone_of(line), name_of(line)].append(("ended" if "[DESTROY]" in line else "made", who))
+        self._read[guest.name] = len(lines)
+        return dict(found)
 
-        def found() -> list[str]:
-            return [line for line in self._file.read_text().splitlines() if is_of(guest, line)]
+    def _lines(self) -> list[str]:
+        """All that the kernel has told up to now: it tells in order, so an entry is made here and waited for."""
+        marks: list[str] = []
 
-        wait_until(lambda: len(found()) >= at_least, f"{at_least} entries of {guest.name} to end", 5)
-        return found()
+        def is_marked() -> bool:
+            told = self._file.read_text()
+            if any(mark in told for mark in marks):
+                return True
+            number = next(self._marks)
+            ends = ["-s", NOBODY, "-d", NOBODY, "--sport", str(number), "--dport", "9"]
+            self._host.run(["conntrack", "-I", "-p", "tcp", *ends, "--state", "ESTABLISHED", "-t", "600"])
+            marks.append(f" sport={number} dport=9 ")
+            return False
+
+        wait_until(is_marked, f"the events of {self._host.name}", 5, poll_seconds=0.2)
+        return self._file.read_text().splitlines()
 
 
 def is_of(guest: Guest, line: str) -> bool:
     return any(f"={address} " in line for address in guest.addresses)
+
+
+def name_of(line: str) -> str:
+    return " ".join(re.findall(r"\b(?:src|dst|sport|dport)=\S+", line))
+
+
+def zone_of(line: str) -> int:
+    return int(re.findall(r"\bzone=(\d+)", line)[0])
 
 
 def entries(host: OvnHost, guest: Guest) -> dict[int, dict[str, str]]:
@@ -119,10 +160,19 @@ def entries(host: OvnHost, guest: Guest) -> dict[int, dict[str, str]]:
     for family in ("ipv4", "ipv6"):
         for line in host.run(["conntrack", "-L", "-f", family, "-p", "tcp", "-o", "id"]).splitlines():
             if is_of(guest, line):
-                name = " ".join(re.findall(r"\b(?:src|dst|sport|dport)=\S+", line))
-                said = dict(re.findall(r"\b(zone|id)=(\d+)", line))
-                found[int(said["zone"])][name] = said["id"]
+                found[zone_of(line)][name_of(line)] = re.findall(r"\bid=(\d+)", line)[0]
     return dict(found)
+
+
+def renew(host: OvnHost, guest: Guest) -> None:
+    """Gives the guest's entries the time again that they have: to who watches, they have changed."""
+    own = tuple(map(netaddr.IPAddress, guest.addresses))
+    scope = Scope(guest.port.id, guest.uuid, {ZoneRole.PORT: host.zone(guest)}, own, host.netns_path)
+    driver = LinuxConntrackDriver()
+    for part in list(driver.export(scope)):
+        assert isinstance(part, Batch)
+        driver.renew(scope, part)
+    driver.close()
 
 
 def total(flow: Traffic) -> int:
@@ -176,37 +226,55 @@ def test_downloads_live_with_sami_in_ten_moves_there_and_back_and_neighbours_are
     outside = lab.hosts["a"].zone_of("outside")
     beside = entries(lab.hosts["a"], guest)[outside]
     standing = {(host.name, each.name): entries(host, each) for host in lab.hosts.values() for each in neighbours}
-    ends = {host.name: Ends(lab, host) for host in lab.hosts.values()}
+    events = {host.name: Events(lab, host) for host in lab.hosts.values()}
     for number in range(MOVES):
         here, there = ("a", "b") if number % 2 == 0 else ("b", "a")
-        zone_here, before = lab.hosts[here].zone(guest), len(ends[here].of(guest))
-        record = lab.migrate(guest, here, there, agents.tell, copy_seconds=2)
+        zone_here = lab.hosts[here].zone(guest)
+        change = Call(partial(renew, lab.hosts[here], guest))
+        at = {"copying": change} if number == CHANGES_IN else {}
+        record = lab.migrate(guest, here, there, agents.tell, copy_seconds=2, at=at)
         assert record.errors == []
         for flow in flows:
             grows(flow)
         left, arrived = agents.reports(guest, record, number + 1)
-        assert arrived["flows"]["verified"] == len(flows), arrived
-        assert arrived["milliseconds"]["resumed to scope known"] < 0, arrived
-        assert left["flows"]["exported"] == len(flows), left
-        # ovn-controller empties the zone of a port that has left, and either it or the agent comes first.
-        ended = ends[here].of(guest, before + len(flows) + left["flows"]["late"])[before:]
-        by_switch = sum("progname=ovs-vswitchd" in line for line in ended)
-        assert left["flows"]["purged"] + left["flows"]["late"] == len(ended) - by_switch, (ended, left)
-        assert left["flows"]["purged"] + by_switch == len(flows), (ended, left)
         zone_there = lab.hosts[there].zone(guest)
         assert zone_there != zone_here
         found = {host.name: entries(host, guest) for host in lab.hosts.values()}
         assert found["a"].pop(outside) == beside
         assert set(found[there].pop(zone_there)) == own
         assert found == {"a": {}, "b": {}}
+        went, came = events[here].new_of(guest), events[there].new_of(guest)
+        told = f"\n{here}: {went}\n{there}: {came}\n{left}\n{arrived}"  # as text, of which pytest leaves nothing out
+        # ovn-controller empties the zone of a port that has left, and either it or the agent comes first.
+        first = [went.pop((zone_here, name)) for name in own]
+        by_switch = first.count([("ended", SWITCHD)])
+        assert by_switch + first.count([("ended", PYTHON)]) == len(flows), told
+        assert left["flows"]["purged"] == len(flows) - by_switch, told
+        assert left["flows"]["exported"] == len(flows), told
+        # A packet that comes when the zone has been emptied makes an entry, as of a connection that the peer began.
+        assert {zone for zone, _ in went} <= {zone_here}, told
+        late = list(went.values())
+        by_agent = late.count([("made", PACKETS), ("ended", PYTHON)])
+        assert by_agent + late.count([("made", PACKETS), ("ended", SWITCHD)]) == len(late), told
+        assert left["flows"]["late"] == by_agent, told
+        # A flow that changes while memory is copied is put in again, and for that the agent ends what it had put in.
+        assert set(came) == {(zone_there, name) for name in own}, told
+        again = [len(story) // 2 for story in came.values()]
+        for story, times in zip(came.values(), again, strict=True):
+            assert story == [("made", PYTHON), *[("ended", PYTHON), ("made", PYTHON)] * times], told
+        assert number != CHANGES_IN or all(again), told
+        assert arrived["flows"]["imported"] == len(flows), told
+        assert arrived["flows"]["verified"] == len(flows) + sum(again), told
+        assert arrived["milliseconds"]["resumed to scope known"] < 0, told
         for host in lab.hosts.values():
             for each in neighbours:
                 assert entries(host, each) == standing[host.name, each.name]
-                assert not ends[host.name].of(each)
+                assert not events[host.name].new_of(each)
         stalls = " ".join(f"{growths_after(flow, record)[0] - record.paused_at:.1f}" for flow in flows)
         record_property(
             f"move {number + 1}",
-            f"{here} > {there}: stalls {stalls} s; removed by OVN {by_switch}, purged {left['flows']['purged']}",
+            f"{here} > {there}: stalls {stalls} s; removed by OVN {by_switch}, purged {left['flows']['purged']}, "
+            f"late {left['flows']['late']}; put in again {sum(again)}",
         )
     for flow in theirs:
         grows(flow)
@@ -223,19 +291,25 @@ def southbound_on_one(lab: OvnLab) -> dict[str, dict[str, dict[str, object]]]:
 
 
 @pytest.mark.parametrize("agents", [southbound_on_one], indirect=True)
-def test_before_the_guest_runs_ovn_says_its_addresses_in_the_southbound_database_alone(
+def test_addresses_that_ovn_has_dropped_from_its_flows_are_known_before_the_guest_runs_by_the_southbound_database(
     lab: OvnLab, agents: Agents
 ) -> None:
     guest = lab.add_guest("unsaid", "a")
     flows = downloads(lab, guest)
+
+    def tell(host: Host, phase: str, guest: Guest) -> None:
+        if phase == "started":
+            lab.hosts[host.name].compute_anew(guest)
+        agents.tell(host, phase, guest)
+
     for number, (here, there) in enumerate((("a", "b"), ("b", "a")), 1):
-        record = lab.migrate(guest, here, there, agents.tell, copy_seconds=2)
+        record = lab.migrate(guest, here, there, tell, copy_seconds=2)
         assert record.errors == []
         for flow in flows:
             grows(flow)
         _, arrived = agents.reports(guest, record, number)
-        assert arrived["flows"]["verified"] == len(flows), arrived
+        assert arrived["flows"]["imported"] == len(flows), f"{arrived}"
         is_late = arrived["milliseconds"]["resumed to scope known"] > 0
-        assert is_late == (there == "b"), arrived
+        assert is_late == (there == "b"), f"{arrived}"
     for flow in flows:
         flow.stop()
