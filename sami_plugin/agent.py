@@ -6,6 +6,7 @@ import hmac
 import json
 import logging
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,8 @@ LOG = logging.getLogger(__name__)
 
 VERDICT_MARGIN_SECONDS = 0.5
 """What a session gets beyond its own limits to say what comes of them."""
+HYPERVISOR_SECONDS = 5.0
+"""It is connected to a second or two after the agent's start."""
 MOST_ANNOUNCED = 1024
 MOST_EXCLUDED = 16384
 
@@ -129,6 +132,8 @@ class Agent:
         bounds = host.settings.bounds
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing = OutgoingGuests(host.journal)
+        self._missed: set[str] = set()
+        """Guests that were leaving, or had left, when the agent of before ended: they may be here again."""
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         host.is_here = self._is_here
@@ -150,6 +155,7 @@ class Agent:
         host = self.host
         try:
             self._outgoing.read()
+            self._missed.update(self._outgoing.unconfirmed())
             self._remember_who_came()
             unfinished = host.journal.unfinished()
         except JournalError as error:
@@ -162,6 +168,7 @@ class Agent:
             try:
                 former = formers.read(host.journal, row, host.settings, domain)
                 if former.role == "source":
+                    self._missed.add(guest)
                     session = SourceSession(
                         host, host.new_id(), guest, peer, self._forget, is_outgoing=True, is_recovered=True
                     )
@@ -346,6 +353,8 @@ class Agent:
         """
         if event.guest in self.host.policies.excluded:
             return None
+        if event.phase in (Phase.PREPARE, Phase.STARTED):
+            self._missed.discard(event.guest)
         origin = self._learn(event.guest, event.domain)
         # In the pause nothing is asked that was asked before it.
         leaves = event.phase is Phase.OUTGOING or (event.phase is Phase.SUSPENDED and event.guest not in self._outgoing)
@@ -372,8 +381,6 @@ class Agent:
                             leaving.expect_return()
                 self._lead(event, DestinationSession)
             case Phase.OUTGOING:
-                if self._may_be_here_again(event.guest) and self._is_leaving(event.guest):
-                    self._is_here_again(event.guest)
                 self._note_outgoing(event.guest, event.destination)
                 self._refuse_others(event)
                 self._lead(event, SourceSession)
@@ -384,7 +391,11 @@ class Agent:
                     outgoing = self._outgoing.get(event.guest)
                     if outgoing is not None and outgoing.is_suspended:
                         self._outgoing.pop(event.guest)
-                self._is_here_again(event.guest)
+                for leaving in self._sessions_of(event.guest, SourceSession):
+                    if leaving.has_purged:  # what comes from here on is no late packet of a guest that has left
+                        leaving.expect_return()
+                    elif leaving.has_left:  # nobody had said that it comes back
+                        leaving.tell(event)
                 self._lead(event, SourceSession, DestinationSession)
             case Phase.ROLLBACK:
                 if not self._is_leaving(event.guest):  # else again: the word is about the job before this one
@@ -412,24 +423,9 @@ class Agent:
             LOG.warning("guest %s: its description does not say where it comes from: %s", guest, error)
             return None
 
-    def _may_be_here_again(self, guest: str) -> bool:
-        """Whether it had left when it was last heard of."""
-        return any(leaving.may_be_here_again for leaving in self._sessions_of(guest, SourceSession))
-
-    def _is_here_again(self, guest: str) -> None:
-        """Of what it left when it moved away nothing is removed any more."""
-        for leaving in self._sessions_of(guest, SourceSession):
-            if leaving.has_purged:  # what comes from here on is no late packet of a guest that has left
-                leaving.expect_return()
-            elif leaving.has_left:  # nobody had said that it comes back
-                leaving.tell(MigrationEvent(guest, Phase.RESUMED))
-
     def _note_outgoing(self, guest: str, destination: str | None = None) -> None:
         """In one record: who is started anew right after finds the ports of a guest that has left nowhere else."""
-        origin, scopes = self._look(guest), self._ports_of(guest)
-        for leaving in self._sessions_of(guest, SourceSession)[:1]:
-            if leaving.lacks_ports:
-                leaving.note_ports(scopes)
+        origin, scopes = self._look(guest), self._ports_nobody_knows(guest)
         with self._lock:
             known = self._outgoing.get(guest) or Outgoing()
             if destination is not None or guest not in self._outgoing:
@@ -445,6 +441,16 @@ class Agent:
         except SamiError as error:  # the migration is known all the same
             LOG.warning("guest %s: its ports are not known: %s", guest, error)
             return ()
+
+    def _ports_nobody_knows(self, guest: str) -> tuple[Scope, ...]:
+        """Of a guest that leaves, as `_ports_of`; none where its session knows them, or is told them now."""
+        leaving = self._sessions_of(guest, SourceSession)
+        if leaving and not leaving[0].lacks_ports:
+            return ()
+        scopes = self._ports_of(guest)
+        if leaving:
+            leaving[0].note_ports(scopes)
+        return scopes
 
     def _look_for_ports(self, guest: str) -> None:
         """Of a guest that comes, where an agent before this one was told of them, and this one was not."""
@@ -479,13 +485,7 @@ class Agent:
 
     def _note_ports(self, guest: str) -> None:
         """Where no session knows the guest's ports, they are noted now: when it is gone, so are they."""
-        leaving = self._sessions_of(guest, SourceSession)
-        if leaving and not leaving[0].lacks_ports:
-            return
-        scopes = self._ports_of(guest)
-        if leaving:
-            leaving[0].note_ports(scopes)
-            return
+        scopes = self._ports_nobody_knows(guest)
         with self._lock:  # where a word is said again, they may be gone: what was known of them stays known
             if scopes and (outgoing := self._outgoing.get(guest)) is not None:
                 self._outgoing.put(guest, replace(outgoing, scopes=scopes))
@@ -640,8 +640,16 @@ class Agent:
         return self._hypervisor is not None and not self._is_coming(guest) and bool(self._hypervisor.is_leaving(guest))
 
     def _is_here(self, guest: str) -> bool:
-        """Whether the hypervisor says now that the guest is here."""
-        return self._hypervisor is not None and not self._is_coming(guest) and bool(self._hypervisor.is_here(guest))
+        """Whether the hypervisor says that a guest is here of which this agent may have missed that it came.
+
+        Blocks while the hypervisor cannot be asked, for a while.
+        """
+        if self._hypervisor is None or guest not in self._missed or self._is_coming(guest):
+            return False
+        end = self.host.monotonic() + HYPERVISOR_SECONDS
+        while (is_here := self._hypervisor.is_here(guest)) is None and self.host.monotonic() < end:
+            time.sleep(0.1)
+        return bool(is_here)
 
     def _is_coming(self, guest: str) -> bool:
         """Then the hypervisor is not asked about it: it may answer only when its hooks have returned."""

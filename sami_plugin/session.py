@@ -106,7 +106,7 @@ class Host:
     arriving_guests: dict[str, str] = field(default_factory=dict)
     """By session, guests that are being received and do not run here yet."""
     is_here: Callable[[str], bool] = lambda guest: False
-    """Whether a guest is on this host and stays, for now, by its hypervisor's word."""
+    """Whether a guest that had left may not be purged, for it came again while no agent was here to be told."""
     arrived_guests: set[str] = field(default_factory=set)
     """Guests that were received and have run here since."""
     gone: dict[str, Addresses] = field(default_factory=dict)
@@ -241,10 +241,7 @@ class Host:
 
     @contextmanager
     def purging(self, guest: str) -> Iterator[bool]:
-        """Whether the guest's old flows may be removed: nothing of it is put in here until the block ends.
-
-        Not where the guest is: it may have come again while no agent was here to be told.
-        """
+        """Whether the guest's old flows may be removed: nothing of it is put in here until the block ends."""
         with self._turns:
             is_allowed = guest not in self._received
             if is_allowed:

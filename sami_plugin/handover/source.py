@@ -191,11 +191,6 @@ class SourceSession(Session):
         """Whether what was exported is gone here."""
         return self._known.state is source.State.WATCHING
 
-    @property
-    def may_be_here_again(self) -> bool:
-        """Whether the guest has left, or had when the agent of before ended: with post-copy that is told later."""
-        return self.has_left or (self._is_recovered and self.has_purged)
-
     def may_be_continued_by(self, peer: str, session: str) -> bool:
         """Whether this is the session, by the id that the peer knows, and all of the guest's flows are still here."""
         return (self.peer, self.known_as) == (peer, session) and source.may_be_continued(self._known)

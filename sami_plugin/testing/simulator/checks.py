@@ -135,6 +135,8 @@ class Guard:
             return  # who goes on with a session says in Open that it has all
         limit = world.settings.limits.arrival_seconds
         gone_at = guest.gone_at.get(host.name)
+        if CRASHED in world.hindrances:  # it may have come and left again while nobody was there to be told
+            gone_at = min(world.stopped.get((host.name, guest.id), []), default=gone_at)
         if gone_at is None or world.now < gone_at + limit - 0.001:
             world.violated(NOT_BEFORE_ARRIVED, f"{host.name} purges {name}, and its peer has said {sorted(said)}")
         self.unarrived.add((host.name, session.known_as))
@@ -298,8 +300,8 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if entry.flow_id in device.by_packets and _nobody_looks_any_more(world, device, entry, sessions):
         return
     is_unheard = any((name, guest.id) in world.unheard for guest in guests)
-    is_recorded = any(guest.id in world.journals[name].outgoing() for guest in guests)  # that it leaves
-    if is_unheard and not is_recorded and not _is_told_of(world, device.born[entry.flow_id], sessions):
+    is_told = any(_is_told_of(world, name, guest, device.born[entry.flow_id], sessions) for guest in guests)
+    if is_unheard and not is_told:
         return  # the agent was down when the guest left
     says_so = not sessions or any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
     if says_so and (world.hindrances or any(guest.died_at for guest in guests) or len(sessions) > 1):
@@ -316,18 +318,25 @@ def _same(world: World, session: Session) -> list[Session]:
     return [one for _, one in world.sessions if (one.role, one.known_as) == (session.role, session.known_as)]
 
 
-def _is_told_of(world: World, born: float, sessions: list[tuple[SimulatedHost, Session]]) -> bool:
-    """Whether a session of the guest's says that it moved away, when it first did so after that time."""
+def _is_told_of(
+    world: World, name: str, guest: Guest, born: float, sessions: list[tuple[SimulatedHost, Session]]
+) -> bool:
+    """Whether the host's agent could know that the guest left, when it first did so after that time.
 
-    def is_of_that_move(host: SimulatedHost, one: Session) -> bool:
-        came, back = world.guests[one.guest].round_of(host.name, born)
+    Its journal said that it leaves, and it lived on to hear that it is gone before it was back; or a session says so.
+    """
+    came, left, back = guest.round_of(name, born)
+    is_noted = any(one == guest.id and came <= when - WALL <= back for when, one in world.journals[name].noted)
+    for said in world.stopped.get((name, guest.id), []):
+        is_late = any(since <= said and back <= until for since, until in world.away[name])
+        if is_noted and left <= said < back and not is_late:
+            return True
+    for _, one in sessions:
         began = min((at - WALL for same in _same(world, one) for _, at, _ in same.report.steps[:1]), default=0.0)
-        return came <= began <= back
-
-    return any(
-        one.role == "source" and one.report.outcome != Outcome.STAYED.value and is_of_that_move(host, one)
-        for host, one in sessions
-    )
+        has_left = one.role == "source" and one.report.outcome != Outcome.STAYED.value
+        if one.guest == guest.id and has_left and came <= began <= back:
+            return True
+    return False
 
 
 def _nobody_looks_any_more(

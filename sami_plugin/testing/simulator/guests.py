@@ -170,10 +170,9 @@ class Guest:
     def runs(self) -> bool:
         return self.place is not None and not self.is_paused
 
-    def round_of(self, host: str, born: float) -> tuple[float, float]:
-        """From when it came to the host to when it came next, where what was made then was left when it left."""
+    def round_of(self, host: str, born: float) -> tuple[float, float, float]:
+        """When it came to the host, left what was made then, and came again."""
         left = next((when for when, source, _ in self.moves if source == host and when >= born), math.inf)
         came = [when for when, _, destination in self.moves if destination == host]
-        return max((when for when in came if when < left), default=0.0), min(
-            (when for when in came if when > left), default=math.inf
-        )
+        before, after = (when for when in came if when < left), (when for when in came if when > left)
+        return max(before, default=0.0), left, min(after, default=math.inf)

@@ -21,6 +21,8 @@ class MemoryJournal(Journal):
         self._decisions: dict[str, list[dict[str, Any]]] = {}
         self._payloads: dict[str, dict[int, bytes]] = {}
         self._outgoing: dict[str, str] = {}
+        self.noted: list[tuple[float, str]] = []
+        """When it was written down that a guest leaves."""
 
     def close(self) -> None:
         pass
@@ -89,6 +91,7 @@ class MemoryJournal(Journal):
             self._outgoing.pop(guest, None)
         else:
             self._outgoing[guest] = told
+            self.noted.append((self._clock(), guest))
         self._disturb("after what goes out")
 
     def outgoing(self) -> dict[str, str]:

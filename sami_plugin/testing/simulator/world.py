@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,9 +131,13 @@ class World:
         """What happened that may keep flows from being carried."""
         self.unheard: set[tuple[str, str]] = set()
         """Hosts and guests of which something was said while the host's agent was down."""
+        self.stopped: dict[tuple[str, str], list[float]] = {}
+        """By host and guest, when the host's agent was told that the guest is not there any more."""
         self.acting: tuple[SimulatedHost, Session] | None = None
         """Whose session does something."""
         self.names = [f"host-{letter}" for letter in "abc"[: self.mix.hosts]]
+        self.away: dict[str, list[tuple[float, float]]] = {name: [] for name in self.names}
+        """By host, from when to when no agent was there."""
         self.story = Story(self.names)
         self._tells = tells
         self.is_described = self.random.random() < self.mix.is_described
@@ -472,6 +477,8 @@ class World:
             self.unheard.add((host, event.guest))
             return
         self.tell(host, f"hypervisor: {event.phase.value} {guest}")
+        if event.phase is Phase.STOPPED:
+            self.stopped.setdefault((host, event.guest), []).append(self.now)
         if event.phase is Phase.SUSPENDED and any(
             one.guest == event.guest and one._state() in ("offered", "copying") for one in known.live
         ):
@@ -564,6 +571,7 @@ class World:
         self.tell(host.name, f"the agent crashes {where}")
         self.hinder(checks.CRASHED)
         host.is_down = True
+        self.away[host.name].append((self.now, math.inf))
         host.live.clear()
         self.hosts.pop(host.name, None)
         self.network.endpoints.pop(host.name, None)
@@ -573,6 +581,7 @@ class World:
     def _restart(self, name: str) -> None:
         self._scripts -= 1
         self.tell(name, "the agent starts again")
+        self.away[name][-1] = self.away[name][-1][0], self.now
         self._start(name)
         settle(self, name)
 
