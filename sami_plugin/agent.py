@@ -132,6 +132,8 @@ class Agent:
         bounds = host.settings.bounds
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing = OutgoingGuests(host.journal)
+        self._refusing: OrderedDict[str, str] = OrderedDict()
+        """By guest, the destination that said that it stays. If nobody stops it, it goes there all the same."""
         self._missed: set[str] = set()
         """Guests that were leaving, or had left, when the agent of before ended: they may be here again."""
         self._lock = threading.RLock()
@@ -381,6 +383,7 @@ class Agent:
                             leaving.expect_return()
                 self._lead(event, DestinationSession)
             case Phase.OUTGOING:
+                self._refusing.pop(event.guest, None)
                 self._note_outgoing(event.guest, event.destination)
                 self._refuse_others(event)
                 self._lead(event, SourceSession)
@@ -401,6 +404,7 @@ class Agent:
                 if not self._is_leaving(event.guest):  # else again: the word is about the job before this one
                     with self._lock:
                         self._outgoing.pop(event.guest)
+                        self._refusing.pop(event.guest, None)
                     self._lead(event, SourceSession)
             case Phase.STOPPED:
                 self._stops(event)
@@ -472,7 +476,7 @@ class Agent:
 
     def _pauses(self, event: MigrationEvent) -> None:
         if event.guest not in self._outgoing:
-            self._note_outgoing(event.guest)
+            self._note_outgoing(event.guest, self._refusing.pop(event.guest, None))
             self._lead(replace(event, phase=Phase.OUTGOING), SourceSession)
         with self._lock:  # a session that begins from here on knows of the pause
             if (outgoing := self._outgoing.get(event.guest)) is not None:
@@ -923,6 +927,13 @@ class Agent:
         """The guest's sessions of this role, newest first."""
         return [one for one in reversed(self.sessions()) if one.guest == guest and isinstance(one, kind)]
 
+    def _keep_in_mind(self, guest: str, outgoing: Outgoing) -> None:
+        """Its destination may have refused it, and have died before its hypervisor heard that: then it comes for it."""
+        if outgoing.destination is not None:
+            self._refusing[guest] = outgoing.destination
+            if len(self._refusing) > MOST_ANNOUNCED:
+                self._refusing.popitem(last=False)
+
     def _forget(self, session: Session) -> None:
         has_stayed = session.report.outcome == Outcome.STAYED.value
         # Then the word that it stays came late. Of a guest that was to come here the hypervisor is not asked.
@@ -931,8 +942,8 @@ class Agent:
             self._sessions.pop(session.id, None)
             is_last = all(one.guest != session.guest for one in self._sessions.values())
             if is_last and has_stayed:
-                if not leaves_again:
-                    self._outgoing.pop(session.guest)
+                if not leaves_again and (outgoing := self._outgoing.pop(session.guest)) is not None:
+                    self._keep_in_mind(session.guest, outgoing)
                 if session.role == "source" and self._hypervisor is not None:
                     self._hypervisor.mark(session.guest)
             has_moved = session.role == "source" and session.report.outcome == Outcome.MOVED.value

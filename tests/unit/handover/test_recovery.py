@@ -332,6 +332,31 @@ def test_agent_that_was_away_all_the_time_fetches_what_the_guest_left(tmp_path: 
         assert hosts.reports("host-b", guest)[0]["outcome"] == "moved"
 
 
+def test_agent_that_refused_a_guest_and_died_before_anybody_heard_it_fetches_what_the_guest_left(
+    tmp_path: Path,
+) -> None:
+    """The source heard that the guest stays; what was to stop the migration did not."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        until(lambda: hosts.has_step("host-a", guest, "export ended"))
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert hosts.reports("host-a", guest)[0]["outcome"] == "stayed"
+        hosts.kill("host-b")
+        finish_without(hosts, guest)
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.start("host-b")
+        hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, source="host-a", is_incoming=True))
+        hosts.agents["host-b"].note(MigrationEvent(guest, Phase.RESUMED, source="host-a"))
+        until(lambda: len(hosts.reports("host-b", guest)) == 2)
+        until_idle(hosts)
+        assert hosts.reports("host-b", guest)[0]["outcome"] == "moved"
+        assert ports(hosts, "host-b") == ALL
+        assert held(hosts, "host-a") == set()
+
+
 def test_what_a_guest_left_is_no_other_host_s_than_the_one_that_it_went_to(tmp_path: Path) -> None:
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)
