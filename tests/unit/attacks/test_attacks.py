@@ -528,12 +528,13 @@ def test_guests_that_come_more_at_a_time_than_this_host_can_keep_in_mind(
 
 
 def test_after_a_flood_a_host_is_heard_again(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = hosts.agents["host-a"]
-    agent.host.settings = replace(agent.host.settings, bounds=Bounds(handshake_seconds=0.2))
-    for number in range(Bounds().handshakes):
+    agent, bounds = hosts.agents["host-a"], Bounds()
+    for number in range(bounds.handshakes):
         agent.deliver(f"host-{number}", str(uuid.uuid4()), Packet(0, 0, BEGINNING))
     with pytest.raises(Busy):
         agent.deliver("host-y", str(uuid.uuid4()), Packet(0, 0, b""))
+    clock = type(agent.host).monotonic
+    monkeypatch.setattr(type(agent.host), "monotonic", lambda self: clock(self) + bounds.handshake_seconds + 1)
     guest = guest_with_flows(hosts)
     begin(hosts, guest)
     finish(hosts, guest)
