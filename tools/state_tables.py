@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -159,10 +160,10 @@ ROLES = (
 def explore(role: Role) -> dict[tuple[Any, decision.Cause], Outcomes]:
     """What may come of each entry of the role's table, in every session that can come about."""
     found: dict[tuple[Any, decision.Cause], Outcomes] = {}
-    to_do = [(beginning, 0) for beginning in role.beginnings]
+    to_do = deque((beginning, 0) for beginning in role.beginnings)
     seen = set(to_do)
     while to_do:
-        session, earliest = to_do.pop(0)
+        session, earliest = to_do.popleft()
         for event in EVENTS:
             cause = decision.cause_of(event)
             if cause not in role.table[session.state]:
@@ -182,11 +183,11 @@ def explore(role: Role) -> dict[tuple[Any, decision.Cause], Outcomes]:
 
 def _alike(session: Any) -> Any:
     """The session, less what no decision depends on."""
-    session = replace(session, reason="reason" if session.reason else "")
-    if isinstance(session, destination.Destination):
-        session = replace(session, imported=0, refused=0, in_sync=False, has_caught_up=False)
-        session = replace(session, source=session.source and "host-a")
-    return session
+    reason = "reason" if session.reason else ""
+    if not isinstance(session, destination.Destination):
+        return replace(session, reason=reason)
+    nobodys = {"imported": 0, "refused": 0, "in_sync": False, "has_caught_up": False}
+    return replace(session, reason=reason, source=session.source and "host-a", **nobodys)
 
 
 def _outcome(before: Any, after: Any, actions: list[Action]) -> str:
