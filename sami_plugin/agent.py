@@ -66,10 +66,12 @@ VERDICT_MARGIN_SECONDS = 0.5
 """What a session gets beyond its own limits to say what comes of them."""
 HYPERVISOR_SECONDS = 5.0
 """It is connected to a second or two after the agent's start."""
-MOST_ANNOUNCED = 1024
+ASK_AGAIN_SECONDS = 0.1
+MOST_ANNOUNCED = MOST_REFUSING = 1024
 MOST_EXCLUDED = 16384
 
 SessionT = TypeVar("SessionT", bound=Session)
+ValueT = TypeVar("ValueT")
 Older = SourceSession | tuple[Former, dict[str, Any]]
 """A session with which another one goes on: under way, or what the journal has of it, and its report."""
 
@@ -133,7 +135,8 @@ class Agent:
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing = OutgoingGuests(host.journal)
         self._refusing: OrderedDict[str, str] = OrderedDict()
-        """By guest, the destination that said that it stays. If nobody stops it, it goes there all the same."""
+        """By guest, the destination that said that it stays. If its agent died before its hypervisor heard that, the
+        guest comes all the same, and the agent asks for what it left."""
         self._missed: set[str] = set()
         """Guests that were leaving, or had left, when the agent of before ended: they may be here again."""
         self._lock = threading.RLock()
@@ -276,11 +279,8 @@ class Agent:
         with self._lock:
             for old in [one for one, known in self._announced.items() if known.until <= now]:
                 del self._announced[old]
-            self._announced.pop(guest, None)
-            if len(self._announced) >= MOST_ANNOUNCED:
-                self._announced.popitem(last=False)
             until = now + self.host.settings.limits.session_seconds
-            self._announced[guest] = _Announced(source, request_id, until)
+            _remember(self._announced, guest, _Announced(source, request_id, until), MOST_ANNOUNCED)
 
     def decide(self, session_id: str, *, may_come: bool) -> None:
         """An operator's answer, for a session whose policy asks for one. Its first characters are enough.
@@ -475,7 +475,8 @@ class Agent:
                 session.refuse(reason)
 
     def _pauses(self, event: MigrationEvent) -> None:
-        if event.guest not in self._outgoing:
+        is_first_word = event.guest not in self._outgoing
+        if is_first_word:
             self._note_outgoing(event.guest, self._refusing.pop(event.guest, None))
             self._lead(replace(event, phase=Phase.OUTGOING), SourceSession)
         with self._lock:  # a session that begins from here on knows of the pause
@@ -485,7 +486,8 @@ class Agent:
         for coming in self._sessions_of(event.guest, DestinationSession):
             if not coming.is_awaited:
                 coming.tell(event)
-        self._note_ports(event.guest)
+        if not is_first_word:
+            self._note_ports(event.guest)
 
     def _note_ports(self, guest: str) -> None:
         """Where no session knows the guest's ports, they are noted now: when it is gone, so are they."""
@@ -652,7 +654,7 @@ class Agent:
             return False
         end = self.host.monotonic() + HYPERVISOR_SECONDS
         while (is_here := self._hypervisor.is_here(guest)) is None and self.host.monotonic() < end:
-            time.sleep(0.1)
+            time.sleep(ASK_AGAIN_SECONDS)
         return bool(is_here)
 
     def _is_coming(self, guest: str) -> bool:
@@ -759,11 +761,10 @@ class Agent:
     def _exclude(self, guest: str, *, is_excluded: bool) -> None:
         """By its flavor, as its newest description has it: what is excluded stays so when it has left."""
         with self._lock:
-            self._excluded.pop(guest, None)
             if is_excluded:
-                self._excluded[guest] = None
-            if len(self._excluded) > MOST_EXCLUDED:
-                self._excluded.popitem(last=False)
+                _remember(self._excluded, guest, None, MOST_EXCLUDED)
+            else:
+                self._excluded.pop(guest, None)
 
     def _is_excluded(self, guest: str) -> bool:
         return guest in self.host.policies.excluded or guest in self._excluded
@@ -927,13 +928,6 @@ class Agent:
         """The guest's sessions of this role, newest first."""
         return [one for one in reversed(self.sessions()) if one.guest == guest and isinstance(one, kind)]
 
-    def _keep_in_mind(self, guest: str, outgoing: Outgoing) -> None:
-        """Its destination may have refused it, and have died before its hypervisor heard that: then it comes for it."""
-        if outgoing.destination is not None:
-            self._refusing[guest] = outgoing.destination
-            if len(self._refusing) > MOST_ANNOUNCED:
-                self._refusing.popitem(last=False)
-
     def _forget(self, session: Session) -> None:
         has_stayed = session.report.outcome == Outcome.STAYED.value
         # Then the word that it stays came late. Of a guest that was to come here the hypervisor is not asked.
@@ -942,8 +936,9 @@ class Agent:
             self._sessions.pop(session.id, None)
             is_last = all(one.guest != session.guest for one in self._sessions.values())
             if is_last and has_stayed:
-                if not leaves_again and (outgoing := self._outgoing.pop(session.guest)) is not None:
-                    self._keep_in_mind(session.guest, outgoing)
+                outgoing = None if leaves_again else self._outgoing.pop(session.guest)
+                if outgoing is not None and outgoing.destination is not None:
+                    _remember(self._refusing, session.guest, outgoing.destination, MOST_REFUSING)
                 if session.role == "source" and self._hypervisor is not None:
                     self._hypervisor.mark(session.guest)
             has_moved = session.role == "source" and session.report.outcome == Outcome.MOVED.value
@@ -953,6 +948,14 @@ class Agent:
                 self.host.scopes.learn(session.guest, ())  # it is not here any more
             self._ended.add(session.id, session.line, self.host.monotonic())
             self._idle.notify_all()
+
+
+def _remember(known: OrderedDict[str, ValueT], guest: str, value: ValueT, most: int) -> None:
+    """As the newest; the oldest of too many is forgotten."""
+    known.pop(guest, None)
+    known[guest] = value
+    if len(known) > most:
+        known.popitem(last=False)
 
 
 def _is_uuid(text: str) -> bool:

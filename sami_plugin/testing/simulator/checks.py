@@ -300,8 +300,7 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if entry.flow_id in device.by_packets and _nobody_looks_any_more(world, device, entry, sessions):
         return
     is_unheard = any((name, guest.id) in world.unheard for guest in guests)
-    is_told = any(_is_told_of(world, name, guest, device.born[entry.flow_id], sessions) for guest in guests)
-    if is_unheard and not is_told:
+    if is_unheard and not any(_is_told_of(world, name, one, device.born[entry.flow_id], sessions) for one in guests):
         return  # the agent was down when the guest left
     says_so = not sessions or any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
     if says_so and (world.hindrances or any(guest.died_at for guest in guests) or len(sessions) > 1):
