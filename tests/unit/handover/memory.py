@@ -20,7 +20,7 @@ from sami_plugin.testing.hosts import Hosts, new_guest
 ZONES = {"host-a": 4097, "host-b": 5201, "host-c": 6305}
 GUEST_ADDRESS = "192.0.2.7"
 SETTINGS = Settings(
-    Limits(delta_seconds=0.02, resync_seconds=0.5, open_seconds=5.0, arrival_seconds=0.5, watch_seconds=0.1),
+    Limits(delta_seconds=0.02, resync_seconds=0.5, open_seconds=5.0, arrival_seconds=20.0, watch_seconds=0.1),
     batch_flows=40,
     started_seconds=0.0,
 )
@@ -38,6 +38,10 @@ def hosts_in(
 def limited(**limits: Any) -> Settings:
     """SETTINGS with other limits."""
     return replace(SETTINGS, limits=replace(SETTINGS.limits, **limits))
+
+
+IMPATIENT = limited(arrival_seconds=0.5)
+"""For guests whose flows nobody asks for when they have left."""
 
 
 def tcp_flows(count: int, source: str = GUEST_ADDRESS, first_port: int = 1000) -> Batch:

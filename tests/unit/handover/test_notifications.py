@@ -45,9 +45,11 @@ class Kept(Notifications):
 
 
 @contextmanager
-def two_hosts(folder: Path, *, places: int = 1000, policy: Policy | None = None) -> Iterator[tuple[Hosts, Kept, Kept]]:
+def two_hosts(
+    folder: Path, *, places: int = 1000, policy: Policy | None = None, **more: float
+) -> Iterator[tuple[Hosts, Kept, Kept]]:
     devices = {"host-a": MemoryDevice("a"), "host-b": MemoryDevice("b", capacity=places)}
-    limits = replace(SETTINGS.limits, verdict_seconds=2.0, ask_seconds=5.0)
+    limits = replace(SETTINGS.limits, verdict_seconds=2.0, ask_seconds=5.0, **more)
     settings = replace(SETTINGS, headroom_percent=0.0, limits=limits)
     with Hosts(folder, tuple(devices), lambda name: MemoryDriver(devices[name]), settings=settings) as hosts:
         kept = [Kept(), Kept()]
@@ -119,7 +121,7 @@ def test_migration_that_the_policy_refuses_is_a_risk_and_no_error(tmp_path: Path
 
 
 def test_guest_that_left_and_nobody_asked_is_an_error_at_the_source(tmp_path: Path) -> None:
-    with two_hosts(tmp_path) as (hosts, source, _):
+    with two_hosts(tmp_path, arrival_seconds=0.5) as (hosts, source, _):
         guest = guest_with_flows(hosts)
         hosts.say("host-a", Phase.OUTGOING, guest)
         hosts.say("host-a", Phase.SUSPENDED, guest)

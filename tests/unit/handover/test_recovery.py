@@ -23,6 +23,7 @@ from sami_plugin.session import Host, Session
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
+    IMPATIENT,
     SETTINGS,
     ZONES,
     begin,
@@ -289,7 +290,7 @@ def test_what_a_reboot_took_away_is_missed_by_nobody(tmp_path: Path, at: str) ->
 def test_agent_that_was_away_longer_than_the_arrival_limit_may_fetch_the_flows_for_a_while(
     tmp_path: Path, late_import_seconds: float, is_late: bool
 ) -> None:
-    with hosts_in(tmp_path, replace(SETTINGS, late_import_seconds=late_import_seconds)) as hosts:
+    with hosts_in(tmp_path, replace(IMPATIENT, late_import_seconds=late_import_seconds)) as hosts:
         guest = guest_with_flows(hosts)
         hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
         hosts.say("host-b", Phase.PREPARE, guest, "host-a")
@@ -358,7 +359,7 @@ def test_agent_that_refused_a_guest_and_died_before_anybody_heard_it_fetches_wha
 
 
 def test_what_a_guest_left_is_no_other_host_s_than_the_one_that_it_went_to(tmp_path: Path) -> None:
-    with hosts_in(tmp_path) as hosts:
+    with hosts_in(tmp_path, IMPATIENT) as hosts:
         guest = guest_with_flows(hosts)
         hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
         finish_without(hosts, guest)
@@ -414,7 +415,7 @@ def test_what_the_guest_ended_while_its_host_s_agent_was_away_is_not_put_back(tm
 @pytest.mark.parametrize("at", ["started", "in sync", "complete", "arrived"])
 def test_journal_that_was_lost_loses_no_flow(tmp_path: Path, lost: str, at: str) -> None:
     """What is not known is kept where it is; nothing is in two places that was not there before the guest was."""
-    with hosts_in(tmp_path, limited(open_seconds=1.0, session_seconds=10.0)) as hosts:
+    with hosts_in(tmp_path, limited(open_seconds=1.0, session_seconds=10.0, arrival_seconds=0.5)) as hosts:
         guest = guest_with_flows(hosts)
         for step in steps_of(hosts, guest):
             if step == at:
@@ -490,7 +491,7 @@ def fill(database: sqlite3.Connection, statement: str, text: str) -> None:
 def test_where_the_journal_does_not_work_the_guest_moves_and_nothing_is_purged(
     tmp_path: Path, host: str, at: str, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with hosts_in(tmp_path) as hosts:
+    with hosts_in(tmp_path, IMPATIENT if host == "host-a" else SETTINGS) as hosts:
         guest = guest_with_flows(hosts)
         for step in steps_of(hosts, guest):
             if step == at:

@@ -16,11 +16,13 @@ from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import OperatorError
 from sami_plugin.hooks import domain_xml
 from sami_plugin.model.migration import Flows, MigrationEvent, Offer, Phase
+from sami_plugin.model.settings import Settings
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.session import Session
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
+    IMPATIENT,
     SETTINGS,
     ZONES,
     finish,
@@ -81,8 +83,12 @@ def hypervisors() -> dict[str, Hypervisor]:
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, hypervisors: dict[str, Hypervisor]) -> Iterator[Hosts]:
-    settings = replace(SETTINGS, limits=replace(SETTINGS.limits, open_seconds=1.5, verdict_seconds=1.0))
+def settings() -> Settings:
+    return limited(open_seconds=1.5, verdict_seconds=1.0)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, hypervisors: dict[str, Hypervisor], settings: Settings) -> Iterator[Hosts]:
     with Hosts(
         tmp_path,
         tuple(ZONES),
@@ -476,6 +482,7 @@ def test_announcements_are_forgotten_in_time_and_the_oldest_of_too_many(
     assert list(agent._announced) == guests[:1]
 
 
+@pytest.mark.parametrize("settings", [IMPATIENT], ids=["impatient"])
 def test_what_a_guest_leaves_that_nobody_asked_for_is_purged_by_name(hosts: Hosts) -> None:
     guest = guest_with_flows(hosts)
     hosts.say("host-a", Phase.SUSPENDED, guest)
@@ -513,6 +520,7 @@ def test_guest_that_is_back_and_nobody_had_announced_it_keeps_its_flows(tmp_path
         assert outcome(hosts, "host-a", guest)[0] == "unclear"
 
 
+@pytest.mark.parametrize("settings", [IMPATIENT], ids=["impatient"])
 @pytest.mark.parametrize("is_away", [False, True])
 def test_guest_that_came_again_while_no_agent_was_there_keeps_its_flows(
     hosts: Hosts, hypervisors: dict[str, Hypervisor], is_away: bool
@@ -526,7 +534,7 @@ def test_guest_that_came_again_while_no_agent_was_there_keeps_its_flows(
     hypervisor.here.add(guest)
     hypervisor.is_away = is_away
     hosts.start("host-a")
-    time.sleep(3 * SETTINGS.limits.arrival_seconds)
+    time.sleep(3 * IMPATIENT.limits.arrival_seconds)
     hypervisor.is_away = False
     until_idle(hosts)
     assert len(held(hosts, "host-a")) == 100
@@ -547,6 +555,7 @@ def test_job_that_was_aborted_without_a_word_serves_nobody_later(
         assert session._state() == "waiting"
 
 
+@pytest.mark.parametrize("settings", [IMPATIENT], ids=["impatient"])
 def test_destination_that_asks_after_the_guest_has_left_is_refused_and_the_purge_goes_on(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:

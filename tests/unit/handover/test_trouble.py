@@ -25,6 +25,7 @@ from sami_plugin.model.scope import Scope
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
+    IMPATIENT,
     SETTINGS,
     ZONES,
     begin,
@@ -388,7 +389,7 @@ def unreachable(*_: object) -> str:
 def test_what_a_guest_leaves_goes_though_nobody_asked_and_its_ports_are_gone(
     tmp_path: Path, words: tuple[Phase, ...]
 ) -> None:
-    with hosts_in(tmp_path) as hosts:
+    with hosts_in(tmp_path, IMPATIENT) as hosts:
         guest = guest_with_flows(hosts)
         hosts.say("host-a", words[0] if words else Phase.OUTGOING, guest)
         hosts.unplug("host-a", guest)

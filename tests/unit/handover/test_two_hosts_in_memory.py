@@ -12,8 +12,10 @@ from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.model.flows import Batch, ZoneRole
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.scope import Scope
+from sami_plugin.model.settings import Settings
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
+    IMPATIENT,
     SETTINGS,
     ZONES,
     begin,
@@ -28,8 +30,13 @@ from tests.unit.handover.memory import (
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    with Hosts(tmp_path, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=SETTINGS) as made:
+def settings() -> Settings:
+    return SETTINGS
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, settings: Settings) -> Iterator[Hosts]:
+    with Hosts(tmp_path, tuple(ZONES), lambda name: MemoryDriver(MemoryDevice(name)), settings=settings) as made:
         yield made
 
 
@@ -103,6 +110,7 @@ def test_what_the_destination_had_before_survives_a_roll_back(hosts: Hosts, gues
     assert held(hosts, "host-b") == before
 
 
+@pytest.mark.parametrize("settings", [IMPATIENT], ids=["impatient"])
 def test_source_purges_without_arrival_only_after_its_own_hypervisor_says_that_the_guest_left(
     hosts: Hosts, guest: str
 ) -> None:
