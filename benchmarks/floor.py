@@ -28,7 +28,8 @@ from sami_plugin import privileged
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.encode import Request, dump_request, requests
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, TcpState, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, ZoneRole
+from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Outcome, is_in_device, lost_fields
 from sami_plugin.model.scope import Scope
 

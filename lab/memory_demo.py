@@ -16,8 +16,9 @@ from typing import Any
 
 from lab.deadline import wait_until
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, TcpState, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, ZoneRole
 from sami_plugin.model.migration import Phase
+from sami_plugin.model.protocols import TcpState
 from sami_plugin.testing.hosts import Hosts, new_guest
 
 LABEL = "memory driver: no kernel, no packets"

@@ -221,7 +221,8 @@ def _scope(namespace: str, template: Template) -> Scope:
 
 def _flow(template: Template, port: int) -> Batch:
     """One flow from the address of `_scope`; a TCP flow is established and tracked without regard to windows."""
-    from sami_plugin.model.flows import Batch, FlowStatus, TcpState, ZoneRole
+    from sami_plugin.model.flows import Batch, FlowStatus, ZoneRole
+    from sami_plugin.model.protocols import TcpState
 
     rows = template.empty(1)
     family = "IPv6" if template.is_ipv6 else "IPv4"
@@ -232,7 +233,7 @@ def _flow(template: Template, port: int) -> Batch:
     rows["sourceTransportPort"], rows["destinationTransportPort"] = port, 443
     rows["conntrackStatus"] = FlowStatus.SEEN_REPLY | FlowStatus.ASSURED | FlowStatus.CONFIRMED
     rows["remainingTimeoutSeconds"], rows["flowMark"] = 600, 0x2A
-    rows["protocolIdentifier"] = 6 if template.name.startswith("tcp") else 17
+    rows["protocolIdentifier"] = template.protocol.number
     if template.name.startswith("tcp"):
         rows["tcpConnectionState"] = TcpState.ESTABLISHED
         rows["tcpWindowScale"], rows["reverseTcpWindowScale"] = 7, 8

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from sami_plugin.model.flows import Batch, FlowStatus, TcpState, ZoneRole
+from sami_plugin.model.flows import Batch, FlowStatus, ZoneRole
+from sami_plugin.model.protocols import PORTS, name_of
 
 COLUMNS = ("Protocol", "Source", "Destination", "State", "Timeout", "Status", "Mark", "Zone role", "Detail")
-
-_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 
 
 def rows(batches: Iterable[Batch], limit: int | None) -> Iterator[tuple[Any, ...]]:
@@ -29,21 +29,22 @@ def rows(batches: Iterable[Batch], limit: int | None) -> Iterator[tuple[Any, ...
 def _row(batch: Batch, row: np.void) -> tuple[Any, ...]:
     fields = row.dtype.names or ()
     family = "IPv6" if batch.template.is_ipv6 else "IPv4"
-    has_ports = "sourceTransportPort" in fields
-    detail = ""
-    if not has_ports:
-        detail = f"type {row[f'icmpType{family}']} code {row[f'icmpCode{family}']} id {row['icmpIdentifier']}"
-    elif f"postNATSource{family}Address" in fields:
+    protocol = batch.template.protocol
+    has_ports = protocol.identifiers is PORTS
+    detail = protocol.identifiers.said(row)
+    if f"postNATSource{family}Address" in fields:
         ends = "Source", "Destination"
         detail = "translated to " + " > ".join(
             _end(row[f"postNAT{end}{family}Address"], row[f"postNAPT{end}TransportPort"]) for end in ends
         )
-    protocol = int(row["protocolIdentifier"])
+    state = ""
+    if protocol.states is not None and protocol.state_field in fields:
+        state = _name(protocol.states, row[protocol.state_field])
     return (
-        _PROTOCOLS.get(protocol, str(protocol)),
+        name_of(int(row["protocolIdentifier"])),
         _end(row[batch.source_field], row["sourceTransportPort"] if has_ports else None),
         _end(row[batch.destination_field], row["destinationTransportPort"] if has_ports else None),
-        _name(TcpState, row["tcpConnectionState"]) if "tcpConnectionState" in fields else "",
+        state,
         int(row["remainingTimeoutSeconds"]),
         _bits(int(row["conntrackStatus"])),
         int(row["flowMark"]),
@@ -60,7 +61,7 @@ def _end(value: Any, port: Any) -> str:
     return address if port is None else f"{address}:{port}"
 
 
-def _name(kind: type[TcpState] | type[ZoneRole], value: Any) -> str:
+def _name(kind: type[enum.IntEnum], value: Any) -> str:
     try:
         return kind(int(value)).name
     except ValueError:

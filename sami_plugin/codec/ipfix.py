@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from sami_plugin.codec import information_elements as elements
 from sami_plugin.errors import ConfigurationError, Malformed, NotUnderstood, RepresentationError
-from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Rows, TcpState, Template, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Rows, Template, ZoneRole
+from sami_plugin.model.protocols import STATES
 
 VERSION = 10
 MOST_MESSAGE_OCTETS = 0xFFFF
@@ -66,13 +67,6 @@ class _Kind:
     """With the protocol that each is for."""
 
 
-_PROTOCOLS = {"tcp": 6, "udp": 17, "icmp-ipv4": 1, "icmp-ipv6": 58}
-
-
-def _protocol(template: Template) -> int:
-    return next(number for name, number in _PROTOCOLS.items() if template.name.startswith(name))
-
-
 def _plain(template: Template) -> Template:
     """What `template` is on the wire: names of translated flows are those of any others."""
     if not template.is_identity:
@@ -93,7 +87,7 @@ def _kinds() -> tuple[_Kind, ...]:
             "/".join(template.name for template in templates),
             {name: (place[1], place[0].itemsize) for name, place in (dtype.fields or {}).items()},
             dtype,
-            tuple((_protocol(template), template) for template in templates),
+            tuple((template.protocol.number, template) for template in templates),
         )
         for dtype, templates in found.items()
     )
@@ -627,7 +621,7 @@ def _table(values: Iterable[int]) -> npt.NDArray[np.bool_]:
 _SCALES = _table(range(MOST_WINDOW_SCALE + 1))
 _DOMAINS: dict[str, npt.NDArray[np.bool_]] = {
     "zoneRole": _table(ZoneRole),
-    "tcpConnectionState": _table(TcpState),
+    **{name: _table(states) for name, states in STATES.items()},
     "tcpWindowScale": _SCALES,
     "reverseTcpWindowScale": _SCALES,
     "firewallEvent": _table(FirewallEvent),

@@ -454,15 +454,6 @@ def _deleted(batch: Batch) -> Batch:
     return names
 
 
-# An ICMP query is answered by another type (RFC 792, RFC 4443, RFC 4620); Linux tracks no others.
-_ICMP_ANSWERS = {8: 0, 13: 14, 15: 16, 17: 18}
-_ICMPV6_ANSWERS = {128: 129, 139: 140}
-_ANSWERS = {
-    family: {**answers, **{answer: query for query, answer in answers.items()}}
-    for family, answers in (("IPv4", _ICMP_ANSWERS), ("IPv6", _ICMPV6_ANSWERS))
-}
-
-
 def _original(template: Template, row: np.void) -> Tuple:
     """The tuple of the flow's first packet: its key without the role of its zone."""
     return row.tobytes()[1 : template.key_octets]
@@ -483,12 +474,19 @@ def _reply(template: Template, row: np.void) -> Tuple:
 
     source = translated(f"destination{family}Address", f"postNATDestination{family}Address")
     destination = translated(f"source{family}Address", f"postNATSource{family}Address")
-    protocol = octets_of("protocolIdentifier")
-    if "sourceTransportPort" in fields:
-        ports = translated("destinationTransportPort", "postNAPTDestinationTransportPort")
-        ports += translated("sourceTransportPort", "postNAPTSourceTransportPort")
-        return protocol + source + destination + ports
-    asked = int(row[f"icmpType{family}"])
-    answer = bytes([_ANSWERS[family].get(asked, asked)])
-    code_and_identifier = octets_of(f"icmpCode{family}") + octets_of("icmpIdentifier")
-    return protocol + source + destination + answer + code_and_identifier
+    made = octets_of("protocolIdentifier") + source + destination
+    identifiers = template.protocol.identifiers
+    for name in identifiers.names:
+        if name == identifiers.answered:
+            made += bytes([template.protocol.inverse[row[name]]])
+        else:
+            other = identifiers.other(name)
+            made += translated(other, _BEHIND.get(other, other))
+    return made
+
+
+_BEHIND = {
+    "sourceTransportPort": "postNAPTSourceTransportPort",
+    "destinationTransportPort": "postNAPTDestinationTransportPort",
+}
+"""What stands behind a translation."""

@@ -19,8 +19,10 @@ import netaddr
 import numpy as np
 import numpy.typing as npt
 
+from sami_plugin.model import protocols
+from sami_plugin.model.protocols import Field, Protocol
+
 Rows = npt.NDArray[np.void]
-Field = tuple[str, str] | tuple[str, str, tuple[int, ...]]
 
 
 class ZoneRole(enum.IntEnum):
@@ -50,28 +52,6 @@ class FlowStatus(enum.IntFlag):
     HELPER = 0x2000
     OFFLOAD = 0x4000
     HW_OFFLOAD = 0x8000
-
-
-class TcpState(enum.IntEnum):
-    """Values of `tcpConnectionState`: the numbers of RFC 4022's tcpConnectionState, the names of RFC 9293.
-
-    A firewall between the ends tells fewer states apart than the ends do. SYN_SENT_SIMULTANEOUS (both sides have sent
-    a SYN, RFC 9293 section 3.5) and NONE (nothing seen yet) have no number there and stand above its range.
-    """
-
-    CLOSED = 1
-    LISTEN = 2
-    SYN_SENT = 3
-    SYN_RECEIVED = 4
-    ESTABLISHED = 5
-    FIN_WAIT_1 = 6
-    FIN_WAIT_2 = 7
-    CLOSE_WAIT = 8
-    LAST_ACK = 9
-    CLOSING = 10
-    TIME_WAIT = 11
-    SYN_SENT_SIMULTANEOUS = 128
-    NONE = 129
 
 
 class FirewallEvent(enum.IntEnum):
@@ -112,6 +92,11 @@ class Template:
             object.__setattr__(self, name, value)
 
     @property
+    def protocol(self) -> Protocol:
+        """That of its flows."""
+        return protocols.of_template(self.name, "ipv6" if self.is_ipv6 else "ipv4")
+
+    @property
     def identity(self) -> Template:
         """The template of names of these flows: the key, the source's id of the flow and an event."""
         return _identity(self)
@@ -138,23 +123,11 @@ _ADDRESSES: dict[str, tuple[Field, ...]] = {
     # Two 64-bit halves each: comparable column by column.
     "ipv6": (("sourceIPv6Address", ">u8", (2,)), ("destinationIPv6Address", ">u8", (2,))),
 }
-_PORTS: tuple[Field, ...] = (("sourceTransportPort", ">u2"), ("destinationTransportPort", ">u2"))
-_ICMP: dict[str, tuple[Field, ...]] = {
-    "ipv4": (("icmpTypeIPv4", "u1"), ("icmpCodeIPv4", "u1"), ("icmpIdentifier", ">u2")),
-    "ipv6": (("icmpTypeIPv6", "u1"), ("icmpCodeIPv6", "u1"), ("icmpIdentifier", ">u2")),
-}
 _COMMON_STATE: tuple[Field, ...] = (
     _FLOW_ID,
     ("conntrackStatus", ">u4"),
     ("remainingTimeoutSeconds", ">u4"),
     ("flowMark", ">u4"),
-)
-_TCP_STATE: tuple[Field, ...] = (
-    ("tcpConnectionState", "u1"),
-    ("tcpWindowScale", "u1"),
-    ("reverseTcpWindowScale", "u1"),
-    ("tcpTrackingFlags", "u1"),
-    ("reverseTcpTrackingFlags", "u1"),
 )
 _NAT_ADDRESSES: dict[str, tuple[Field, ...]] = {
     "ipv4": (("postNATSourceIPv4Address", ">u4"), ("postNATDestinationIPv4Address", ">u4")),
@@ -167,14 +140,16 @@ _NAT_PORTS: tuple[Field, ...] = (
 
 
 def _templates() -> Iterator[Template]:
-    for family, addresses in _ADDRESSES.items():
-        key = _ZONE_AND_PROTOCOL + addresses
-        nat = _NAT_ADDRESSES[family] + _NAT_PORTS
-        yield Template(f"tcp-{family}", key + _PORTS, _COMMON_STATE + _TCP_STATE)
-        yield Template(f"udp-{family}", key + _PORTS, _COMMON_STATE)
-        yield Template(f"icmp-{family}", key + _ICMP[family], _COMMON_STATE)
-        yield Template(f"tcp-nat-{family}", key + _PORTS, _COMMON_STATE + _TCP_STATE + nat)
-        yield Template(f"udp-nat-{family}", key + _PORTS, _COMMON_STATE + nat)
+    for generation in protocols.GENERATIONS:
+        for family, addresses in _ADDRESSES.items():
+            nat = _NAT_ADDRESSES[family] + _NAT_PORTS
+            of_family = [protocol for protocol in generation if family in protocol.families]
+            for translation, more in (("", ()), ("nat-", nat)):
+                for protocol in of_family:
+                    if not translation or protocol.is_translated:
+                        key = _ZONE_AND_PROTOCOL + addresses + protocol.identifiers.fields
+                        state = _COMMON_STATE + protocol.state + more
+                        yield Template(f"{protocol.kind}-{translation}{family}", key, state)
 
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _templates()}
@@ -299,25 +274,33 @@ def names(batch: Batch, limit: int = 20) -> tuple[str, ...]:
     return tuple(_name(batch, row) for row in batch.rows[:limit])
 
 
-_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
-
-
 def _name(batch: Batch, row: np.void) -> str:
-    protocol = int(row["protocolIdentifier"])
+    identifiers = batch.template.protocol.identifiers
     source, destination = (_address(row[field]) for field in (batch.source_field, batch.destination_field))
-    if "sourceTransportPort" in row.dtype.fields:  # type: ignore[operator]
+    if identifiers is protocols.PORTS:
         if batch.template.is_ipv6:
             source, destination = f"[{source}]", f"[{destination}]"
         source += f":{row['sourceTransportPort']}"
         destination += f":{row['destinationTransportPort']}"
-        detail = ""
-    else:
-        family = "IPv6" if batch.template.is_ipv6 else "IPv4"
-        detail = f" type {row[f'icmpType{family}']} code {row[f'icmpCode{family}']} id {row['icmpIdentifier']}"
-    return f"{_PROTOCOLS.get(protocol, protocol)} {source} > {destination}{detail}"
+    detail = identifiers.said(row)
+    return f"{protocols.name_of(int(row['protocolIdentifier']))} {source} > {destination}{detail and ' ' + detail}"
 
 
 def _address(value: np.void) -> str:
     if np.ndim(value):
         return str(netaddr.IPAddress(int(value[0]) << 64 | int(value[1]), 6))
     return str(netaddr.IPAddress(int(value), 4))
+
+
+def turned_round(batch: Batch) -> Batch:
+    """The keys of the same flows as their other ends would have begun them; the state fields are the same."""
+    rows = batch.rows.copy()
+    identifiers = batch.template.protocol.identifiers
+    pairs = [(batch.source_field, batch.destination_field)]
+    if identifiers.swapped is not None:
+        pairs.append(identifiers.swapped)
+    for one, other in pairs:
+        rows[one], rows[other] = batch.rows[other], batch.rows[one]
+    if identifiers.answered is not None:
+        rows[identifiers.answered] = batch.template.protocol.inverse[batch.rows[identifiers.answered]]
+    return Batch(batch.template, rows)

@@ -24,7 +24,8 @@ from lab.verdict import has_survived
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.handover import DestinationSession
 from sami_plugin.migration.decision import Done
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, TcpState, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, ZoneRole
+from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import WORDS, Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Limits, Settings

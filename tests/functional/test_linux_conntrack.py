@@ -23,8 +23,9 @@ from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoder
 from sami_plugin.drivers.linux_conntrack.encode import dump_request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection
-from sami_plugin.model.flows import BARRED, TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
+from sami_plugin.model.flows import BARRED, TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole, turned_round
 from sami_plugin.model.keys import KeyIndex
+from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Outcome, Reason, Results, lost_fields
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import (
@@ -33,7 +34,6 @@ from sami_plugin.testing.conformance import (
     PORT_ADDRESSES,
     FlowDriverConformance,
     flows,
-    turned_round,
 )
 
 TCP = TEMPLATES["tcp-ipv4"]

@@ -7,10 +7,13 @@ net/netfilter/nf_conntrack_netlink.c. Integers in attributes are big-endian, tho
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 
 import numpy as np
 
-from sami_plugin.model.flows import FlowStatus, TcpState
+from sami_plugin.model import protocols
+from sami_plugin.model.flows import FlowStatus
+from sami_plugin.model.protocols import TcpState
 
 # --- netlink
 NETLINK_NETFILTER = 12
@@ -67,7 +70,36 @@ TCP_FLAGS_ORIGINAL, TCP_FLAGS_REPLY = 4, 5  # one octet of flags, one of mask: w
 # --- of GET_STATS
 STATS_GLOBAL_ENTRIES, STATS_GLOBAL_MAX_ENTRIES = 1, 2
 
-PROTOCOLS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58}
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An attribute inside a tuple that tells flows apart which have the same two addresses."""
+
+    number: int
+    name: str
+    """Of the column."""
+    form: str
+    field: str
+    """Of a row."""
+
+
+IDENTIFIERS: dict[protocols.Identifiers, tuple[Part, ...]] = {
+    protocols.PORTS: (
+        Part(PROTO_SRC_PORT, "source_port", ">u2", "sourceTransportPort"),
+        Part(PROTO_DST_PORT, "destination_port", ">u2", "destinationTransportPort"),
+    ),
+    protocols.ICMP.identifiers: (
+        Part(PROTO_ICMP_ID, "icmp_id", ">u2", "icmpIdentifier"),
+        Part(PROTO_ICMP_TYPE, "icmp_type", "u1", "icmpTypeIPv4"),
+        Part(PROTO_ICMP_CODE, "icmp_code", "u1", "icmpCodeIPv4"),
+    ),
+    protocols.ICMPV6.identifiers: (
+        Part(PROTO_ICMPV6_ID, "icmp_id", ">u2", "icmpIdentifier"),
+        Part(PROTO_ICMPV6_TYPE, "icmp_type", "u1", "icmpTypeIPv6"),
+        Part(PROTO_ICMPV6_CODE, "icmp_code", "u1", "icmpCodeIPv6"),
+    ),
+}
+"""What `protocols.Identifiers` are in a tuple, in the order in which they are sent."""
 
 FLAG_WINDOW_SCALE = 0x01
 FLAG_BE_LIBERAL = 0x08
@@ -109,12 +141,5 @@ STATE_TO_KERNEL[list(_KERNEL_STATES)] = range(len(_KERNEL_STATES))
 STATE_TO_KERNEL[TcpState.FIN_WAIT_2] = STATE_TO_KERNEL[TcpState.CLOSE_WAIT]
 STATE_TO_KERNEL[TcpState.CLOSING] = STATE_TO_KERNEL[TcpState.LAST_ACK]
 
-ICMP_INVERSE = np.arange(256, dtype=np.uint8)
-"""Type of the answer to an ICMP type (nf_conntrack_proto_icmp.c)."""
-ICMPV6_INVERSE = np.arange(256, dtype=np.uint8)
-for _inverse, _pairs in (
-    (ICMP_INVERSE, ((8, 0), (13, 14), (15, 16), (17, 18))),
-    (ICMPV6_INVERSE, ((128, 129), (139, 140))),
-):
-    for _one, _other in _pairs:
-        _inverse[_one], _inverse[_other] = _other, _one
+STATES_TO_KERNEL = {"tcpConnectionState": STATE_TO_KERNEL}
+"""By field of a row."""

@@ -19,7 +19,9 @@ import numpy.typing as npt
 from sami_plugin import errors
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER_OCTETS, Messages, Offsets
-from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, Omitted, TcpState, Template, ZoneRole, holds_any
+from sami_plugin.model import protocols
+from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, Omitted, Template, ZoneRole, holds_any
+from sami_plugin.model.protocols import TcpState
 
 Mask = npt.NDArray[np.bool_]
 
@@ -34,14 +36,11 @@ _TUPLE: _Known = {
     },
     nl.TUPLE_PROTO: {
         nl.PROTO_NUM: ("protocol", 1),
-        nl.PROTO_SRC_PORT: ("source_port", 2),
-        nl.PROTO_DST_PORT: ("destination_port", 2),
-        nl.PROTO_ICMP_ID: ("icmp_id", 2),
-        nl.PROTO_ICMP_TYPE: ("icmp_type", 1),
-        nl.PROTO_ICMP_CODE: ("icmp_code", 1),
-        nl.PROTO_ICMPV6_ID: ("icmp_id", 2),
-        nl.PROTO_ICMPV6_TYPE: ("icmp_type", 1),
-        nl.PROTO_ICMPV6_CODE: ("icmp_code", 1),
+        **{
+            part.number: (part.name, np.dtype(part.form).itemsize)
+            for parts in nl.IDENTIFIERS.values()
+            for part in parts
+        },
     },
     nl.TUPLE_ZONE: ("zone", 2),
 }
@@ -182,7 +181,8 @@ class Decoder:
                 continue
             template = _translated(shape.template) if is_translated else shape.template
             if template is None:
-                yield _omit("address translation of ICMP is not carried", columns.take(at), len(at))
+                label = shape.template.protocol.label
+                yield _omit(f"address translation of {label} is not carried", columns.take(at), len(at))
             else:
                 yield Decoded(self._rows(template, columns.take(at), role[at]), numbers[at])
 
@@ -197,14 +197,9 @@ class Decoder:
         rows["conntrackStatus"] = columns.u4("status")
         rows["remainingTimeoutSeconds"] = columns.u4("timeout")
         rows["flowMark"] = columns.u4("mark")
-        if shape.protocol in (nl.PROTOCOLS["icmp"], nl.PROTOCOLS["icmpv6"]):
-            rows[f"icmpType{family}"] = columns.u1("orig.icmp_type")
-            rows[f"icmpCode{family}"] = columns.u1("orig.icmp_code")
-            rows["icmpIdentifier"] = columns.u2("orig.icmp_id")
-        else:
-            rows["sourceTransportPort"] = columns.u2("orig.source_port")
-            rows["destinationTransportPort"] = columns.u2("orig.destination_port")
-        is_tcp = shape.protocol == nl.PROTOCOLS["tcp"]
+        for part in nl.IDENTIFIERS[template.protocol.identifiers]:
+            rows[part.field] = columns.part(f"orig.{part.name}", part)
+        is_tcp = template.protocol is protocols.TCP
         if is_tcp and "tcp_state" in shape.fields:
             rows["tcpConnectionState"] = nl.STATE_FROM_KERNEL[columns.u1("tcp_state")]
             rows["tcpWindowScale"] = columns.u1("scale")
@@ -256,6 +251,9 @@ class _Columns:
     def u4(self, name: str) -> npt.NDArray[np.uint32]:
         return self._column(name, ">u4", 2)
 
+    def part(self, name: str, part: nl.Part) -> npt.NDArray[Any]:
+        return self.u1(name) if part.form == "u1" else self.u2(name)
+
     def address(self, name: str) -> npt.NDArray[Any]:
         """Of IPv4 shape (n,), of IPv6 shape (n, 2)."""
         if f"{name}4" in self.shape.fields:
@@ -281,14 +279,14 @@ class _Columns:
         for one, other in (("orig.source", "reply.destination"), ("orig.destination", "reply.source")):
             equal = self.address(one) == self.address(other)
             same &= equal.all(axis=1) if equal.ndim > 1 else equal
-        if "orig.icmp_id" in self.shape.fields:
-            inverse = nl.ICMP_INVERSE if self.shape.protocol == nl.PROTOCOLS["icmp"] else nl.ICMPV6_INVERSE
-            same &= self.u2("orig.icmp_id") == self.u2("reply.icmp_id")
-            same &= inverse[self.u1("orig.icmp_type")] == self.u1("reply.icmp_type")
-            same &= self.u1("orig.icmp_code") == self.u1("reply.icmp_code")
-        else:
-            same &= self.u2("orig.source_port") == self.u2("reply.destination_port")
-            same &= self.u2("orig.destination_port") == self.u2("reply.source_port")
+        assert self.shape.template is not None, "nobody knows what such an entry's reply would be"
+        protocol = self.shape.template.protocol
+        names = {part.field: part.name for part in nl.IDENTIFIERS[protocol.identifiers]}
+        for part in nl.IDENTIFIERS[protocol.identifiers]:
+            answer = self.part(f"orig.{names[protocol.identifiers.other(part.field)]}", part)
+            if part.field == protocol.identifiers.answered:
+                answer = protocol.inverse[answer]
+            same &= answer == self.part(f"reply.{part.name}", part)
         return same
 
     def _column(self, name: str, dtype: str, shift: int) -> npt.NDArray[Any]:
@@ -350,28 +348,24 @@ def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
     )
 
 
-def _template(family: int, protocol: int, fields: Mapping[str, int], raw: bytes, start: int) -> Template | None:
-    needed = {"orig.protocol", "reply.protocol"}
-    names = {number: name for name, number in nl.PROTOCOLS.items()}
+def _template(family: int, number: int, fields: Mapping[str, int], raw: bytes, start: int) -> Template | None:
     families = {number: name for name, number in nl.AF_OF_FAMILY.items()}
-    if family not in families or protocol not in names:
+    protocol = protocols.BY_NUMBER.get(number)
+    if family not in families or protocol is None:
         return None
     version = families[family][-1]
+    needed = {"orig.protocol", "reply.protocol"}
     for direction in ("orig.", "reply."):
         needed |= {f"{direction}source{version}", f"{direction}destination{version}"}
-        if names[protocol].startswith("icmp"):
-            needed |= {f"{direction}icmp_{part}" for part in ("id", "type", "code")}
-        else:
-            needed |= {f"{direction}source_port", f"{direction}destination_port"}
+        needed |= {f"{direction}{part.name}" for part in nl.IDENTIFIERS[protocol.identifiers]}
     missing = needed - fields.keys()
     if missing:
         raise errors.Malformed(f"an entry lacks {', '.join(sorted(missing))}", f"octet {start}")
-    if raw[fields["reply.protocol"]] != protocol:
+    if raw[fields["reply.protocol"]] != number:
         raise errors.Malformed("the two directions of an entry differ in protocol", f"octet {start}")
-    kind = "icmp" if names[protocol] == "icmpv6" else names[protocol]
-    if names[protocol] == ("icmp" if version == "6" else "icmpv6"):
+    if families[family] not in protocol.families:
         return None
-    return TEMPLATES[f"{kind}-{families[family]}"]
+    return TEMPLATES[f"{protocol.kind}-{families[family]}"]
 
 
 def _translated(template: Template) -> Template | None:
@@ -387,14 +381,10 @@ def _fits(words: npt.NDArray[np.uint32], starts: Offsets, shape: Shape) -> Mask:
     return fits
 
 
-_PROTOCOL_NAMES = {2: "igmp", 33: "dccp", 47: "gre", 50: "esp", 51: "ah", 132: "sctp", 136: "udplite"}
-
-
 def _why_no_template(shape: Shape) -> str:
     if shape.family not in nl.AF_OF_FAMILY.values():
         return f"address family {shape.family} is not carried"
-    name = _PROTOCOL_NAMES.get(shape.protocol) or {n: s for s, n in nl.PROTOCOLS.items()}.get(shape.protocol)
-    return f"protocol {name or shape.protocol} is not carried"
+    return f"protocol {protocols.name_of(shape.protocol)} is not carried"
 
 
 def _omit(reason: str, columns: _Columns, count: int, examples: int = 5) -> Omitted:
@@ -404,10 +394,10 @@ def _omit(reason: str, columns: _Columns, count: int, examples: int = 5) -> Omit
 
 def _names(columns: _Columns) -> Iterator[str]:
     shape = columns.shape
-    protocol = _PROTOCOL_NAMES.get(shape.protocol) or {n: s for s, n in nl.PROTOCOLS.items()}.get(shape.protocol)
+    protocol = protocols.name_of(shape.protocol)
     for number in range(len(columns)):
         one = columns.take(np.array([number]))
-        text = [str(protocol or f"protocol {shape.protocol}")]
+        text = [f"protocol {protocol}" if protocol.isdigit() else protocol]
         for end in ("source", "destination"):
             address = "?"
             if f"orig.{end}4" in shape.fields or f"orig.{end}6" in shape.fields:

@@ -18,7 +18,7 @@ from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Offsets, Torn, failure
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
-from sami_plugin.model.flows import BARRED, Addresses, Batch, Omitted, Rows, Template, has_end_in, names
+from sami_plugin.model.flows import BARRED, Addresses, Batch, Omitted, Rows, Template, has_end_in, names, turned_round
 from sami_plugin.model.keys import KeyIndex, key_words
 from sami_plugin.model.results import Outcome, Reason, Results, results
 from sami_plugin.model.risk import MARKS
@@ -159,8 +159,9 @@ class LinuxConntrackDriver(FlowDriver):
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
         _refuse(made, _is_barred(scope, batch), Reason.BARRED)
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)
-        if "tcpConnectionState" in (batch.rows.dtype.names or ()):
-            _refuse(made, nl.STATE_TO_KERNEL[batch.rows["tcpConnectionState"]] == nl.NO_STATE, Reason.INVALID)
+        state = batch.template.protocol.state_field
+        if state is not None:
+            _refuse(made, nl.STATES_TO_KERNEL[state][batch.rows[state]] == nl.NO_STATE, Reason.INVALID)
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, batch, made)
             _refuse(made, made["outcome"] == Outcome.ABSENT, Reason.LOCAL_PORTS_OWN)
@@ -276,7 +277,7 @@ class LinuxConntrackDriver(FlowDriver):
 
     def _make_way(self, connection: Connection, scope: Scope, batch: Batch) -> None:
         """Deletes the entries that hold a tuple of these flows, in either direction, each by its own name and id."""
-        for wanted in (batch, encode.turned_round(batch)):
+        for wanted in (batch, turned_round(batch)):
             for found in self._look(connection, scope, wanted)[1]:
                 victims = found.batch
                 if scope.is_shared:

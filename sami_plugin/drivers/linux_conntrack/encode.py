@@ -74,20 +74,14 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
             continue
         fields[f"{direction}.source"], fields[f"{direction}.destination"] = ends
         fields[f"{direction}.protocol"] = protocol
-    if "orig.source_port" in names:
-        ports = rows["sourceTransportPort"], rows["destinationTransportPort"]
-        fields["orig.source_port"], fields["orig.destination_port"] = ports
-        if "reply.source_port" in names:
-            fields["reply.destination_port"], fields["reply.source_port"] = ports
-    else:
-        family = "IPv6" if batch.template.is_ipv6 else "IPv4"
-        inverse = nl.ICMPV6_INVERSE if batch.template.is_ipv6 else nl.ICMP_INVERSE
-        kind = rows[f"icmpType{family}"]
-        for direction, of_direction in (("orig", kind), ("reply", inverse[kind])):
-            if f"{direction}.icmp_id" in names:
-                fields[f"{direction}.icmp_type"] = of_direction
-                fields[f"{direction}.icmp_code"] = rows[f"icmpCode{family}"]
-                fields[f"{direction}.icmp_id"] = rows["icmpIdentifier"]
+    of_protocol = batch.template.protocol
+    identifiers = of_protocol.identifiers
+    for part in nl.IDENTIFIERS[identifiers]:
+        fields[f"orig.{part.name}"] = rows[part.field]
+        if f"reply.{part.name}" not in names:
+            continue
+        answered = rows[identifiers.other(part.field)]
+        fields[f"reply.{part.name}"] = of_protocol.inverse[answered] if part.field == identifiers.answered else answered
     if request is Request.INSERT:
         # Bits that this kernel does not take at create; CONFIRMED it insists on.
         status = rows["conntrackStatus"] & np.uint32(nl.STATUS_TAKEN)
@@ -99,24 +93,6 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
             fields["flags"] = rows["tcpTrackingFlags"] | np.uint8(nl.FLAG_BE_LIBERAL)
             fields["reply_flags"] = rows["reverseTcpTrackingFlags"] | np.uint8(nl.FLAG_BE_LIBERAL)
     return octets
-
-
-def turned_round(batch: Batch) -> Batch:
-    """The keys of the same flows as seen from the other end; the state fields are the same."""
-    rows = batch.rows.copy()
-    rows[batch.source_field], rows[batch.destination_field] = (
-        batch.rows[batch.destination_field],
-        batch.rows[batch.source_field],
-    )
-    if "sourceTransportPort" in (rows.dtype.names or ()):
-        rows["sourceTransportPort"] = batch.rows["destinationTransportPort"]
-        rows["destinationTransportPort"] = batch.rows["sourceTransportPort"]
-    else:
-        field, inverse = (
-            ("icmpTypeIPv6", nl.ICMPV6_INVERSE) if batch.template.is_ipv6 else ("icmpTypeIPv4", nl.ICMP_INVERSE)
-        )
-        rows[field] = inverse[batch.rows[field]]
-    return Batch(batch.template, rows)
 
 
 _ROW_FIELDS = {
@@ -174,22 +150,11 @@ _TCP: list[Any] = [
 def _tuple(template: Template, direction: str) -> list[Any]:
     if template.is_ipv6:
         source, destination, address = nl.IP_V6_SRC, nl.IP_V6_DST, ">2u8"
-        icmp = nl.PROTO_ICMPV6_ID, nl.PROTO_ICMPV6_TYPE, nl.PROTO_ICMPV6_CODE
     else:
         source, destination, address = nl.IP_V4_SRC, nl.IP_V4_DST, ">u4"
-        icmp = nl.PROTO_ICMP_ID, nl.PROTO_ICMP_TYPE, nl.PROTO_ICMP_CODE
     protocol: list[Any] = [(nl.PROTO_NUM, f"{direction}.protocol", "u1")]
-    if template.name.startswith("icmp"):
-        protocol += [
-            (icmp[0], f"{direction}.icmp_id", ">u2"),
-            (icmp[1], f"{direction}.icmp_type", "u1"),
-            (icmp[2], f"{direction}.icmp_code", "u1"),
-        ]
-    else:
-        protocol += [
-            (nl.PROTO_SRC_PORT, f"{direction}.source_port", ">u2"),
-            (nl.PROTO_DST_PORT, f"{direction}.destination_port", ">u2"),
-        ]
+    for part in nl.IDENTIFIERS[template.protocol.identifiers]:
+        protocol.append((part.number, f"{direction}.{part.name}", part.form))
     addresses = [(source, f"{direction}.source", address), (destination, f"{direction}.destination", address)]
     return [(nl.TUPLE_IP, addresses, None), (nl.TUPLE_PROTO, protocol, None)]
 

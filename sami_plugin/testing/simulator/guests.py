@@ -10,12 +10,11 @@ import netaddr
 import numpy as np
 
 from sami_plugin.drivers.memory import Entry, Tuple
-from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, FlowStatus, TcpState, Template, ZoneRole, names
+from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, FlowStatus, Template, ZoneRole, names, turned_round
 
 KINDS = ("tcp-ipv4", "udp-ipv4", "tcp-ipv6", "udp-ipv6", "icmp-ipv4", "tcp-ipv4", "icmp-ipv6")
 LIFETIMES = {"tcp": 432000, "udp": 8, "icmp": 7}
 """Seconds without a packet after which a firewall forgets a connection."""
-_PROTOCOLS = {"tcp-ipv4": 6, "tcp-ipv6": 6, "udp-ipv4": 17, "udp-ipv6": 17, "icmp-ipv4": 1, "icmp-ipv6": 58}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,18 +41,21 @@ def conversation(kind: str, source: str, destination: str, number: int) -> Conve
     template = TEMPLATES[kind]
     rows = template.empty(1)
     rows["zoneRole"] = ZoneRole.PORT
-    rows["protocolIdentifier"] = _PROTOCOLS[kind]
+    protocol = template.protocol
+    rows["protocolIdentifier"] = protocol.number
     family = "IPv6" if template.is_ipv6 else "IPv4"
     for end, address in (("source", source), ("destination", destination)):
         value = int(netaddr.IPAddress(address))
         rows[f"{end}{family}Address"] = divmod(value, 1 << 64) if template.is_ipv6 else value
-    if "sourceTransportPort" in (rows.dtype.names or ()):
-        rows["sourceTransportPort"], rows["destinationTransportPort"] = 20000 + number, 443
+    identifiers = protocol.identifiers
+    if identifiers.swapped is not None:
+        here, there = identifiers.swapped
+        rows[here], rows[there] = 20000 + number, 443
     else:
-        rows[f"icmpType{family}"], rows["icmpIdentifier"] = (128 if template.is_ipv6 else 8), number
+        rows[identifiers.answered], rows["icmpIdentifier"] = protocol.answers[0][0], number
     rows["conntrackStatus"] = FlowStatus.CONFIRMED | FlowStatus.SEEN_REPLY | FlowStatus.ASSURED
-    if kind.startswith("tcp"):
-        rows["tcpConnectionState"] = TcpState.ESTABLISHED
+    if protocol.states is not None:
+        rows[protocol.state_field] = protocol.states["ESTABLISHED"]
     entry = Entry.of(template, rows[0], 0.0)
     (name,) = names(Batch(template, rows))
     return Conversation(template, rows[0], entry.original, entry.reply, name, LIFETIMES[kind.partition("-")[0]])
@@ -62,18 +64,13 @@ def conversation(kind: str, source: str, destination: str, number: int) -> Conve
 @functools.lru_cache(maxsize=4096)
 def turned(known: Conversation) -> Conversation | None:
     """The same, as a firewall sees it that missed its first packet: the answerer begins. ICMP has no such thing."""
-    if known.template.name.startswith("icmp"):
+    if known.template.protocol.identifiers.swapped is None:
         return None
-    family = "IPv6" if known.template.is_ipv6 else "IPv4"
     rows = known.template.empty(1)
     rows[0] = known.row
-    for one, other in (
-        (f"source{family}Address", f"destination{family}Address"),
-        ("sourceTransportPort", "destinationTransportPort"),
-    ):
-        rows[one], rows[other] = known.row[other], known.row[one]
-    (name,) = names(Batch(known.template, rows))
-    return Conversation(known.template, rows[0], known.reply, known.original, name, known.lifetime)
+    batch = turned_round(Batch(known.template, rows))
+    (name,) = names(batch)
+    return Conversation(known.template, batch.rows[0], known.reply, known.original, name, known.lifetime)
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, TcpState, Template, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Template, ZoneRole
+from sami_plugin.model.protocols import TcpState
 
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp-ipv4": 1, "icmp-ipv6": 58}
 

@@ -18,7 +18,8 @@ from sami_plugin import errors
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeouts
 from sami_plugin.drivers.linux_conntrack.netlink import Messages, frame, frame_single
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole
+from sami_plugin.model.protocols import TcpState
 
 # A dump of Linux 6.18: of each of the six untranslated templates two flows without and two with a mark in zone 5, two
 # TCP flows in zone 0, one each of udplite, translated TCP and translated UDP in zone 5; at last DONE.

@@ -14,10 +14,11 @@ from sami_plugin import errors
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, probe
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeouts
-from sami_plugin.drivers.linux_conntrack.encode import Request, requests, turned_round
+from sami_plugin.drivers.linux_conntrack.encode import Request, requests
 from sami_plugin.drivers.linux_conntrack.netlink import Messages, Torn, failure
 from sami_plugin.drivers.linux_conntrack.watch import zone_filter
-from sami_plugin.model.flows import TEMPLATES, Batch, TcpState, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole, turned_round
+from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Outcome, Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import PORT_ADDRESSES, flows

@@ -13,7 +13,7 @@ import pytest
 from sami_plugin.drivers.base import Changes, Watch
 from sami_plugin.drivers.memory import Faults, MemoryDevice, MemoryDriver
 from sami_plugin.errors import DeviceFailed, UndeclaredAbility
-from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Omitted, Template, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Omitted, Template, ZoneRole, turned_round
 from sami_plugin.model.results import Outcome, Reason, Results, lost_fields, results
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import (
@@ -21,7 +21,6 @@ from sami_plugin.testing.conformance import (
     PORT_ADDRESSES,
     FlowDriverConformance,
     flows,
-    turned_round,
 )
 
 TCP = TEMPLATES["tcp-ipv4"]

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, TcpState, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole
 from sami_plugin.model.migration import Phase
+from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Limits, Settings
 from sami_plugin.testing.hosts import Hosts, new_guest
