@@ -137,7 +137,10 @@ UDP = Protocol("udp", "UDP", 17, "udp", PORTS, is_translated=True)
 ICMP = Protocol("icmp", "ICMP", 1, "icmp", _icmp("IPv4"), ("ipv4",), answers=((8, 0), (13, 14), (15, 16), (17, 18)))
 ICMPV6 = Protocol("icmpv6", "ICMP", 58, "icmp", _icmp("IPv6"), ("ipv6",), answers=((128, 129), (139, 140)))
 
-GENERATIONS: tuple[tuple[Protocol, ...], ...] = ((TCP, UDP, ICMP, ICMPV6),)
+UDPLITE = Protocol("udplite", "UDP-Lite", 136, "udplite", PORTS)
+"""RFC 3828: UDP of which a part is covered by the checksum. Its ports are not UDP's."""
+
+GENERATIONS: tuple[tuple[Protocol, ...], ...] = ((TCP, UDP, ICMP, ICMPV6), (UDPLITE,))
 """All of them. The numbers of templates on the wire follow this order, so what is added stands in a group behind."""
 
 PROTOCOLS: tuple[Protocol, ...] = tuple(protocol for some in GENERATIONS for protocol in some)
@@ -149,7 +152,7 @@ STATES: dict[str, type[enum.IntEnum]] = {
 }
 """By field, the states that a flow may be in."""
 
-_OTHERS = {2: "igmp", 33: "dccp", 47: "gre", 50: "esp", 51: "ah", 132: "sctp", 136: "udplite"}
+_OTHERS = {2: "igmp", 33: "dccp", 47: "gre", 50: "esp", 51: "ah", 132: "sctp"}
 """Names of some that are not carried."""
 
 

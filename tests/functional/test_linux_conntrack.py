@@ -23,9 +23,10 @@ from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoder
 from sami_plugin.drivers.linux_conntrack.encode import dump_request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection
+from sami_plugin.model import protocols
 from sami_plugin.model.flows import BARRED, TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole, turned_round
 from sami_plugin.model.keys import KeyIndex
-from sami_plugin.model.protocols import TcpState
+from sami_plugin.model.protocols import Protocol, TcpState
 from sami_plugin.model.results import Outcome, Reason, Results, lost_fields
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import (
@@ -161,7 +162,7 @@ def test_a_move_keeps_every_field_but_those_named_here(
     sent.rows["flowMark"] = [mark for _, mark, _ in kinds]
     if "tcp" in name:
         sent.rows["tcpConnectionState"] = [int(state) for _, _, state in kinds if state is not None]
-    if "nat" in name:
+    if name not in driver.capabilities(source).templates:
         assert set(outcomes(driver.insert(source, sent))) == {(Outcome.REFUSED, Reason.NOT_DECLARED)}
         assert not exported(driver, source)
         return
@@ -270,7 +271,8 @@ def test_translated_flows_are_exported_with_both_sides(places: list[str], driver
 def test_what_no_template_holds_is_named(places: list[str], driver: LinuxConntrackDriver) -> None:
     ends = ["-w", "5", "-t", "60", "-s", "192.0.2.10", "-d", "198.51.100.1"]
     tool(places[0], "-I", "-p", "gre", "--srckey", "1", "--dstkey", "2", *ends)
-    tool(places[0], "-I", "-p", "udplite", "--sport", "1", "--dport", "2", *ends)
+    dccp = ["--sport", "1", "--dport", "2", "--state", "OPEN", "--role", "client"]
+    tool(places[0], "-I", "-p", "dccp", *dccp, *ends)
     sctp = ["--sport", "1", "--dport", "2", "--state", "ESTABLISHED", "--orig-vtag", "1", "--reply-vtag", "2"]
     tool(places[0], "-I", "-p", "sctp", *sctp, *ends)
     tool(
@@ -280,7 +282,7 @@ def test_what_no_template_holds_is_named(places: list[str], driver: LinuxConntra
     told = {part.reason: part for part in omitted(driver, scope_of(places[0]))}
     assert set(told) == {
         "protocol gre is not carried",
-        "protocol udplite is not carried",
+        "protocol dccp is not carried",
         "protocol sctp is not carried",
         "address translation of ICMP is not carried",
     }
@@ -712,6 +714,45 @@ def test_probe_agrees_with_what_this_kernel_does(places: list[str], driver: Linu
     assert probe.features().keeps_zones
 
 
+SAMPLES = {
+    "udplite": (["--sport", "7", "--dport", "9"], "sport=7 dport=9"),
+}
+
+
+@pytest.mark.parametrize("protocol", nl.OPTIONAL, ids=lambda each: each.name)
+def test_protocol_is_declared_where_this_kernel_tells_its_flows_apart(
+    places: list[str], driver: LinuxConntrackDriver, protocol: Protocol
+) -> None:
+    arguments, shown = SAMPLES[protocol.name]
+    declared = driver.capabilities(scope_of(places[0])).templates
+    for family, ends in zip(("ipv4", "ipv6"), zip(PORT_ADDRESSES, OUTSIDE_ADDRESSES, strict=True), strict=True):
+        named = ["-p", protocol.name, "-t", "60", "-s", str(ends[0]), "-d", str(ends[1])]
+        tool(places[0], "-I", *named, *arguments)
+        is_told_apart = shown in tool(places[0], "-L", "-f", family)
+        assert (f"{protocol.kind}-{family}" in declared) == is_told_apart
+
+
+def test_protocol_that_the_kernel_takes_and_forgets_the_ports_of_is_not_declared(
+    places: list[str], driver: LinuxConntrackDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protocol 253 is for experiments (RFC 3692): no kernel knows it, and each takes entries of it."""
+    unknown = dataclasses.replace(protocols.UDPLITE, name="nothing", label="Nothing", number=253)
+    monkeypatch.setattr(protocols, "BY_NUMBER", protocols.BY_NUMBER | {253: unknown})
+    known = protocols.of_template
+    monkeypatch.setattr(
+        protocols, "of_template", lambda name, family: unknown if name.startswith("udplite") else known(name, family)
+    )
+    monkeypatch.setattr(nl, "OPTIONAL", {unknown: "CONFIG_NOTHING"})
+    monkeypatch.setattr(probe, "_FOUND", [])
+    assert probe.features().optional == frozenset()
+    able = driver.capabilities(scope_of(places[0]))
+    assert not any(name.startswith("udplite") for name in able.templates)
+    assert [note for note in able.notes if "Nothing" in note]
+    tool(places[0], "-I", "-p", "253", "-w", "5", "-t", "60", "-s", "192.0.2.10", "-d", "198.51.100.1")
+    (left,) = omitted(driver, scope_of(places[0]))
+    assert left.reason == "protocol nothing is not carried"
+
+
 def test_answers_that_are_said_to_fit_do_fit(places: list[str], driver: LinuxConntrackDriver) -> None:
     """With the smallest of buffers as well: no answer of the kernel's is ever dropped."""
     for octets in (1 << 12, 1 << 16, 1 << 20):
@@ -725,7 +766,8 @@ def test_answers_that_are_said_to_fit_do_fit(places: list[str], driver: LinuxCon
 
 def test_recorded_shapes_are_what_the_kernel_sends(places: list[str], driver: LinuxConntrackDriver) -> None:
     """Entries of all kinds at once, in one dump: mixed lengths, marks, families."""
-    sent = {name: flows(TEMPLATES[name], 100) for name in sorted(TEMPLATES) if "nat" not in name}
+    declared = driver.capabilities(scope_of(places[0])).templates
+    sent = {name: flows(TEMPLATES[name], 100) for name in sorted(declared)}
     for batch in sent.values():
         batch.rows["flowMark"][::2] = 0
         driver.insert(scope_of(places[0]), batch)

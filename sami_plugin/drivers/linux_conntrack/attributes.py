@@ -101,6 +101,12 @@ IDENTIFIERS: dict[protocols.Identifiers, tuple[Part, ...]] = {
 }
 """What `protocols.Identifiers` are in a tuple, in the order in which they are sent."""
 
+OPTIONAL: dict[protocols.Protocol, str] = {
+    protocols.UDPLITE: "CONFIG_NF_CT_PROTO_UDPLITE",
+}
+"""Protocols that a kernel may be built without, or have no more. It tracks them by their addresses alone then, takes
+inserts with ports, forgets the ports, and says nothing."""
+
 FLAG_WINDOW_SCALE = 0x01
 FLAG_BE_LIBERAL = 0x08
 FLAG_MAXACK_SET = 0x20

@@ -354,10 +354,13 @@ def _template(family: int, number: int, fields: Mapping[str, int], raw: bytes, s
     if family not in families or protocol is None:
         return None
     version = families[family][-1]
+    parts = nl.IDENTIFIERS[protocol.identifiers]
+    if protocol in nl.OPTIONAL and not any(f"orig.{part.name}" in fields for part in parts):
+        return None  # this kernel does not know the protocol
     needed = {"orig.protocol", "reply.protocol"}
     for direction in ("orig.", "reply."):
         needed |= {f"{direction}source{version}", f"{direction}destination{version}"}
-        needed |= {f"{direction}{part.name}" for part in nl.IDENTIFIERS[protocol.identifiers]}
+        needed |= {f"{direction}{part.name}" for part in parts}
     missing = needed - fields.keys()
     if missing:
         raise errors.Malformed(f"an entry lacks {', '.join(sorted(missing))}", f"octet {start}")

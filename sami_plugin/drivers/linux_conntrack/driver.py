@@ -20,6 +20,7 @@ from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Of
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
 from sami_plugin.model.flows import BARRED, Addresses, Batch, Omitted, Rows, Template, has_end_in, names, turned_round
 from sami_plugin.model.keys import KeyIndex, key_words
+from sami_plugin.model.protocols import PROTOCOLS
 from sami_plugin.model.results import Outcome, Reason, Results, results
 from sami_plugin.model.risk import MARKS
 from sami_plugin.model.scope import Scope
@@ -27,8 +28,11 @@ from sami_plugin.model.scope import Scope
 Mask = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.intp]
 
-TEMPLATES_CARRIED = frozenset(f"{kind}-{family}" for kind in ("tcp", "udp", "icmp") for family in ("ipv4", "ipv6"))
-"""Translated flows are exported, so that they can be named, but not inserted yet."""
+TEMPLATES_OF_EVERY_KERNEL = frozenset(
+    f"{protocol.kind}-{family}" for protocol in PROTOCOLS if protocol not in nl.OPTIONAL for family in protocol.families
+)
+"""What is carried wherever there is conntrack. Translated flows are exported, so that they can be named, but not
+inserted yet."""
 
 _REASONS = {
     errno.EEXIST: Reason.EXISTS,
@@ -92,7 +96,7 @@ class LinuxConntrackDriver(FlowDriver):
         can_watch = privileged.in_namespace(namespace, lambda: sysctl("nf_conntrack_events")) != 0
         found = probe.features()
         return Capabilities(
-            templates=TEMPLATES_CARRIED,
+            templates=TEMPLATES_OF_EVERY_KERNEL | (found.optional or frozenset()),
             can_watch=can_watch,
             capacity=min(limits, default=None),
             in_use=in_use,
@@ -152,7 +156,7 @@ class LinuxConntrackDriver(FlowDriver):
     # --- what changes it
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
-        if batch.template.name not in TEMPLATES_CARRIED:
+        if not _is_carried(batch.template):
             return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
         made = results(len(batch))
         _refuse(made, ~_has_zone(scope, batch), Reason.NOT_DECLARED)
@@ -283,6 +287,11 @@ class LinuxConntrackDriver(FlowDriver):
                 if scope.is_shared:
                     victims = victims.take(~has_end_in(victims, _neighbours(scope)))
                 _ask(connection, Request.DELETE_WITH_ID, victims, _zones(scope, victims))
+
+
+def _is_carried(template: Template) -> bool:
+    # The kernel would say nothing: an insert of a protocol that it does not know succeeds without the ports.
+    return template.name in TEMPLATES_OF_EVERY_KERNEL or template.name in (probe.features().optional or ())
 
 
 def _ask(
@@ -447,6 +456,10 @@ def _notes(found: probe.Features, can_watch: bool, receive_octets: int) -> Itera
         yield f"the kernel's abilities could not be tried: {found.why_unknown}"
     if found.keeps_zones is False:
         yield "the kernel has no conntrack zones; it needs CONFIG_NF_CONNTRACK_ZONES"
+    if found.optional is not None:
+        for protocol, option in nl.OPTIONAL.items():
+            if not {f"{protocol.kind}-{family}" for family in protocol.families} <= found.optional:
+                yield f"the kernel does not track {protocol.label}, so such flows are left behind; it needs {option}"
     if found.keeps_marks is False:
         yield "the kernel keeps no conntrack marks; it needs CONFIG_NF_CONNTRACK_MARK"
     if found.filters_dump_by_zone is False:

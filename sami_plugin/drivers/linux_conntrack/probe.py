@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from sami_plugin import errors, privileged
+from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Request, dump_request, requests
 from sami_plugin.drivers.linux_conntrack.netlink import Connection
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Template, ZoneRole
+from sami_plugin.model.keys import KeyIndex
+from sami_plugin.model.results import lost_fields
 
 _LOCK = threading.Lock()
 _FOUND: list[Features] = []
@@ -24,6 +27,8 @@ class Features:
     filters_dump_by_zone: bool | None = None
     keeps_zones: bool | None = None
     keeps_marks: bool | None = None
+    optional: frozenset[str] | None = None
+    """Templates of protocols that not every kernel tracks (`attributes.OPTIONAL`) and this one does."""
     why_unknown: str = ""
 
 
@@ -40,21 +45,16 @@ def features() -> Features:
 
 
 def _try() -> Features:
-    rows = TEMPLATES["udp-ipv4"].empty(2)
-    rows["zoneRole"] = ZoneRole.PORT, ZoneRole.SNAT
-    rows["protocolIdentifier"] = 17
-    rows["sourceIPv4Address"], rows["destinationIPv4Address"] = 0xC0000201, 0xC0000202
-    rows["sourceTransportPort"], rows["destinationTransportPort"] = 9, 9
-    rows["conntrackStatus"] = FlowStatus.CONFIRMED
-    rows["remainingTimeoutSeconds"], rows["flowMark"] = 60, 1
     zones = {ZoneRole.PORT: 7, ZoneRole.SNAT: 8}
+    rows = Batch.joined(TEMPLATES["udp-ipv4"], [_flow(TEMPLATES["udp-ipv4"]).rows] * 2).rows
+    rows["zoneRole"] = ZoneRole.PORT, ZoneRole.SNAT
     connection = privileged.in_new_namespace(lambda: Connection(None))
     try:
         batch = Batch(TEMPLATES["udp-ipv4"], rows)
         codes, _ = connection.ask(requests(Request.INSERT, batch, np.array([7, 8], np.uint16)))
         if codes.any():
-            # Without zones the kernel refuses the attribute; there is no more to learn then.
-            return Features(filters_dump_by_zone=False, keeps_zones=False)
+            # Without zones the kernel refuses the attribute; there is no more to learn of zones then.
+            return Features(filters_dump_by_zone=False, keeps_zones=False, optional=_optional(connection))
         came, found = 0, []
         for messages in connection.dump(dump_request(8)):
             came += len(messages)
@@ -64,6 +64,47 @@ def _try() -> Features:
             filters_dump_by_zone=came == 1,
             keeps_zones=bool((kept["zoneRole"] == ZoneRole.SNAT).any()),
             keeps_marks=bool(len(kept) and (kept["flowMark"] == 1).all()),
+            optional=_optional(connection),
         )
     finally:
         connection.close()
+
+
+def _optional(connection: Connection) -> frozenset[str]:
+    """The templates of optional protocols of which this kernel keeps a flow as it was sent."""
+    templates = [TEMPLATES[f"{protocol.kind}-{family}"] for protocol in nl.OPTIONAL for family in protocol.families]
+    for template in templates:
+        connection.ask(requests(Request.INSERT, _flow(template), np.zeros(1, np.uint16)))
+    kept = set()
+    decoder = Decoder({ZoneRole.PORT: 0})
+    for messages in connection.dump(dump_request(None)):
+        for part in decoder.decode(messages):
+            if isinstance(part, Decoded) and part.batch.template in templates:
+                sent = _flow(part.batch.template)
+                at = KeyIndex(part.batch).find(sent)
+                # Marks are tried elsewhere.
+                if at[0] >= 0 and not _lost(sent, part.batch.take(at)) - {"flowMark"}:
+                    kept.add(part.batch.template.name)
+    return frozenset(kept)
+
+
+def _lost(sent: Batch, kept: Batch) -> set[str]:
+    lost = int(lost_fields(sent, kept.rows)[0])
+    return {field[0] for position, field in enumerate(sent.template.state) if lost >> position & 1}
+
+
+def _flow(template: Template) -> Batch:
+    """A flow of which no field is 0."""
+    rows = template.empty(1)
+    family = "IPv6" if template.is_ipv6 else "IPv4"
+    for number, end in enumerate(("source", "destination"), 1):
+        rows[f"{end}{family}Address"] = (0x20010DB8 << 32, number) if template.is_ipv6 else 0xC0000200 + number
+    protocol = template.protocol
+    rows["zoneRole"], rows["protocolIdentifier"] = ZoneRole.PORT, protocol.number
+    for number, name in enumerate((*protocol.identifiers.names, *(field[0] for field in protocol.state)), 9):
+        rows[name] = number
+    if protocol.states is not None:
+        rows[protocol.state_field] = protocol.states["ESTABLISHED"]
+    rows["conntrackStatus"] = FlowStatus.CONFIRMED
+    rows["remainingTimeoutSeconds"], rows["flowMark"] = 60, 1
+    return Batch(template, rows)

@@ -19,10 +19,10 @@ from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeouts
 from sami_plugin.drivers.linux_conntrack.netlink import Messages, frame, frame_single
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole
-from sami_plugin.model.protocols import TcpState
+from sami_plugin.model.protocols import Protocol, TcpState
 
 # A dump of Linux 6.18: of each of the six untranslated templates two flows without and two with a mark in zone 5, two
-# TCP flows in zone 0, one each of udplite, translated TCP and translated UDP in zone 5; at last DONE.
+# TCP flows in zone 0, one each of UDP-Lite, translated TCP and translated UDP in zone 5; at last DONE.
 RECORDED = pathlib.Path(__file__).with_name("linux_conntrack_dump.bin").read_bytes()
 TCP = TEMPLATES["tcp-ipv4"]
 SEQUENCE, PORT = 0x11223344, 0x55667788
@@ -59,10 +59,12 @@ def message(body: bytes, kind: int = nl.CT_NEW, sequence: int = SEQUENCE, port: 
     return struct.pack("=IHHII", 16 + len(body), kind, 2, sequence, port) + body
 
 
-def entry(*more: bytes, protocol: int = 6, family: int = 2, extra: bytes = b"") -> bytes:
+def entry(
+    *more: bytes, protocol: int = 6, family: int = 2, extra: bytes = b"", ports: tuple[int, ...] = (40000, 443)
+) -> bytes:
     """A message about a TCP flow 192.0.2.10:40000 > 198.51.100.1:443 in zone 5."""
 
-    def side(source: str, destination: str, ports: tuple[int, int]) -> bytes:
+    def side(source: str, destination: str, ports: tuple[int, ...]) -> bytes:
         addresses = attribute(1, netaddr.IPAddress(source).packed) + attribute(2, netaddr.IPAddress(destination).packed)
         proto = attribute(1, bytes([protocol])) + b"".join(
             attribute(2 + number, struct.pack(">H", port)) for number, port in enumerate(ports)
@@ -70,8 +72,8 @@ def entry(*more: bytes, protocol: int = 6, family: int = 2, extra: bytes = b"") 
         return attribute(0x8001, addresses) + attribute(0x8002, proto) + extra
 
     body = bytes([family, 0, 0, 0])
-    body += attribute(0x8001, side("192.0.2.10", "198.51.100.1", (40000, 443)))
-    body += attribute(0x8002, side("198.51.100.1", "192.0.2.10", (443, 40000)))
+    body += attribute(0x8001, side("192.0.2.10", "198.51.100.1", ports))
+    body += attribute(0x8002, side("198.51.100.1", "192.0.2.10", ports[::-1]))
     body += attribute(nl.ZONE, struct.pack(">H", 5))
     return message(body + b"".join(more))
 
@@ -100,8 +102,8 @@ def test_recorded_dump_is_decoded_by_template_and_the_rest_named() -> None:
             counts[part.batch.template.name] += len(part.batch)
         else:
             counts[part.reason] += part.count
-    plain = {name: 4 for name in TEMPLATES if "nat" not in name}
-    assert counts == plain | {"tcp-nat-ipv4": 1, "udp-nat-ipv4": 1, "protocol udplite is not carried": 1}
+    plain = {f"{kind}-{family}": 4 for kind in ("tcp", "udp", "icmp") for family in ("ipv4", "ipv6")}
+    assert counts == plain | {"tcp-nat-ipv4": 1, "udp-nat-ipv4": 1, "udplite-ipv4": 1}
 
 
 def test_recorded_tcp_flow_has_its_fields() -> None:
@@ -132,7 +134,7 @@ def test_numbers_of_messages_lead_back_to_them() -> None:
                 start = messages.starts[number]
                 raw = messages.octets[start : start + messages.lengths[number]].tobytes()
                 assert attribute(nl.ID, int(row["flowId"]).to_bytes(4, "big")) in raw
-    assert len(seen) == len(set(seen)) == ENTRIES - 1
+    assert len(seen) == len(set(seen)) == ENTRIES
 
 
 def test_zone_zero_is_a_zone_like_others() -> None:
@@ -154,7 +156,7 @@ def test_addresses_are_looked_for_at_all_four_ends(address: str) -> None:
     elif address == "203.0.113.1":
         assert set(counts) == {"tcp-nat-ipv4", "udp-nat-ipv4"}
     else:
-        assert "protocol udplite is not carried" in counts
+        assert "udplite-ipv4" in counts
         assert "tcp-nat-ipv4" in counts
     assert not decoded(RECORDED, addresses=())
 
@@ -196,9 +198,23 @@ def test_unknown_attributes_are_stepped_over() -> None:
 
 
 def test_protocols_of_one_shape_are_told_apart() -> None:
-    parts = decoded(entry(protocol=17) + entry(protocol=136) + entry(protocol=17))
-    assert [part.reason for part in parts if isinstance(part, Omitted)] == ["protocol udplite is not carried"]
-    assert sum(len(part.batch) for part in parts if isinstance(part, Decoded)) == 2
+    parts = decoded(entry(protocol=17) + entry(protocol=33) + entry(protocol=136) + entry(protocol=17))
+    assert [part.reason for part in parts if isinstance(part, Omitted)] == ["protocol dccp is not carried"]
+    told = {part.batch.template.name: len(part.batch) for part in parts if isinstance(part, Decoded)}
+    assert told == {"udp-ipv4": 2, "udplite-ipv4": 1}
+
+
+@pytest.mark.parametrize("protocol", nl.OPTIONAL, ids=lambda each: each.name)
+def test_protocol_that_the_kernel_does_not_know_is_omitted_by_name(protocol: Protocol) -> None:
+    """It tracks such entries by their addresses then, and tells nothing else of them."""
+    (part,) = decoded(entry(protocol=protocol.number, ports=()))
+    name = f"{protocol.name} 192.0.2.10 > 198.51.100.1"
+    assert part == Omitted(f"protocol {protocol.name} is not carried", 1, (name,))
+
+
+def test_entry_of_tcp_without_ports_is_malformed() -> None:
+    with pytest.raises(errors.Malformed, match=r"lacks orig\.destination_port"):
+        decoded(entry(ports=()))
 
 
 # --- what looks like a header and is none

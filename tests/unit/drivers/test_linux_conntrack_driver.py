@@ -155,6 +155,35 @@ def test_each_errno_has_its_reason(code: int, reason: Reason) -> None:
     assert [(one["outcome"], one["reason"]) for one in made] == [done, refused, done, done, refused]
 
 
+OPTIONAL = sorted(f"{protocol.kind}-{family}" for protocol in nl.OPTIONAL for family in protocol.families)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("known", [frozenset(), None], ids=["lacking", "not tried"])
+def test_kind_that_this_kernel_does_not_keep_is_refused_before_the_kernel_is_asked(
+    name: str, known: frozenset[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "features", lambda: probe.Features(optional=known))
+    kernel = Kernel({})
+    made = driver_of(kernel).insert(SCOPE, flows(TEMPLATES[name], 3))
+    assert {(int(one["outcome"]), int(one["reason"])) for one in made} == {(Outcome.REFUSED, Reason.NOT_DECLARED)}
+    assert not kernel.seen
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_kind_that_this_kernel_keeps_is_inserted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "features", lambda: probe.Features(optional=frozenset(OPTIONAL)))
+    made = driver_of(Kernel({})).insert(SCOPE, flows(TEMPLATES[name], 3))
+    assert set(made["outcome"]) == {Outcome.IMPORTED}
+
+
+def test_kinds_of_every_kernel_are_not_tried_for_an_insert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "features", lambda: pytest.fail("the kernel was tried"))
+    for name in sorted(set(PLAIN) - set(OPTIONAL)):
+        made = driver_of(Kernel({})).insert(SCOPE, flows(TEMPLATES[name], 1))
+        assert set(made["outcome"]) == {Outcome.IMPORTED}
+
+
 def test_full_table_is_told_apart_from_missing_memory() -> None:
     kernel = Kernel({nl.CT_NEW: lambda count: [errno.ENOMEM] * count}, in_use=10, capacity=10)
     made = driver_of(kernel).insert(SCOPE, flows(TEMPLATES["udp-ipv4"], 2))
