@@ -186,6 +186,14 @@ _TRACKING_FLAGS = _sami(
     "What the firewall noted of the sender of this direction: IP_CT_TCP_FLAG_* of Linux's nf_conntrack_tcp.h "
     "(1 window scaling offered, 2 SACK permitted, 4 FIN sent, 8 be liberal about windows).",
 )
+_VERIFICATION_TAG = _sami(
+    "sctpVerificationTag",
+    17 | CRITICAL,
+    _U32,
+    _IDENTIFIER,
+    "The verification tag of SCTP packets of this direction (RFC 9260 section 8.5); 0 where none was seen. "
+    "Critical: packets of an association with another tag are dropped.",
+)
 _ALL = (
     _iana("protocolIdentifier", 4, _U8, _IDENTIFIER, "The protocol number of the IP header."),
     _iana("sourceTransportPort", 7, _U16, _IDENTIFIER, "The source port of the flow's first packet."),
@@ -264,6 +272,17 @@ _ALL = (
     ),
     _TRACKING_FLAGS,
     reversed_element(_TRACKING_FLAGS),
+    _sami(
+        "sctpAssociationState",
+        16 | CRITICAL,
+        _U8,
+        _IDENTIFIER,
+        "How far the SCTP association is, as the end that began it would tell: the numbers of RFC 3873's "
+        "sctpAssocState 1 to 8; 128 a HEARTBEAT began the flow, another path of an association; 129 nothing was seen. "
+        "Critical: without it an association that is being set up or ended would pass for an established one.",
+    ),
+    _VERIFICATION_TAG,
+    reversed_element(_VERIFICATION_TAG),
 )
 
 ELEMENTS: dict[str, InformationElement] = {element.name: element for element in _ALL}

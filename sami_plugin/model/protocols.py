@@ -40,6 +40,27 @@ class TcpState(enum.IntEnum):
     NONE = 129
 
 
+class SctpState(enum.IntEnum):
+    """Values of `sctpAssociationState`: the numbers of RFC 3873's sctpAssocState, the names of RFC 9260 section 4.
+
+    A firewall takes the end that sent the INIT for the one whose state it tells: SHUTDOWN_SENT is a SHUTDOWN of that
+    end, SHUTDOWN_RECEIVED one of the other. SHUTDOWN_PENDING is of an end alone: it has sent nothing yet.
+    HEARTBEAT_SENT (a HEARTBEAT began the flow: another path of an association) and NONE (nothing seen yet) have no
+    number there and stand above its range.
+    """
+
+    CLOSED = 1
+    COOKIE_WAIT = 2
+    COOKIE_ECHOED = 3
+    ESTABLISHED = 4
+    SHUTDOWN_PENDING = 5
+    SHUTDOWN_SENT = 6
+    SHUTDOWN_RECEIVED = 7
+    SHUTDOWN_ACK_SENT = 8
+    HEARTBEAT_SENT = 128
+    NONE = 129
+
+
 @dataclass(frozen=True, slots=True)
 class Identifiers:
     """What tells flows of a protocol apart that have the same two addresses: the last fields of their keys."""
@@ -137,10 +158,25 @@ UDP = Protocol("udp", "UDP", 17, "udp", PORTS, is_translated=True)
 ICMP = Protocol("icmp", "ICMP", 1, "icmp", _icmp("IPv4"), ("ipv4",), answers=((8, 0), (13, 14), (15, 16), (17, 18)))
 ICMPV6 = Protocol("icmpv6", "ICMP", 58, "icmp", _icmp("IPv6"), ("ipv6",), answers=((128, 129), (139, 140)))
 
+SCTP = Protocol(
+    "sctp",
+    "SCTP",
+    132,
+    "sctp",
+    PORTS,
+    state=(
+        ("sctpAssociationState", "u1"),
+        ("sctpVerificationTag", ">u4"),
+        ("reverseSctpVerificationTag", ">u4"),
+    ),
+    states=SctpState,
+    state_field="sctpAssociationState",
+)
+"""RFC 9260. Each path of an association is a flow."""
 UDPLITE = Protocol("udplite", "UDP-Lite", 136, "udplite", PORTS)
 """RFC 3828: UDP of which a part is covered by the checksum. Its ports are not UDP's."""
 
-GENERATIONS: tuple[tuple[Protocol, ...], ...] = ((TCP, UDP, ICMP, ICMPV6), (UDPLITE,))
+GENERATIONS: tuple[tuple[Protocol, ...], ...] = ((TCP, UDP, ICMP, ICMPV6), (SCTP, UDPLITE))
 """All of them. The numbers of templates on the wire follow this order, so what is added stands in a group behind."""
 
 PROTOCOLS: tuple[Protocol, ...] = tuple(protocol for some in GENERATIONS for protocol in some)
@@ -152,7 +188,7 @@ STATES: dict[str, type[enum.IntEnum]] = {
 }
 """By field, the states that a flow may be in."""
 
-_OTHERS = {2: "igmp", 33: "dccp", 47: "gre", 50: "esp", 51: "ah", 132: "sctp"}
+_OTHERS = {2: "igmp", 33: "dccp", 47: "gre", 50: "esp", 51: "ah"}
 """Names of some that are not carried."""
 
 

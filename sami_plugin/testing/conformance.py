@@ -101,6 +101,8 @@ def flows(
     if "tcpWindowScale" in fields:
         rows["tcpWindowScale"], rows["reverseTcpWindowScale"] = 7, 8
         rows["tcpTrackingFlags"], rows["reverseTcpTrackingFlags"] = 3, 3
+    if "sctpVerificationTag" in fields:
+        rows["sctpVerificationTag"], rows["reverseSctpVerificationTag"] = 0x80000001 + numbers, 0x70000001
     if "postNAPTSourceTransportPort" in fields:
         # An IntFlag is an int64 to numpy 2, and that does not fit into a column in place.
         rows["conntrackStatus"] |= np.uint32(_TRANSLATED)

@@ -7,7 +7,9 @@ than this kernel has (sockets of SCTP, tunnels) is in tests/kernels.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
+import struct
 from collections.abc import Callable, Iterator
 
 import netaddr
@@ -16,6 +18,7 @@ import pytest
 from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.model.flows import Batch, ZoneRole
+from sami_plugin.model.protocols import SctpState
 from sami_plugin.model.results import Outcome, lost_fields
 from sami_plugin.model.scope import Scope
 
@@ -112,3 +115,111 @@ def test_udplite_goes_on(sides: tuple[Namespace, Namespace], scope: Scope, drive
         moves("udplite-ipv4", driver, scope, arrives, {})
         assert all(arrives() for _ in range(3))
         assert len(of("udplite-ipv4", driver, scope)) == 1
+
+
+# --- SCTP, written by hand: not every kernel has sockets of it
+
+INIT, INIT_ACK, SHUTDOWN, COOKIE_ECHO, COOKIE_ACK, DATA = 1, 2, 7, 10, 11, 0
+TAG_OF_THERE, TAG_OF_HERE = 0xA1B2C3D4, 0x01020304
+"""What packets to `THERE`, and to `HERE`, carry."""
+
+
+def crc32c(octets: bytes) -> int:
+    """RFC 9260 appendix A."""
+    crc = 0xFFFFFFFF
+    for octet in octets:
+        crc ^= octet
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def chunk(kind: int, value: bytes = b"") -> bytes:
+    return struct.pack("!BBH", kind, 3 if kind == DATA else 0, 4 + len(value)) + value
+
+
+def packet(ports: tuple[int, int], tag: int, content: bytes) -> bytes:
+    without = struct.pack("!HHII", *ports, tag, 0) + content
+    return without[:8] + struct.pack("<I", crc32c(without)) + without[12:]
+
+
+def introduction(tag: int) -> bytes:
+    """What INIT and INIT ACK hold."""
+    return struct.pack("!IIHHI", tag, 1 << 16, 1, 1, 1)
+
+
+class Association:
+    """Both ends of an association that `HERE` has begun, as the firewall of `HERE` sees it."""
+
+    def __init__(self, here: socket.socket, there: socket.socket) -> None:
+        self._here, self._there = here, there
+        self._numbers = itertools.count()
+        assert self.to_there(0, chunk(INIT, introduction(TAG_OF_HERE)))
+        assert self.to_here(TAG_OF_HERE, chunk(INIT_ACK, introduction(TAG_OF_THERE)))
+        assert self.to_there(TAG_OF_THERE, chunk(COOKIE_ECHO, b"cook"))
+        assert self.to_here(TAG_OF_HERE, chunk(COOKIE_ACK))
+
+    def to_there(self, tag: int, content: bytes) -> bool:
+        return self._passes(self._here, self._there, THERE, packet((4000, 5000), tag, content))
+
+    def to_here(self, tag: int, content: bytes) -> bool:
+        return self._passes(self._there, self._here, HERE, packet((5000, 4000), tag, content))
+
+    def data_arrives(self, tag: int = TAG_OF_HERE) -> bool:
+        number = next(self._numbers)
+        return self.to_here(tag, chunk(DATA, struct.pack("!IHHI", number, 0, 0, 0) + struct.pack("!I", number)))
+
+    def data_leaves(self) -> bool:
+        number = next(self._numbers)
+        content = struct.pack("!IHHI", number, 0, 0, 0) + struct.pack("!I", number)
+        return self.to_there(TAG_OF_THERE, chunk(DATA, content))
+
+    @staticmethod
+    def _passes(sender: socket.socket, receiver: socket.socket, address: str, octets: bytes) -> bool:
+        sender.sendto(octets, (address, 0))
+        with contextlib.suppress(TimeoutError):
+            return receiver.recv(2000)[20:] == octets
+        return False
+
+
+def raw(sides: tuple[Namespace, Namespace], protocol: int, undo: contextlib.ExitStack) -> list[socket.socket]:
+    """A socket on each side for whatever is in the IP header's payload."""
+    ends = []
+    for namespace, address in zip(sides, (HERE, THERE), strict=True):
+        with namespace.inside():
+            end = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol))
+        end.bind((address, 0))
+        end.settimeout(SECONDS)
+        ends.append(end)
+    return ends
+
+
+@pytest.fixture
+def association(sides: tuple[Namespace, Namespace]) -> Iterator[Association]:
+    with contextlib.ExitStack() as undo:
+        yield Association(*raw(sides, socket.IPPROTO_SCTP, undo))
+
+
+def test_sctp_goes_on_with_its_state_and_tags(
+    association: Association, scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    flow = moves("sctp-ipv4", driver, scope, association.data_arrives, {})
+    assert flow.rows["sctpAssociationState"].tolist() == [SctpState.ESTABLISHED]
+    assert flow.rows["sctpVerificationTag"].tolist() == [TAG_OF_THERE]
+    assert flow.rows["reverseSctpVerificationTag"].tolist() == [TAG_OF_HERE]
+    for _ in range(3):
+        assert association.data_arrives()
+        assert association.data_leaves()
+    assert not association.data_arrives(tag=99), "the firewall lets in what is of no association"
+    assert association.to_here(TAG_OF_HERE, chunk(SHUTDOWN, bytes(4)))
+    ending = of("sctp-ipv4", driver, scope)
+    assert ending.rows["sctpAssociationState"].tolist() == [SctpState.SHUTDOWN_RECEIVED]
+
+
+def test_sctp_with_another_tag_is_another_association(
+    association: Association, scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    """Which is why the tags are critical elements."""
+    moves("sctp-ipv4", driver, scope, association.data_arrives, {"reverseSctpVerificationTag": 5})
+    assert not association.data_arrives()
+    assert association.data_arrives(tag=5)

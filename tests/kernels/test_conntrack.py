@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -17,8 +18,9 @@ from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, probe
 from sami_plugin.drivers.linux_conntrack.encode import dump_request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection
-from sami_plugin.model.flows import TEMPLATES, Batch, Omitted, ZoneRole
-from sami_plugin.model.results import Outcome
+from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole, names
+from sami_plugin.model.protocols import SctpState
+from sami_plugin.model.results import Outcome, lost_fields
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import PORT_ADDRESSES, flows
 
@@ -30,7 +32,10 @@ HERE, THERE = "10.9.0.1", "10.9.0.2"
 SECURED = """table inet zones {
   chain out { type filter hook output priority raw; ct zone set 5; }
   chain in { type filter hook prerouting priority raw; ct zone set 5; }
-  chain tracked { type filter hook input priority filter; ct state established accept; }
+  chain guard {
+    type filter hook input priority filter; policy drop;
+    ct state established accept; meta l4proto icmp accept;
+  }
 }
 """
 
@@ -92,30 +97,49 @@ def test_neighbours_zones_are_neither_told_nor_touched_whether_the_kernel_filter
         assert len(ports(driver, theirs)) == 5
 
 
-def test_sctp_association_is_named_as_left_behind_and_goes_on(driver: LinuxConntrackDriver) -> None:
-    near, far = Namespace("sctp-near"), Namespace("sctp-far")
-    try:
-        near.ip("link add eth0 type veth peer name eth0 netns sctp-far")
+@pytest.fixture
+def sides() -> Iterator[tuple[Namespace, Namespace]]:
+    """The guest's, with a firewall, and its peer's."""
+    with contextlib.ExitStack() as undo:
+        near, far = Namespace("kinds-near"), Namespace("kinds-far")
+        for namespace in (near, far):
+            undo.callback(namespace.close)
+        near.ip("link add eth0 type veth peer name eth0 netns kinds-far")
         for namespace, address in ((near, HERE), (far, THERE)):
             namespace.ip(f"address add {address}/24 dev eth0", "link set eth0 up")
         near.run(["nft", "-f", "-"], SECURED)
-        client, server = associated(near, far)
-        with client, server:
-            scope = Scope("port", "guest", {ZoneRole.PORT: 5}, (netaddr.IPAddress(HERE),), near.path)
-            for batch in driver.export(scope):
-                if isinstance(batch, Batch):
-                    driver.remove(scope, batch.identities)
-            (left,) = driver.export(scope)
-            assert isinstance(left, Omitted)
-            assert (left.reason, left.count) == ("protocol sctp is not carried", 1)
-            assert left.examples == (f"sctp {HERE}:{client.getsockname()[1]} > {THERE}:5000",)
-            for sender, receiver in ((client, server), (server, client)):
-                sender.send(b"still there")
-                assert receiver.recv(100) == b"still there"
-            assert "ESTABLISHED" in near.run(["conntrack", "-L", "-p", "sctp"])
-    finally:
-        near.close()
-        far.close()
+        yield near, far
+
+
+def test_sctp_association_goes_on_when_its_entry_was_put_in_again(
+    driver: LinuxConntrackDriver, sides: tuple[Namespace, Namespace]
+) -> None:
+    client, server = associated(*sides)
+    with client, server:
+        scope = Scope("port", "guest", {ZoneRole.PORT: 5}, (netaddr.IPAddress(HERE),), sides[0].path)
+        told = {batch.template.name: batch for batch in driver.export(scope) if isinstance(batch, Batch)}
+        association = told["sctp-ipv4"]
+        assert names(association) == (f"sctp {HERE}:{client.getsockname()[1]} > {THERE}:5000",)
+        (row,) = association.rows
+        assert row["sctpAssociationState"] == SctpState.ESTABLISHED
+        assert row["sctpVerificationTag"] != 0
+        assert row["reverseSctpVerificationTag"] != 0
+
+        assert driver.remove(scope, association.identities)["outcome"].tolist() == [Outcome.REMOVED]
+        server.send(b"kept out")
+        client.settimeout(3)
+        with pytest.raises(TimeoutError):
+            client.recv(100)
+        assert driver.insert(scope, association)["outcome"].tolist() == [Outcome.IMPORTED]
+        kept, present = driver.read_back(scope, association)
+        assert present.all()
+        assert not lost_fields(association, kept.rows).any()
+        client.settimeout(60)
+        assert client.recv(100) == b"kept out", "what was not let in is sent again"
+        for sender, receiver in ((client, server), (server, client)):
+            sender.send(b"goes on")
+            assert receiver.recv(100) == b"goes on"
+        assert "ESTABLISHED" in sides[0].run(["conntrack", "-L", "-p", "sctp"])
 
 
 def associated(near: Namespace, far: Namespace) -> tuple[socket.socket, socket.socket]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sami_plugin.model import protocols
 from sami_plugin.model.flows import FlowStatus
-from sami_plugin.model.protocols import TcpState
+from sami_plugin.model.protocols import SctpState, TcpState
 
 # --- netlink
 NETLINK_NETFILTER = 12
@@ -64,9 +64,14 @@ PROTO_ICMP_ID, PROTO_ICMP_TYPE, PROTO_ICMP_CODE = 4, 5, 6
 PROTO_ICMPV6_ID, PROTO_ICMPV6_TYPE, PROTO_ICMPV6_CODE = 7, 8, 9
 # --- inside protoinfo
 PROTOINFO_TCP = 1
+PROTOINFO_SCTP = 3
 TCP_STATE = 1
 TCP_WSCALE_ORIGINAL, TCP_WSCALE_REPLY = 2, 3  # taken only if both directions' flags hold WINDOW_SCALE
 TCP_FLAGS_ORIGINAL, TCP_FLAGS_REPLY = 4, 5  # one octet of flags, one of mask: which flags to set or clear
+# All three are needed at create (EINVAL). The tags are those that packets of the direction carry; without the right one
+# DATA and SACK are INVALID.
+SCTP_STATE = 1
+SCTP_TAG_ORIGINAL, SCTP_TAG_REPLY = 2, 3
 # --- of GET_STATS
 STATS_GLOBAL_ENTRIES, STATS_GLOBAL_MAX_ENTRIES = 1, 2
 
@@ -102,6 +107,7 @@ IDENTIFIERS: dict[protocols.Identifiers, tuple[Part, ...]] = {
 """What `protocols.Identifiers` are in a tuple, in the order in which they are sent."""
 
 OPTIONAL: dict[protocols.Protocol, str] = {
+    protocols.SCTP: "CONFIG_NF_CT_PROTO_SCTP",
     protocols.UDPLITE: "CONFIG_NF_CT_PROTO_UDPLITE",
 }
 """Protocols that a kernel may be built without, or have no more. It tracks them by their addresses alone then, takes
@@ -147,5 +153,30 @@ STATE_TO_KERNEL[list(_KERNEL_STATES)] = range(len(_KERNEL_STATES))
 STATE_TO_KERNEL[TcpState.FIN_WAIT_2] = STATE_TO_KERNEL[TcpState.CLOSE_WAIT]
 STATE_TO_KERNEL[TcpState.CLOSING] = STATE_TO_KERNEL[TcpState.LAST_ACK]
 
-STATES_TO_KERNEL = {"tcpConnectionState": STATE_TO_KERNEL}
+# enum sctp_conntrack in kernel order. The ninth, HEARTBEAT_ACKED, was another path in use; since 6.3, and in updates of
+# kernels before, the kernel calls that ESTABLISHED.
+_KERNEL_SCTP_STATES = (
+    SctpState.NONE,
+    SctpState.CLOSED,
+    SctpState.COOKIE_WAIT,
+    SctpState.COOKIE_ECHOED,
+    SctpState.ESTABLISHED,
+    SctpState.SHUTDOWN_SENT,
+    SctpState.SHUTDOWN_RECEIVED,
+    SctpState.SHUTDOWN_ACK_SENT,
+    SctpState.HEARTBEAT_SENT,
+)
+SCTP_HEARTBEAT_ACKED = 9
+
+SCTP_STATE_FROM_KERNEL = np.zeros(256, np.uint8)
+"""As STATE_FROM_KERNEL, for `SctpState`."""
+SCTP_STATE_FROM_KERNEL[: len(_KERNEL_SCTP_STATES)] = _KERNEL_SCTP_STATES
+SCTP_STATE_FROM_KERNEL[SCTP_HEARTBEAT_ACKED] = SctpState.ESTABLISHED
+
+SCTP_STATE_TO_KERNEL = np.full(256, NO_STATE, np.uint8)
+SCTP_STATE_TO_KERNEL[list(_KERNEL_SCTP_STATES)] = range(len(_KERNEL_SCTP_STATES))
+# Of an end that has data to send before it ends the association; no chunk says so.
+SCTP_STATE_TO_KERNEL[SctpState.SHUTDOWN_PENDING] = SCTP_STATE_TO_KERNEL[SctpState.ESTABLISHED]
+
+STATES_TO_KERNEL = {"tcpConnectionState": STATE_TO_KERNEL, "sctpAssociationState": SCTP_STATE_TO_KERNEL}
 """By field of a row."""

@@ -59,7 +59,12 @@ _ENTRY: _Known = {
             nl.TCP_WSCALE_REPLY: ("reply_scale", 1),
             nl.TCP_FLAGS_ORIGINAL: ("flags", 2),
             nl.TCP_FLAGS_REPLY: ("reply_flags", 2),
-        }
+        },
+        nl.PROTOINFO_SCTP: {
+            nl.SCTP_STATE: ("sctp_state", 1),
+            nl.SCTP_TAG_ORIGINAL: ("tag", 4),
+            nl.SCTP_TAG_REPLY: ("reply_tag", 4),
+        },
     },
 }
 _DIRECTIONS = {nl.TUPLE_ORIG: "orig.", nl.TUPLE_REPLY: "reply."}
@@ -206,6 +211,10 @@ class Decoder:
             rows["reverseTcpWindowScale"] = columns.u1("reply_scale")
             rows["tcpTrackingFlags"] = columns.u1("flags")
             rows["reverseTcpTrackingFlags"] = columns.u1("reply_flags")
+        if template.protocol is protocols.SCTP and "sctp_state" in shape.fields:
+            rows["sctpAssociationState"] = nl.SCTP_STATE_FROM_KERNEL[columns.u1("sctp_state")]
+            rows["sctpVerificationTag"] = columns.u4("tag")
+            rows["reverseSctpVerificationTag"] = columns.u4("reply_tag")
         if "timeout" not in shape.fields:
             self._complete_offloaded(rows, is_tcp)
         if "postNATSource" + family + "Address" in template.dtype.names:  # type: ignore[operator]

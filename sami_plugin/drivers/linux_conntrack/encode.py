@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER, HEADER_OCTETS, Octets
+from sami_plugin.model import protocols
 from sami_plugin.model.flows import Batch, FlowStatus, Template
 
 _NESTED = 0x8000
@@ -92,6 +93,8 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
             # unless it is told to be liberal in both directions.
             fields["flags"] = rows["tcpTrackingFlags"] | np.uint8(nl.FLAG_BE_LIBERAL)
             fields["reply_flags"] = rows["reverseTcpTrackingFlags"] | np.uint8(nl.FLAG_BE_LIBERAL)
+        if "sctp_state" in names:
+            fields["sctp_state"] = nl.SCTP_STATE_TO_KERNEL[rows["sctpAssociationState"]]
     return octets
 
 
@@ -101,6 +104,8 @@ _ROW_FIELDS = {
     "id": "flowId",
     "scale": "tcpWindowScale",
     "reply_scale": "reverseTcpWindowScale",
+    "tag": "sctpVerificationTag",
+    "reply_tag": "reverseSctpVerificationTag",
 }
 
 
@@ -111,8 +116,8 @@ def layout(request: Request, template: Template, has_zone: bool) -> Layout:
     if request is Request.INSERT:
         attributes.append((nl.TUPLE_REPLY, _tuple(template, "reply"), None))
         attributes += [(nl.STATUS, "status", ">u4"), (nl.TIMEOUT, "timeout", ">u4"), (nl.MARK, "mark", ">u4")]
-        if "tcpConnectionState" in (template.dtype.names or ()):
-            attributes.append((nl.PROTOINFO, [(nl.PROTOINFO_TCP, _TCP, None)], None))
+        if template.protocol in _PROTOINFO:
+            attributes.append((nl.PROTOINFO, [_PROTOINFO[template.protocol]], None))
     if request is Request.RENEW:
         attributes.append((nl.TIMEOUT, "timeout", ">u4"))
     if request is Request.DELETE_WITH_ID:
@@ -145,6 +150,17 @@ _TCP: list[Any] = [
     (nl.TCP_FLAGS_ORIGINAL, "flags", "flags"),
     (nl.TCP_FLAGS_REPLY, "reply_flags", "flags"),
 ]
+
+
+_SCTP: list[Any] = [
+    (nl.SCTP_STATE, "sctp_state", "u1"),
+    (nl.SCTP_TAG_ORIGINAL, "tag", ">u4"),
+    (nl.SCTP_TAG_REPLY, "reply_tag", ">u4"),
+]
+_PROTOINFO: dict[protocols.Protocol, Any] = {
+    protocols.TCP: (nl.PROTOINFO_TCP, _TCP, None),
+    protocols.SCTP: (nl.PROTOINFO_SCTP, _SCTP, None),
+}
 
 
 def _tuple(template: Template, direction: str) -> list[Any]:

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Template, ZoneRole
-from sami_plugin.model.protocols import TcpState
+from sami_plugin.model.protocols import SctpState, TcpState
 
-PROTOCOLS = {"tcp-": 6, "udp-": 17, "icmp-ipv4": 1, "icmp-ipv6": 58, "udplite-": 136}
+PROTOCOLS = {"tcp-": 6, "udp-": 17, "icmp-ipv4": 1, "icmp-ipv6": 58, "sctp-": 132, "udplite-": 136}
 
 FLOW_TEMPLATES = tuple(TEMPLATES.values())
 # Names of translated flows are on the wire what names of others are, and come back as those.
@@ -30,6 +30,7 @@ def batches_of(draw: st.DrawFn, template: Template, most: int = 12) -> Batch:
     rows["zoneRole"] = generator.choice(list(map(int, ZoneRole)), count)
     for field, values in (
         ("tcpConnectionState", TcpState),
+        ("sctpAssociationState", SctpState),
         ("tcpWindowScale", range(15)),
         ("reverseTcpWindowScale", range(15)),
         ("firewallEvent", FirewallEvent),

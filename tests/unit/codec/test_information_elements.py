@@ -38,6 +38,9 @@ SAMI_NUMBERS = {
     "tcpConnectionState": 0x2006,
     "tcpTrackingFlags": 7,
     "reverseTcpTrackingFlags": 0x4007,
+    "sctpAssociationState": 0x2010,
+    "sctpVerificationTag": 0x2011,
+    "reverseSctpVerificationTag": 0x6011,
 }
 
 
@@ -59,6 +62,15 @@ def test_reverse_of_an_iana_element_has_its_number_under_29305() -> None:
     reverse = elements.ELEMENTS["reverseTcpWindowScale"]
     assert reverse.enterprise_number(1) == 29305
     assert reverse.number == elements.ELEMENTS["tcpWindowScale"].number
+
+
+def test_reverse_of_a_critical_element_is_critical() -> None:
+    for element in elements.ELEMENTS.values():
+        reverse = elements.ELEMENTS.get(elements.reversed_name(element.name))
+        if reverse is not None:
+            assert reverse.is_critical == element.is_critical
+            assert reverse.enterprise_number(7) == (7 if element.origin is elements.Origin.SAMI else 29305)
+    assert elements.ELEMENTS["reverseSctpVerificationTag"].is_critical
 
 
 def test_every_field_of_every_template_is_an_element_and_fits_it() -> None:

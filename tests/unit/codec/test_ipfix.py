@@ -319,6 +319,18 @@ def test_unknown_critical_element_is_refused_by_name() -> None:
     assert caught.value.elements == (f"element {0x2063} of enterprise {SAMI}",)
 
 
+@pytest.mark.parametrize("left_out", ["sctpAssociationState", "sctpVerificationTag", "reverseSctpVerificationTag"])
+def test_reader_from_before_sctp_refuses_its_flows_by_name(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = ipfix.encode([flows(TEMPLATES["sctp-ipv4"], 2)], export_time=NOW)
+    element = elements.ELEMENTS[left_out]
+    monkeypatch.delitem(elements._BY_NUMBER, (element.origin, element.number))
+    with monkeypatch.context() as fresh:
+        fresh.setattr(ipfix, "_layout", ipfix._layout.__wrapped__)
+        with pytest.raises(NotUnderstood) as caught:
+            ipfix.decode(payload)
+    assert caught.value.elements == (f"element {element.number} of enterprise {SAMI}",)
+
+
 def test_critical_bit_means_nothing_under_a_strangers_number() -> None:
     decoded = ipfix.decode(one_flow([*SPECIFIERS, (9, 0x2063, 2)], ROW, bytes(2)))
     assert decoded.skipped == ("element 8291 of enterprise 9",)
@@ -423,6 +435,10 @@ def test_gaps_in_the_sequence_are_reported_and_no_error() -> None:
         ("tcp-ipv4", "tcpConnectionState", 12),
         ("tcp-nat-ipv4", "tcpWindowScale", 15),
         ("tcp-ipv6", "reverseTcpWindowScale", 255),
+        ("udp-ipv4", "protocolIdentifier", 132),
+        ("sctp-ipv4", "protocolIdentifier", 6),
+        ("sctp-ipv4", "sctpAssociationState", 0),
+        ("sctp-ipv6", "sctpAssociationState", 9),
         ("udp-ipv4-identity", "firewallEvent", 1),
         ("udp-ipv4-identity", "protocolIdentifier", 1),
         ("icmp-ipv6-identity", "protocolIdentifier", 1),

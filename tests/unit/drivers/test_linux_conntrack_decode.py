@@ -19,7 +19,7 @@ from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeouts
 from sami_plugin.drivers.linux_conntrack.netlink import Messages, frame, frame_single
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole
-from sami_plugin.model.protocols import Protocol, TcpState
+from sami_plugin.model.protocols import Protocol, SctpState, TcpState
 
 # A dump of Linux 6.18: of each of the six untranslated templates two flows without and two with a mark in zone 5, two
 # TCP flows in zone 0, one each of UDP-Lite, translated TCP and translated UDP in zone 5; at last DONE.
@@ -183,6 +183,54 @@ def test_destroy_events_protoinfo_has_the_state_alone() -> None:
     (part,) = decoded(entry(protoinfo))
     assert isinstance(part, Decoded)
     assert part.batch.rows["tcpConnectionState"][0] == TcpState.ESTABLISHED
+
+
+def sctp(state: int, *tags: int) -> bytes:
+    """CTA_PROTOINFO_SCTP as in nfnetlink_conntrack.h: 1 the state, 2 and 3 the tags of both directions."""
+    inner = attribute(1, bytes([state]))
+    inner += b"".join(attribute(number, struct.pack(">I", tag)) for number, tag in enumerate(tags, 2))
+    return attribute(0x8004, attribute(0x8003, inner))
+
+
+# enum sctp_conntrack of nf_conntrack_sctp.h, in order.
+SCTP_STATES = (
+    SctpState.NONE,
+    SctpState.CLOSED,
+    SctpState.COOKIE_WAIT,
+    SctpState.COOKIE_ECHOED,
+    SctpState.ESTABLISHED,
+    SctpState.SHUTDOWN_SENT,
+    SctpState.SHUTDOWN_RECEIVED,
+    SctpState.SHUTDOWN_ACK_SENT,
+    SctpState.HEARTBEAT_SENT,
+    SctpState.ESTABLISHED,  # HEARTBEAT_ACKED of older kernels
+)
+
+
+@pytest.mark.parametrize(("kernel", "state"), list(enumerate(SCTP_STATES)))
+def test_sctp_flow_has_its_state_and_the_tag_of_each_direction(kernel: int, state: SctpState) -> None:
+    (part,) = decoded(entry(sctp(kernel, 0xA1B2C3D4, 7), protocol=132))
+    assert isinstance(part, Decoded)
+    assert part.batch.template.name == "sctp-ipv4"
+    row = part.batch.rows[0]
+    assert row["sctpAssociationState"] == state
+    assert (row["sctpVerificationTag"], row["reverseSctpVerificationTag"]) == (0xA1B2C3D4, 7)
+    assert (row["sourceTransportPort"], row["destinationTransportPort"]) == (40000, 443)
+
+
+def test_destroy_events_protoinfo_of_sctp_has_the_state_alone() -> None:
+    (part,) = decoded(entry(sctp(4), protocol=132))
+    assert isinstance(part, Decoded)
+    row = part.batch.rows[0]
+    assert (row["sctpAssociationState"], row["sctpVerificationTag"]) == (SctpState.ESTABLISHED, 0)
+
+
+@pytest.mark.parametrize("state", SctpState)
+def test_every_state_of_sctp_has_one_that_the_kernel_takes(state: SctpState) -> None:
+    kernel = nl.SCTP_STATE_TO_KERNEL[state]
+    known = SctpState.ESTABLISHED if state is SctpState.SHUTDOWN_PENDING else state
+    assert SCTP_STATES[kernel] == known
+    assert kernel < 9, "kernels from 6.3 on have no HEARTBEAT_ACKED"
 
 
 def test_zone_of_one_direction_is_omitted_by_name() -> None:

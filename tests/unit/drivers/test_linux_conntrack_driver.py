@@ -38,6 +38,9 @@ def test_what_is_inserted_decodes_to_what_was_meant(name: str) -> None:
     sent = flows(TEMPLATES[name], 7)
     if "tcp" in name:
         sent.rows["tcpConnectionState"] = [1, 3, 4, 5, 6, 8, 9]
+    if "sctp" in name:
+        sent.rows["sctpAssociationState"] = [1, 2, 3, 4, 6, 7, 128]
+        sent.rows["sctpVerificationTag"] = [0, 1, 2**32 - 1, 3, 4, 5, 6]
     octets = requests(Request.INSERT, sent, np.full(7, 5, np.uint16))
     (part,) = Decoder({ZoneRole.PORT: 5}).decode(as_messages(octets))
     assert isinstance(part, Decoded)
@@ -54,6 +57,28 @@ def test_flags_mask_spares_what_speaks_of_sequence_numbers() -> None:
     octets = requests(Request.INSERT, flows(TEMPLATES["tcp-ipv4"], 1), np.zeros(1, np.uint16))[0].tobytes()
     for direction in (nl.TCP_FLAGS_ORIGINAL, nl.TCP_FLAGS_REPLY):
         assert struct.pack("=HH", 6, direction) + bytes((3 | 8, 0x9F)) in octets
+
+
+def test_state_of_sctp_is_sent_with_both_tags() -> None:
+    """The kernel refuses one without the others (nlattr_to_sctp)."""
+    sent = flows(TEMPLATES["sctp-ipv4"], 1)
+    sent.rows["sctpVerificationTag"], sent.rows["reverseSctpVerificationTag"] = 0xA1B2C3D4, 7
+    octets = requests(Request.INSERT, sent, np.zeros(1, np.uint16))[0].tobytes()
+    state = struct.pack("=HHB3x", 5, 1, 4)
+    tags = struct.pack("=HH", 8, 2) + bytes.fromhex("a1b2c3d4") + struct.pack("=HH", 8, 3) + bytes.fromhex("00000007")
+    inner = state + tags
+    assert struct.pack("=HHHH", 8 + len(inner), 0x8004, 4 + len(inner), 0x8003) + inner in octets
+
+
+def test_state_that_no_sctp_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "features", lambda: probe.Features(optional=frozenset(OPTIONAL)))
+    sent = flows(TEMPLATES["sctp-ipv4"], 2)
+    sent.rows["sctpAssociationState"] = 4, 9
+    made = driver_of(Kernel({})).insert(SCOPE, sent)
+    assert [(one["outcome"], one["reason"]) for one in made] == [
+        (Outcome.IMPORTED, Reason.NONE),
+        (Outcome.REFUSED, Reason.INVALID),
+    ]
 
 
 def test_zone_is_left_out_only_where_all_rows_are_in_zone_zero() -> None:

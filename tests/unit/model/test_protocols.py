@@ -8,14 +8,14 @@ import pytest
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.model import protocols
 from sami_plugin.model.flows import TEMPLATES, Template, turned_round
-from sami_plugin.model.protocols import PROTOCOLS, Protocol
+from sami_plugin.model.protocols import PROTOCOLS, Protocol, SctpState
 from sami_plugin.testing.conformance import flows
 
 EVERY = pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda each: each.name)
 EVERY_TEMPLATE = pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda each: each.name)
 
 # Written out from IANA's registry of protocol numbers, not from the code.
-IANA_NUMBERS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "udplite": 136}
+IANA_NUMBERS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "udplite": 136, "sctp": 132}
 
 
 def test_numbers_are_ianas() -> None:
@@ -57,6 +57,17 @@ def test_flow_turned_round_is_another_and_turned_twice_the_same(template: Templa
 @pytest.mark.parametrize(("number", "name"), [(6, "tcp"), (58, "icmpv6"), (2, "igmp"), (33, "dccp"), (99, "99")])
 def test_protocols_are_called_by_name_where_they_have_one(number: int, name: str) -> None:
     assert protocols.name_of(number) == name
+
+
+# Written out from RFC 3873 (sctpAssocState) and RFC 9260 section 4, not from the code.
+RFC_3873 = ("closed", "cookieWait", "cookieEchoed", "established", "shutdownPending", "shutdownSent",
+            "shutdownReceived", "shutdownAckSent")  # fmt: skip
+
+
+def test_states_of_sctp_have_the_numbers_of_its_mib() -> None:
+    for number, name in enumerate(RFC_3873, 1):
+        assert SctpState(number).name.replace("_", "").lower() == name.lower()
+    assert {state for state in SctpState if state > len(RFC_3873)} == {SctpState.HEARTBEAT_SENT, SctpState.NONE}
 
 
 def test_kind_that_nobody_described_has_no_protocol() -> None:
