@@ -194,6 +194,14 @@ _VERIFICATION_TAG = _sami(
     "The verification tag of SCTP packets of this direction (RFC 9260 section 8.5); 0 where none was seen. "
     "Critical: packets of an association with another tag are dropped.",
 )
+_GRE_KEY = _sami(
+    "greKey",
+    18 | CRITICAL,
+    _U32,
+    _IDENTIFIER,
+    "The key of GRE packets of this direction (RFC 2890; in PPTP the call ID of RFC 2637), which tells tunnels apart; "
+    "0 where the firewall does not look at it. Critical: it is a part of the key.",
+)
 _ALL = (
     _iana("protocolIdentifier", 4, _U8, _IDENTIFIER, "The protocol number of the IP header."),
     _iana("sourceTransportPort", 7, _U16, _IDENTIFIER, "The source port of the flow's first packet."),
@@ -283,6 +291,8 @@ _ALL = (
     ),
     _VERIFICATION_TAG,
     reversed_element(_VERIFICATION_TAG),
+    _GRE_KEY,
+    reversed_element(_GRE_KEY),
 )
 
 ELEMENTS: dict[str, InformationElement] = {element.name: element for element in _ALL}

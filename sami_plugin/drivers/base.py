@@ -128,7 +128,10 @@ class FlowDriver(abc.ABC):
 
     @abc.abstractmethod
     def renew(self, scope: Scope, batch: Batch) -> Results:
-        """Sets the remaining timeout of entries that are there; never creates one (ABSENT)."""
+        """Sets the remaining timeout of entries that are there; never creates one (ABSENT).
+
+        PRESENT where an entry is there and its timeout is not to be changed.
+        """
 
     @abc.abstractmethod
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:

@@ -99,6 +99,9 @@ PORTS = Identifiers(
     "",
     swapped=("sourceTransportPort", "destinationTransportPort"),
 )
+GRE_KEYS = Identifiers(
+    (("greKey", ">u4"), ("reverseGreKey", ">u4")), "key {} reverse key {}", ("greKey", "reverseGreKey")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +178,10 @@ SCTP = Protocol(
 """RFC 9260. Each path of an association is a flow."""
 UDPLITE = Protocol("udplite", "UDP-Lite", 136, "udplite", PORTS)
 """RFC 3828: UDP of which a part is covered by the checksum. Its ports are not UDP's."""
+GRE = Protocol("gre", "GRE", 47, "gre", GRE_KEYS)
+"""RFC 2784. A firewall that does not look at keys has 0 for both, and one flow for all tunnels of two addresses."""
 
-GENERATIONS: tuple[tuple[Protocol, ...], ...] = ((TCP, UDP, ICMP, ICMPV6), (SCTP, UDPLITE))
+GENERATIONS: tuple[tuple[Protocol, ...], ...] = ((TCP, UDP, ICMP, ICMPV6), (SCTP, UDPLITE, GRE))
 """All of them. The numbers of templates on the wire follow this order, so what is added stands in a group behind."""
 
 PROTOCOLS: tuple[Protocol, ...] = tuple(protocol for some in GENERATIONS for protocol in some)
@@ -188,7 +193,7 @@ STATES: dict[str, type[enum.IntEnum]] = {
 }
 """By field, the states that a flow may be in."""
 
-_OTHERS = {2: "igmp", 33: "dccp", 47: "gre", 50: "esp", 51: "ah"}
+_OTHERS = {2: "igmp", 33: "dccp", 50: "esp", 51: "ah"}
 """Names of some that are not carried."""
 
 

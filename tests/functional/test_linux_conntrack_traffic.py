@@ -223,3 +223,45 @@ def test_sctp_with_another_tag_is_another_association(
     moves("sctp-ipv4", driver, scope, association.data_arrives, {"reverseSctpVerificationTag": 5})
     assert not association.data_arrives()
     assert association.data_arrives(tag=5)
+
+
+# --- GRE
+
+PLAIN = struct.pack("!HH", 0, 0x0800) + b"packet"
+KEYED = struct.pack("!HHI", 0x2000, 0x0800, 77) + b"packet"
+"""Of version 0, with a key (RFC 2890)."""
+
+
+@pytest.mark.parametrize("octets", [PLAIN, KEYED], ids=["without a key", "with a key"])
+def test_gre_goes_on_for_the_time_that_it_had(
+    sides: tuple[Namespace, Namespace], scope: Scope, driver: LinuxConntrackDriver, octets: bytes
+) -> None:
+    with contextlib.ExitStack() as undo:
+        here, there = raw(sides, socket.IPPROTO_GRE, undo)
+
+        def arrives() -> bool:
+            there.sendto(octets, (HERE, 0))
+            with contextlib.suppress(TimeoutError):
+                return here.recv(100)[20:] == octets
+            return False
+
+        here.sendto(octets, (THERE, 0))
+        assert there.recv(100)[20:] == octets
+        flow = moves("gre-ipv4", driver, scope, arrives, {})
+        assert (flow.rows["greKey"].tolist(), flow.rows["reverseGreKey"].tolist()) == ([0], [0])
+        # Several: an entry made by ctnetlink without a fixed timeout ends with its first packet.
+        assert all(arrives() for _ in range(3))
+        (kept,) = of("gre-ipv4", driver, scope).rows
+        assert kept["remainingTimeoutSeconds"] > 0
+
+
+def test_call_of_pptp_has_its_id_as_the_key_of_its_direction(
+    sides: tuple[Namespace, Namespace], scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    with contextlib.ExitStack() as undo:
+        here, there = raw(sides, socket.IPPROTO_GRE, undo)
+        octets = struct.pack("!HHHHI", 0x3001, 0x880B, 0, 77, 1)  # RFC 2637 section 4.1
+        here.sendto(octets, (THERE, 0))
+        assert there.recv(100)[20:] == octets
+        (row,) = of("gre-ipv4", driver, scope).rows
+        assert (row["greKey"], row["reverseGreKey"]) == (77, 0)

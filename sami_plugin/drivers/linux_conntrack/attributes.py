@@ -93,6 +93,12 @@ IDENTIFIERS: dict[protocols.Identifiers, tuple[Part, ...]] = {
         Part(PROTO_SRC_PORT, "source_port", ">u2", "sourceTransportPort"),
         Part(PROTO_DST_PORT, "destination_port", ">u2", "destinationTransportPort"),
     ),
+    # The source's "port" is the key that packets of the reply carry. Of 32 bits the kernel has 16, and 0 where packets
+    # are not PPTP's (GRE of version 0).
+    protocols.GRE_KEYS: (
+        Part(PROTO_SRC_PORT, "source_port", ">u2", "reverseGreKey"),
+        Part(PROTO_DST_PORT, "destination_port", ">u2", "greKey"),
+    ),
     protocols.ICMP.identifiers: (
         Part(PROTO_ICMP_ID, "icmp_id", ">u2", "icmpIdentifier"),
         Part(PROTO_ICMP_TYPE, "icmp_type", "u1", "icmpTypeIPv4"),
@@ -105,10 +111,12 @@ IDENTIFIERS: dict[protocols.Identifiers, tuple[Part, ...]] = {
     ),
 }
 """What `protocols.Identifiers` are in a tuple, in the order in which they are sent."""
+MOST_GRE_KEY = 0xFFFF
 
 OPTIONAL: dict[protocols.Protocol, str] = {
     protocols.SCTP: "CONFIG_NF_CT_PROTO_SCTP",
     protocols.UDPLITE: "CONFIG_NF_CT_PROTO_UDPLITE",
+    protocols.GRE: "CONFIG_NF_CT_PROTO_GRE",
 }
 """Protocols that a kernel may be built without, or have no more. It tracks them by their addresses alone then, takes
 inserts with ports, forgets the ports, and says nothing."""

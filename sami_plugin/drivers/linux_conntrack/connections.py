@@ -116,6 +116,7 @@ def _read_timeouts() -> Timeouts:
     return Timeouts(
         sysctl("nf_conntrack_tcp_timeout_established") or usual.tcp_established,
         sysctl("nf_conntrack_udp_timeout_stream") or usual.udp_stream,
+        sysctl("nf_conntrack_gre_timeout_stream") or usual.gre_stream,
     )
 
 

@@ -78,6 +78,7 @@ class Timeouts:
 
     tcp_established: int = 432_000
     udp_stream: int = 120
+    gre_stream: int = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +217,7 @@ class Decoder:
             rows["sctpVerificationTag"] = columns.u4("tag")
             rows["reverseSctpVerificationTag"] = columns.u4("reply_tag")
         if "timeout" not in shape.fields:
-            self._complete_offloaded(rows, is_tcp)
+            self._complete_offloaded(rows, template)
         if "postNATSource" + family + "Address" in template.dtype.names:  # type: ignore[operator]
             rows[f"postNATSource{family}Address"] = columns.address("reply.destination")
             rows[f"postNATDestination{family}Address"] = columns.address("reply.source")
@@ -224,13 +225,13 @@ class Decoder:
             rows["postNAPTDestinationTransportPort"] = columns.u2("reply.source_port")
         return Batch(template, rows)
 
-    def _complete_offloaded(self, rows: npt.NDArray[np.void], is_tcp: bool) -> None:
+    def _complete_offloaded(self, rows: npt.NDArray[np.void], template: Template) -> None:
         # The kernel tells neither timeout nor TCP state of an entry whose packets bypass conntrack. Only established
         # flows are offloaded, and nobody has looked at their windows since.
         offloaded = rows["conntrackStatus"] & np.uint32(nl.STATUS_OFFLOADED) != 0
-        timeout = self._timeouts.tcp_established if is_tcp else self._timeouts.udp_stream
-        rows["remainingTimeoutSeconds"][offloaded] = timeout
-        if is_tcp:
+        known = {protocols.TCP: self._timeouts.tcp_established, protocols.GRE: self._timeouts.gre_stream}
+        rows["remainingTimeoutSeconds"][offloaded] = known.get(template.protocol, self._timeouts.udp_stream)
+        if template.protocol is protocols.TCP:
             rows["tcpConnectionState"][offloaded] = TcpState.ESTABLISHED
             rows["tcpTrackingFlags"][offloaded] |= nl.FLAG_BE_LIBERAL
             rows["reverseTcpTrackingFlags"][offloaded] |= nl.FLAG_BE_LIBERAL

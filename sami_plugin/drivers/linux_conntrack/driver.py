@@ -20,7 +20,7 @@ from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Of
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
 from sami_plugin.model.flows import BARRED, Addresses, Batch, Omitted, Rows, Template, has_end_in, names, turned_round
 from sami_plugin.model.keys import KeyIndex, key_words
-from sami_plugin.model.protocols import PROTOCOLS
+from sami_plugin.model.protocols import GRE, PROTOCOLS
 from sami_plugin.model.results import Outcome, Reason, Results, results
 from sami_plugin.model.risk import MARKS
 from sami_plugin.model.scope import Scope
@@ -163,6 +163,8 @@ class LinuxConntrackDriver(FlowDriver):
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
         _refuse(made, _is_barred(scope, batch), Reason.BARRED)
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)
+        if batch.template.protocol is GRE:
+            _refuse(made, ~_has_room_for_keys(batch), Reason.INVALID)
         state = batch.template.protocol.state_field
         if state is not None:
             _refuse(made, nl.STATES_TO_KERNEL[state][batch.rows[state]] == nl.NO_STATE, Reason.INVALID)
@@ -181,9 +183,10 @@ class LinuxConntrackDriver(FlowDriver):
         return made
 
     def renew(self, scope: Scope, batch: Batch) -> Results:
-        # The kernel also takes an entry that is this flow turned round; giving it time does no harm.
+        # The kernel also takes an entry that is this flow turned round; giving it time does no harm. It takes no other
+        # timeout where one is fixed, as in all that was inserted of GRE (`encode.requests`): those are PRESENT.
         made = results(len(batch))
-        _absent(made, ~_has_zone(scope, batch))
+        _absent(made, ~_may_be_there(scope, batch))
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)  # 0 would remove it
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, batch, made)
@@ -195,7 +198,7 @@ class LinuxConntrackDriver(FlowDriver):
     def remove(self, scope: Scope, identities: Batch) -> Results:
         identities = identities.identities
         made = results(len(identities), Outcome.REMOVED)
-        _absent(made, ~_has_zone(scope, identities))
+        _absent(made, ~_may_be_there(scope, identities))
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, identities, made)
             # Without an id the kernel would also delete an entry that is this flow turned round, so ask for the id.
@@ -253,7 +256,7 @@ class LinuxConntrackDriver(FlowDriver):
 
     def _look(self, connection: Connection, scope: Scope, wanted: Batch) -> tuple[Mask, list[Decoded]]:
         """Which of these flows the kernel knows, in either direction, and what it holds, numbered by row."""
-        here = np.flatnonzero(_has_zone(scope, wanted))
+        here = np.flatnonzero(_may_be_there(scope, wanted))
         codes, answers = _ask(connection, Request.GET, *_named(scope, wanted, here))
         unexpected = codes[(codes != 0) & (codes != errno.ENOENT)]
         if len(unexpected):
@@ -330,6 +333,20 @@ def _has_zone(scope: Scope, batch: Batch) -> Mask:
     known[list(scope.zones)] = True
     chosen: Mask = known[batch.rows["zoneRole"]]
     return chosen
+
+
+def _may_be_there(scope: Scope, batch: Batch) -> Mask:
+    """Which flows can be named to the kernel at all."""
+    if batch.template.protocol is GRE:
+        return _has_zone(scope, batch) & _has_room_for_keys(batch)
+    return _has_zone(scope, batch)
+
+
+def _has_room_for_keys(batch: Batch) -> Mask:
+    has_room = np.ones(len(batch), bool)
+    for name in batch.template.protocol.identifiers.names:
+        has_room &= batch.rows[name] <= nl.MOST_GRE_KEY
+    return has_room
 
 
 def _is_barred(scope: Scope, batch: Batch) -> Mask:

@@ -56,7 +56,8 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
     """One message per row, shape (n, octets); `zones` has the conntrack zone of each row.
 
     Length and sequence number are left to the connection. INSERT takes flows, the others take identities as well;
-    RENEW needs `remainingTimeoutSeconds`, DELETE_WITH_ID an id.
+    RENEW needs `remainingTimeoutSeconds`, DELETE_WITH_ID an id. The kernel has to have room for what tells the flows
+    apart (MOST_GRE_KEY).
     """
     made = layout(request, batch.template, bool(zones.any()))
     octets = np.empty((len(batch), len(made.model)), np.uint8)
@@ -86,6 +87,10 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
     if request is Request.INSERT:
         # Bits that this kernel does not take at create; CONFIRMED it insists on.
         status = rows["conntrackStatus"] & np.uint32(nl.STATUS_TAKEN)
+        if of_protocol is protocols.GRE:
+            # Each entry of GRE has timeouts of its own, and only its own first packet sets them
+            # (nf_conntrack_proto_gre.c). One that was made by ctnetlink has 0, and would end with the next packet.
+            status = status | np.uint32(FlowStatus.FIXED_TIMEOUT)
         fields["status"] = status | np.uint32(FlowStatus.CONFIRMED)
         if "tcp_state" in names:
             fields["tcp_state"] = nl.STATE_TO_KERNEL[rows["tcpConnectionState"]]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Template, ZoneRole
 from sami_plugin.model.protocols import SctpState, TcpState
 
-PROTOCOLS = {"tcp-": 6, "udp-": 17, "icmp-ipv4": 1, "icmp-ipv6": 58, "sctp-": 132, "udplite-": 136}
+PROTOCOLS = {"tcp-": 6, "udp-": 17, "icmp-ipv4": 1, "icmp-ipv6": 58, "sctp-": 132, "udplite-": 136, "gre-": 47}
 
 FLOW_TEMPLATES = tuple(TEMPLATES.values())
 # Names of translated flows are on the wire what names of others are, and come back as those.

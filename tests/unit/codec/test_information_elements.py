@@ -41,6 +41,8 @@ SAMI_NUMBERS = {
     "sctpAssociationState": 0x2010,
     "sctpVerificationTag": 0x2011,
     "reverseSctpVerificationTag": 0x6011,
+    "greKey": 0x2012,
+    "reverseGreKey": 0x6012,
 }
 
 

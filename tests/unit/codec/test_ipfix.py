@@ -319,9 +319,20 @@ def test_unknown_critical_element_is_refused_by_name() -> None:
     assert caught.value.elements == (f"element {0x2063} of enterprise {SAMI}",)
 
 
-@pytest.mark.parametrize("left_out", ["sctpAssociationState", "sctpVerificationTag", "reverseSctpVerificationTag"])
-def test_reader_from_before_sctp_refuses_its_flows_by_name(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    payload = ipfix.encode([flows(TEMPLATES["sctp-ipv4"], 2)], export_time=NOW)
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        ("sctp-ipv4", "sctpAssociationState"),
+        ("sctp-ipv4", "sctpVerificationTag"),
+        ("sctp-ipv6", "reverseSctpVerificationTag"),
+        ("gre-ipv4", "greKey"),
+        ("gre-ipv6", "reverseGreKey"),
+    ],
+)
+def test_reader_that_does_not_know_what_makes_it_another_flow_refuses_it_by_name(
+    template: str, left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = ipfix.encode([flows(TEMPLATES[template], 2)], export_time=NOW)
     element = elements.ELEMENTS[left_out]
     monkeypatch.delitem(elements._BY_NUMBER, (element.origin, element.number))
     with monkeypatch.context() as fresh:
@@ -437,6 +448,7 @@ def test_gaps_in_the_sequence_are_reported_and_no_error() -> None:
         ("tcp-ipv6", "reverseTcpWindowScale", 255),
         ("udp-ipv4", "protocolIdentifier", 132),
         ("sctp-ipv4", "protocolIdentifier", 6),
+        ("gre-ipv6", "protocolIdentifier", 6),
         ("sctp-ipv4", "sctpAssociationState", 0),
         ("sctp-ipv6", "sctpAssociationState", 9),
         ("udp-ipv4-identity", "firewallEvent", 1),

@@ -18,6 +18,7 @@ from sami_plugin import errors
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeouts
 from sami_plugin.drivers.linux_conntrack.netlink import Messages, frame, frame_single
+from sami_plugin.model import protocols
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole
 from sami_plugin.model.protocols import Protocol, SctpState, TcpState
 
@@ -164,12 +165,20 @@ def test_addresses_are_looked_for_at_all_four_ends(address: str) -> None:
 @pytest.mark.parametrize(("offload", "liberal"), [(FlowStatus.OFFLOAD, 8), (FlowStatus.HW_OFFLOAD, 8), (0, 0)])
 def test_offloaded_flow_is_established_liberal_and_has_the_policys_timeout(offload: int, liberal: int) -> None:
     status = attribute(nl.STATUS, struct.pack(">I", 0xE | offload))
-    (part,) = decoded(entry(status), timeouts=Timeouts(1234, 5))
+    (part,) = decoded(entry(status), timeouts=Timeouts(1234, 5, 6))
     assert isinstance(part, Decoded)
     row = part.batch.rows[0]
     assert row["remainingTimeoutSeconds"] == (1234 if offload else 0)
     assert row["tcpConnectionState"] == (TcpState.ESTABLISHED if offload else 0)
     assert row["tcpTrackingFlags"] == row["reverseTcpTrackingFlags"] == liberal
+
+
+@pytest.mark.parametrize(("protocol", "seconds"), [(6, 1234), (17, 5), (47, 6)])
+def test_offloaded_flow_has_the_timeout_of_its_protocol(protocol: int, seconds: int) -> None:
+    status = attribute(nl.STATUS, struct.pack(">I", 0xE | FlowStatus.OFFLOAD))
+    (part,) = decoded(entry(status, protocol=protocol), timeouts=Timeouts(1234, 5, 6))
+    assert isinstance(part, Decoded)
+    assert part.batch.rows["remainingTimeoutSeconds"].tolist() == [seconds]
 
 
 @pytest.mark.parametrize(("kernel", "state"), list(enumerate(nl._KERNEL_STATES)))
@@ -231,6 +240,25 @@ def test_every_state_of_sctp_has_one_that_the_kernel_takes(state: SctpState) -> 
     known = SctpState.ESTABLISHED if state is SctpState.SHUTDOWN_PENDING else state
     assert SCTP_STATES[kernel] == known
     assert kernel < 9, "kernels from 6.3 on have no HEARTBEAT_ACKED"
+
+
+def test_gre_flow_has_the_key_of_each_direction() -> None:
+    """struct nf_conntrack_tuple: the destination's key is that of the packets, the source's that of the answers."""
+    (part,) = decoded(entry(protocol=47, ports=(7, 9)))
+    assert isinstance(part, Decoded)
+    assert part.batch.template.name == "gre-ipv4"
+    assert part.batch.rows["greKey"].tolist() == [9]
+    assert part.batch.rows["reverseGreKey"].tolist() == [7]
+
+
+@pytest.mark.parametrize("protocol", [132, 136, 47])
+def test_translation_of_a_kind_without_room_for_it_is_omitted_by_name(protocol: int) -> None:
+    octets = entry(protocol=protocol).replace(netaddr.IPAddress("192.0.2.10").packed, b"\xcb\0\x71\1")
+    octets = octets.replace(b"\xcb\0\x71\1", netaddr.IPAddress("192.0.2.10").packed, 1)
+    (part,) = decoded(octets)
+    label = protocols.BY_NUMBER[protocol].label
+    assert isinstance(part, Omitted)
+    assert (part.reason, part.count) == (f"address translation of {label} is not carried", 1)
 
 
 def test_zone_of_one_direction_is_omitted_by_name() -> None:

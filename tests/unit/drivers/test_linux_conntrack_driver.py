@@ -17,7 +17,7 @@ from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeout
 from sami_plugin.drivers.linux_conntrack.encode import Request, requests
 from sami_plugin.drivers.linux_conntrack.netlink import Messages, Torn, failure
 from sami_plugin.drivers.linux_conntrack.watch import zone_filter
-from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole, turned_round
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, ZoneRole, turned_round
 from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Outcome, Reason
 from sami_plugin.model.scope import Scope
@@ -50,6 +50,8 @@ def test_what_is_inserted_decodes_to_what_was_meant(name: str) -> None:
             wanted[:] = 0  # no kernel takes it
         if "Flags" in field:
             wanted |= nl.FLAG_BE_LIBERAL
+        if field == "conntrackStatus" and "gre" in name:
+            wanted |= np.uint32(FlowStatus.FIXED_TIMEOUT)  # else it would end with its next packet
         assert np.array_equal(part.batch.rows[field], wanted), field
 
 
@@ -79,6 +81,24 @@ def test_state_that_no_sctp_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         (Outcome.IMPORTED, Reason.NONE),
         (Outcome.REFUSED, Reason.INVALID),
     ]
+
+
+def test_keys_of_gre_that_the_kernel_has_no_room_for_are_refused_and_never_named_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probe, "features", lambda: probe.Features(optional=frozenset(OPTIONAL)))
+    sent = flows(TEMPLATES["gre-ipv4"], 3)
+    sent.rows["greKey"] = 0xFFFF, 0x10000, 7
+    sent.rows["reverseGreKey"] = 7, 7, 0x10007
+    kernel = Kernel({nl.CT_GET: lambda count: [errno.ENOENT] * count})
+    driver = driver_of(kernel)
+    refused, done = (Outcome.REFUSED, Reason.INVALID), (Outcome.IMPORTED, Reason.NONE)
+    assert [(one["outcome"], one["reason"]) for one in driver.insert(SCOPE, sent)] == [done, refused, refused]
+    assert driver.renew(SCOPE, sent)["outcome"].tolist() == [Outcome.IMPORTED, Outcome.ABSENT, Outcome.ABSENT]
+    assert driver.remove(SCOPE, sent)["outcome"].tolist() == [Outcome.REMOVED, Outcome.ABSENT, Outcome.ABSENT]
+    assert not driver.read_back(SCOPE, sent)[1].any()
+    # One insert, one renewal, one removal by id, one look-up.
+    assert sorted(kernel.seen) == sorted([nl.CT_NEW, nl.CT_NEW, nl.CT_DELETE, nl.CT_GET])
 
 
 def test_zone_is_left_out_only_where_all_rows_are_in_zone_zero() -> None:

@@ -67,6 +67,10 @@ def test_joined_keeps_order_and_octets(template: Template) -> None:
         ("udp-ipv6", "udp [2001:db8:1::10]:20000 > [2001:db8:2::1]:443"),
         ("icmp-ipv4", "icmp 192.0.2.10 > 198.51.100.1 type 8 code 0 id 1"),
         ("icmp-ipv6", "icmpv6 2001:db8:1::10 > 2001:db8:2::1 type 128 code 0 id 1"),
+        ("sctp-ipv6", "sctp [2001:db8:1::10]:20000 > [2001:db8:2::1]:443"),
+        ("udplite-ipv4", "udplite 192.0.2.10:20000 > 198.51.100.1:443"),
+        ("gre-ipv4", "gre 192.0.2.10 > 198.51.100.1 key 20000 reverse key 443"),
+        ("gre-ipv6", "gre 2001:db8:1::10 > 2001:db8:2::1 key 20000 reverse key 443"),
         ("tcp-nat-ipv4", "tcp 192.0.2.10:20000 > 198.51.100.1:443"),
     ],
 )

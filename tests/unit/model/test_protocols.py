@@ -15,7 +15,7 @@ EVERY = pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda each: each.nam
 EVERY_TEMPLATE = pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda each: each.name)
 
 # Written out from IANA's registry of protocol numbers, not from the code.
-IANA_NUMBERS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "udplite": 136, "sctp": 132}
+IANA_NUMBERS = {"icmp": 1, "tcp": 6, "udp": 17, "icmpv6": 58, "udplite": 136, "sctp": 132, "gre": 47}
 
 
 def test_numbers_are_ianas() -> None:
