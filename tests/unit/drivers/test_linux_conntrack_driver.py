@@ -229,6 +229,46 @@ def test_kinds_of_every_kernel_are_not_tried_for_an_insert(monkeypatch: pytest.M
         assert set(made["outcome"]) == {Outcome.IMPORTED}
 
 
+class Forgetful:
+    """A kernel that takes all inserts and keeps them, but for one attribute of one protocol, which is 0 then."""
+
+    def __init__(self, protocol: int, header: tuple[int, int], value: bytes) -> None:
+        self.protocol, self.forgets = protocol, (struct.pack("=HH", *header), value)
+        self.kept: list[np.ndarray] = []
+        self.forgotten = 0
+
+    def ask(self, octets: np.ndarray) -> tuple[np.ndarray, list[tuple[Messages, np.ndarray]]]:
+        raw, (header, value) = octets.tobytes(), self.forgets
+        if struct.pack("=HHB", 5, nl.PROTO_NUM, self.protocol) in raw:
+            self.forgotten += raw.count(header + value)
+            raw = raw.replace(header + value, header + bytes(len(value)))
+        self.kept.append(np.frombuffer(raw, np.uint8).reshape(octets.shape).copy())
+        return np.zeros(len(octets), np.int32), []
+
+    def dump(self, request: np.ndarray) -> Iterator[Messages]:
+        yield from (as_messages(octets) for octets in self.kept)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "header", "value", "lost"),
+    [
+        (132, (5, nl.SCTP_STATE), b"\4", "sctp-"),
+        (132, (8, nl.SCTP_TAG_ORIGINAL), b"\0\0\0\x0c", "sctp-"),
+        (132, (8, nl.SCTP_TAG_REPLY), b"\0\0\0\x0d", "sctp-"),
+        (136, (6, nl.PROTO_SRC_PORT), b"\0\x09", "udplite-"),
+        (47, (6, nl.PROTO_DST_PORT), b"\0\x09", "gre-"),
+        (47, (8, nl.MARK), b"\0\0\0\1", "nothing, for marks are tried elsewhere"),
+    ],
+)
+def test_kind_is_declared_where_every_field_comes_back(
+    protocol: int, header: tuple[int, int], value: bytes, lost: str
+) -> None:
+    kernel = Forgetful(protocol, header, value)
+    kept = probe._optional(kernel)  # type: ignore[arg-type]
+    assert kept == {name for name in OPTIONAL if not name.startswith(lost)}
+    assert kernel.forgotten == 2  # IPv4 and IPv6
+
+
 def test_full_table_is_told_apart_from_missing_memory() -> None:
     kernel = Kernel({nl.CT_NEW: lambda count: [errno.ENOMEM] * count}, in_use=10, capacity=10)
     made = driver_of(kernel).insert(SCOPE, flows(TEMPLATES["udp-ipv4"], 2))
