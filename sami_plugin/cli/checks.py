@@ -189,6 +189,7 @@ def _trials(namespace: str) -> Iterator[Check]:
     finally:
         driver.close()
     found = features()
+    yield from _optional(found.optional)
     if found.keeps_zones is False:
         mend = "use a kernel with CONFIG_NF_CONNTRACK_ZONES"
         yield Check("zones", Result.MISSING, "the kernel has no conntrack zones", mend)
@@ -197,6 +198,21 @@ def _trials(namespace: str) -> Iterator[Check]:
     else:
         reason = found.why_unknown or "the kernel tells all entries when asked for one zone's, so exports take longer"
         yield Check("dump of one zone", Result.LIMITED, reason, "a kernel from 6.8 on does better")
+
+
+def _optional(kept: frozenset[str] | None) -> Iterator[Check]:
+    """Whether the kernel tracks the protocols that not every kernel does."""
+    from sami_plugin.drivers.linux_conntrack.attributes import OPTIONAL
+
+    for protocol, option in OPTIONAL.items():
+        name = f"{protocol.label} flows"
+        if kept is None:
+            yield Check(name, Result.LIMITED, "it could not be tried whether the kernel tracks them", _RUN_PRIVILEGED)
+        elif {f"{protocol.kind}-{family}" for family in protocol.families} <= kept:
+            yield Check(name, Result.OK, "an entry of each family was made, and read back with what was asked for")
+        else:
+            reason = "the kernel does not track them, or not with all that they have; they are left behind"
+            yield Check(name, Result.LIMITED, reason, f"if guests use it, use a kernel with {option}")
 
 
 def _tried(name: str, trial: Callable[[], Check]) -> Check:

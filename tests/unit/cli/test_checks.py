@@ -30,6 +30,25 @@ def test_table_needs_headroom(capacity: int | None, in_use: int, result: Result)
     assert checks._headroom(capabilities(capacity, in_use)).result is result
 
 
+SCTP, UDPLITE, GRE = ({f"{kind}-ipv4", f"{kind}-ipv6"} for kind in ("sctp", "udplite", "gre"))
+
+
+@pytest.mark.parametrize(
+    ("kept", "limited"),
+    [
+        (SCTP | UDPLITE | GRE, []),
+        (SCTP | {"udplite-ipv4"}, ["UDP-Lite flows", "GRE flows"]),
+        (set(), ["SCTP flows", "UDP-Lite flows", "GRE flows"]),
+        (None, ["SCTP flows", "UDP-Lite flows", "GRE flows"]),
+    ],
+)
+def test_protocol_that_the_kernel_lacks_limits_and_breaks_nothing(kept: set[str] | None, limited: list[str]) -> None:
+    found = list(checks._optional(None if kept is None else frozenset(kept)))
+    assert {check.result for check in found} <= {Result.OK, Result.LIMITED}
+    assert [check.name for check in found if check.result is Result.LIMITED] == limited
+    assert all(check.mend for check in found if check.result is Result.LIMITED)
+
+
 class Broker:
     """Answers each connection with the same bytes."""
 

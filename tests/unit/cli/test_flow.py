@@ -64,6 +64,29 @@ def test_list_shows_flows_in_words(sami: CommandLine) -> None:
     assert by_kind["tcp", False, True]["Detail"].startswith("translated to ")
 
 
+@pytest.mark.parametrize(
+    ("kind", "ends", "state", "detail"),
+    [
+        ("sctp", ("{}:20000", "{}:443"), "ESTABLISHED", ""),
+        ("udplite", ("{}:20000", "{}:443"), "", ""),
+        ("gre", ("{}", "{}"), "", "key 20000 reverse key 443"),
+    ],
+)
+def test_list_shows_other_protocols_by_what_tells_their_flows_apart(
+    sami: CommandLine, kind: str, ends: tuple[str, str], state: str, detail: str
+) -> None:
+    put(sami, 7, flows(TEMPLATES[f"{kind}-ipv4"], 1), flows(TEMPLATES[f"{kind}-ipv6"], 1))
+    addresses = [GUEST, GUEST6], list(map(str, OUTSIDE_ADDRESSES))
+    if kind != "gre":
+        addresses = [[one, f"[{six}]"] for one, six in addresses]  # type: ignore[assignment]
+    for family, row in enumerate(listed(sami, "--zone", 7)):
+        assert row["Protocol"] == kind
+        assert (row["Source"], row["Destination"]) == tuple(
+            form.format(of_end[family]) for form, of_end in zip(ends, addresses, strict=True)
+        )
+        assert (row["State"], row["Detail"]) == (state, detail)
+
+
 def test_list_shows_no_more_than_the_limit_and_says_how_many_more(sami: CommandLine) -> None:
     put(sami, 7, flows(TCP, 30), flows(TCP6, 30))
     assert len(listed(sami, "--zone", 7, "--limit", 40)) == 40
