@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.floor import namespaces
 from lab.deadline import STRETCHED
+from lab.errors import CommandFailed
 from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, probe
 from sami_plugin.drivers.linux_conntrack.encode import dump_request
@@ -140,6 +141,37 @@ def test_sctp_association_goes_on_when_its_entry_was_put_in_again(
             sender.send(b"goes on")
             assert receiver.recv(100) == b"goes on"
         assert "ESTABLISHED" in sides[0].run(["conntrack", "-L", "-p", "sctp"])
+
+
+def test_gre_tunnel_goes_on_when_its_entry_was_put_in_again(
+    driver: LinuxConntrackDriver, sides: tuple[Namespace, Namespace]
+) -> None:
+    ends = (HERE, THERE, "10.8.0.1"), (THERE, HERE, "10.8.0.2")
+    for namespace, (local, remote, inner) in zip(sides, ends, strict=True):
+        namespace.sysctl("net.ipv6.conf.default.disable_ipv6", 1)  # it would speak in the tunnel unasked
+        namespace.ip(
+            f"link add tunnel type gre local {local} remote {remote} key 77 ttl 64",
+            f"address add {inner}/24 dev tunnel",
+            "link set tunnel up",
+        )
+    near, far = sides
+
+    def peer_hears(count: int) -> bool:
+        """Whether all that the peer says through the tunnel is answered."""
+        try:
+            far.run(["ping", "-q", "-c", str(count), "-i", "0.5", "-W", "3", "10.8.0.1"])
+        except CommandFailed:
+            return False
+        return True
+
+    near.run(["ping", "-q", "-c", "2", "-W", "10", "10.8.0.2"])
+    scope = Scope("port", "guest", {ZoneRole.PORT: 5}, (netaddr.IPAddress(HERE),), near.path)
+    tunnel = {batch.template.name: batch for batch in driver.export(scope) if isinstance(batch, Batch)}["gre-ipv4"]
+    assert names(tunnel) == (f"gre {HERE} > {THERE} key 0 reverse key 0",)  # netfilter looks at the keys of PPTP alone
+    assert driver.remove(scope, tunnel.identities)["outcome"].tolist() == [Outcome.REMOVED]
+    assert not peer_hears(1)
+    assert driver.insert(scope, tunnel)["outcome"].tolist() == [Outcome.IMPORTED]
+    assert peer_hears(4)
 
 
 def associated(near: Namespace, far: Namespace) -> tuple[socket.socket, socket.socket]:
