@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sami_plugin import errors
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, probe
@@ -17,11 +19,13 @@ from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeout
 from sami_plugin.drivers.linux_conntrack.encode import Request, requests
 from sami_plugin.drivers.linux_conntrack.netlink import Messages, Torn, failure
 from sami_plugin.drivers.linux_conntrack.watch import zone_filter
+from sami_plugin.model import protocols
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, ZoneRole, turned_round
 from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Outcome, Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import PORT_ADDRESSES, flows
+from tests.unit.codec.flow_strategies import batches_of
 
 PLAIN = sorted(name for name in TEMPLATES if "nat" not in name)
 SCOPE = Scope("port", "guest", {ZoneRole.PORT: 5}, PORT_ADDRESSES)
@@ -53,6 +57,35 @@ def test_what_is_inserted_decodes_to_what_was_meant(name: str) -> None:
         if field == "conntrackStatus" and "gre" in name:
             wanted |= np.uint32(FlowStatus.FIXED_TIMEOUT)  # else it would end with its next packet
         assert np.array_equal(part.batch.rows[field], wanted), field
+
+
+OPTIONAL = sorted(f"{protocol.kind}-{family}" for protocol in nl.OPTIONAL for family in protocol.families)
+
+
+@given(st.sampled_from(OPTIONAL).flatmap(lambda name: batches_of(TEMPLATES[name])))
+@settings(deadline=None)
+def test_whatever_is_inserted_of_other_protocols_decodes_to_what_was_meant(batch: Batch) -> None:
+    rows, protocol = batch.rows, batch.template.protocol
+    zones = {role: 5 + int(role) for role in ZoneRole}
+    for name in ("greKey", "reverseGreKey"):
+        if name in (rows.dtype.names or ()):
+            rows[name] &= np.uint32(nl.MOST_GRE_KEY)
+    octets = requests(Request.INSERT, batch, 5 + rows["zoneRole"].astype(np.uint16))
+    told = batch.template.empty(len(batch))
+    for part in Decoder(zones).decode(as_messages(octets)):
+        assert isinstance(part, Decoded), part
+        assert part.batch.template == batch.template
+        told[part.numbers] = part.batch.rows
+    wanted = rows.copy()
+    wanted["flowId"] = 0  # no kernel takes it
+    wanted["conntrackStatus"] &= np.uint32(nl.STATUS_TAKEN)
+    wanted["conntrackStatus"] |= np.uint32(FlowStatus.CONFIRMED)
+    if protocol is protocols.GRE:
+        wanted["conntrackStatus"] |= np.uint32(FlowStatus.FIXED_TIMEOUT)
+    if protocol is protocols.SCTP:
+        pending = wanted["sctpAssociationState"] == protocols.SctpState.SHUTDOWN_PENDING
+        wanted["sctpAssociationState"][pending] = protocols.SctpState.ESTABLISHED
+    assert told.tobytes() == wanted.tobytes()
 
 
 def test_flags_mask_spares_what_speaks_of_sequence_numbers() -> None:
@@ -198,9 +231,6 @@ def test_each_errno_has_its_reason(code: int, reason: Reason) -> None:
     made = driver_of(kernel).insert(SCOPE, flows(TEMPLATES["tcp-ipv4"], 5))
     refused, done = (Outcome.REFUSED, reason), (Outcome.IMPORTED, Reason.NONE)
     assert [(one["outcome"], one["reason"]) for one in made] == [done, refused, done, done, refused]
-
-
-OPTIONAL = sorted(f"{protocol.kind}-{family}" for protocol in nl.OPTIONAL for family in protocol.families)
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
