@@ -32,11 +32,14 @@ def _row(batch: Batch, row: np.void) -> tuple[Any, ...]:
     protocol = batch.template.protocol
     has_ports = protocol.identifiers is PORTS
     detail = protocol.identifiers.said(row)
-    if f"postNATSource{family}Address" in fields:
-        ends = "Source", "Destination"
-        detail = "translated to " + " > ".join(
-            _end(row[f"postNAT{end}{family}Address"], row[f"postNAPT{end}TransportPort"]) for end in ends
+    if batch.template.is_translated:
+        behind = "translated to " + " > ".join(
+            _end(row[f"postNAT{end}{family}Address"], row[f"postNAPT{end}TransportPort"] if has_ports else None)
+            for end in ("Source", "Destination")
         )
+        if "postNATIcmpIdentifier" in fields:
+            behind += f" id {row['postNATIcmpIdentifier']}"
+        detail = f"{detail}, {behind}" if detail else behind
     state = ""
     if protocol.states is not None and protocol.state_field in fields:
         state = _name(protocol.states, row[protocol.state_field])

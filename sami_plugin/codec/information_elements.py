@@ -293,6 +293,13 @@ _ALL = (
     reversed_element(_VERIFICATION_TAG),
     _GRE_KEY,
     reversed_element(_GRE_KEY),
+    _sami(
+        "postNATIcmpIdentifier",
+        19 | CRITICAL,
+        _U16,
+        _IDENTIFIER,
+        "The icmpIdentifier behind the translation. Critical: answers carry it.",
+    ),
 )
 
 ELEMENTS: dict[str, InformationElement] = {element.name: element for element in _ALL}

@@ -481,12 +481,5 @@ def _reply(template: Template, row: np.void) -> Tuple:
             made += bytes([template.protocol.inverse[row[name]]])
         else:
             other = identifiers.other(name)
-            made += translated(other, _BEHIND.get(other, other))
+            made += translated(other, identifiers.behind.get(other, other))
     return made
-
-
-_BEHIND = {
-    "sourceTransportPort": "postNAPTSourceTransportPort",
-    "destinationTransportPort": "postNAPTDestinationTransportPort",
-}
-"""What stands behind a translation."""

@@ -133,23 +133,18 @@ _NAT_ADDRESSES: dict[str, tuple[Field, ...]] = {
     "ipv4": (("postNATSourceIPv4Address", ">u4"), ("postNATDestinationIPv4Address", ">u4")),
     "ipv6": (("postNATSourceIPv6Address", ">u8", (2,)), ("postNATDestinationIPv6Address", ">u8", (2,))),
 }
-_NAT_PORTS: tuple[Field, ...] = (
-    ("postNAPTSourceTransportPort", ">u2"),
-    ("postNAPTDestinationTransportPort", ">u2"),
-)
 
 
 def _templates() -> Iterator[Template]:
-    for generation in protocols.GENERATIONS:
+    for plain, translated in protocols.GENERATIONS:
         for family, addresses in _ADDRESSES.items():
-            nat = _NAT_ADDRESSES[family] + _NAT_PORTS
-            of_family = [protocol for protocol in generation if family in protocol.families]
-            for translation, more in (("", ()), ("nat-", nat)):
-                for protocol in of_family:
-                    if not translation or protocol.is_translated:
+            for word, some in (("", plain), ("nat-", translated)):
+                for protocol in some:
+                    if family in protocol.families:
                         key = _ZONE_AND_PROTOCOL + addresses + protocol.identifiers.fields
-                        state = _COMMON_STATE + protocol.state + more
-                        yield Template(f"{protocol.kind}-{translation}{family}", key, state)
+                        behind = tuple(field for _, field in protocol.identifiers.translated)
+                        more = _NAT_ADDRESSES[family] + behind if word else ()
+                        yield Template(f"{protocol.kind}-{word}{family}", key, _COMMON_STATE + protocol.state + more)
 
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _templates()}
@@ -290,6 +285,30 @@ def _address(value: np.void) -> str:
     if np.ndim(value):
         return str(netaddr.IPAddress(int(value[0]) << 64 | int(value[1]), 6))
     return str(netaddr.IPAddress(int(value), 4))
+
+
+def answers(batch: Batch) -> Batch:
+    """The keys of what these flows' peers send, where it comes from outside a NAT; the state fields are zero."""
+    template = TEMPLATES[batch.template.name.replace("-nat-", "-")]
+    identifiers, rows = template.protocol.identifiers, template.empty(len(batch))
+    behind = _behind(batch.template)
+    pairs = {batch.source_field: batch.destination_field, batch.destination_field: batch.source_field}
+    pairs |= {name: identifiers.other(name) for name in identifiers.names}
+    for name, other in pairs.items():
+        rows[name] = batch.rows[behind.get(other, other)]
+    if identifiers.answered is not None:
+        rows[identifiers.answered] = template.protocol.inverse[rows[identifiers.answered]]
+    for name in ("zoneRole", "protocolIdentifier"):
+        rows[name] = batch.rows[name]
+    return Batch(template, rows)
+
+
+def _behind(template: Template) -> dict[str, str]:
+    """By field of the key, that of what it is behind a NAT; empty where there is none."""
+    if not template.is_translated:
+        return {}
+    ends = {name: f"postNAT{name[0].upper()}{name[1:]}" for name in template.address_fields if "NAT" not in name}
+    return ends | template.protocol.identifiers.behind
 
 
 def turned_round(batch: Batch) -> Batch:

@@ -72,10 +72,17 @@ class Identifiers:
     """Two fields that change places when the flow is seen from its other end."""
     answered: str | None = None
     """The field that is another one in an answer: see `Protocol.answers`."""
+    translated: tuple[tuple[str, Field], ...] = ()
+    """Those of them that a NAT may change, each with the field of what it is behind the NAT."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(one[0] for one in self.fields)
+
+    @property
+    def behind(self) -> dict[str, str]:
+        """`translated`, by name."""
+        return {name: field[0] for name, field in self.translated}
 
     def other(self, name: str) -> str:
         """The field that has the value of `name` when the flow is seen from its other end."""
@@ -91,13 +98,18 @@ class Identifiers:
 def _icmp(family: str) -> Identifiers:
     kind = f"icmpType{family}"
     fields: tuple[Field, ...] = ((kind, "u1"), (f"icmpCode{family}", "u1"), ("icmpIdentifier", ">u2"))
-    return Identifiers(fields, "type {} code {} id {}", answered=kind)
+    translated = (("icmpIdentifier", ("postNATIcmpIdentifier", ">u2")),)
+    return Identifiers(fields, "type {} code {} id {}", answered=kind, translated=translated)
 
 
 PORTS = Identifiers(
     (("sourceTransportPort", ">u2"), ("destinationTransportPort", ">u2")),
     "",
     swapped=("sourceTransportPort", "destinationTransportPort"),
+    translated=(
+        ("sourceTransportPort", ("postNAPTSourceTransportPort", ">u2")),
+        ("destinationTransportPort", ("postNAPTDestinationTransportPort", ">u2")),
+    ),
 )
 GRE_KEYS = Identifiers(
     (("greKey", ">u4"), ("reverseGreKey", ">u4")), "key {} reverse key {}", ("greKey", "reverseGreKey")
@@ -125,8 +137,6 @@ class Protocol:
     state_field: str | None = None
     answers: tuple[tuple[int, int], ...] = ()
     """Pairs of values of `identifiers.answered`: a question and its answer."""
-    is_translated: bool = False
-    """There are templates of its flows with a NAT."""
 
     inverse: np.ndarray[tuple[int], np.dtype[np.uint8]] = field(init=False, compare=False, repr=False)
     """What answers each value of `identifiers.answered`; itself where nothing else does."""
@@ -154,9 +164,8 @@ TCP = Protocol(
     ),
     states=TcpState,
     state_field="tcpConnectionState",
-    is_translated=True,
 )
-UDP = Protocol("udp", "UDP", 17, "udp", PORTS, is_translated=True)
+UDP = Protocol("udp", "UDP", 17, "udp", PORTS)
 # A query is answered by another type (RFC 792, RFC 4443, RFC 4620); firewalls track no others.
 ICMP = Protocol("icmp", "ICMP", 1, "icmp", _icmp("IPv4"), ("ipv4",), answers=((8, 0), (13, 14), (15, 16), (17, 18)))
 ICMPV6 = Protocol("icmpv6", "ICMP", 58, "icmp", _icmp("IPv6"), ("ipv6",), answers=((128, 129), (139, 140)))
@@ -181,10 +190,15 @@ UDPLITE = Protocol("udplite", "UDP-Lite", 136, "udplite", PORTS)
 GRE = Protocol("gre", "GRE", 47, "gre", GRE_KEYS)
 """RFC 2784. A firewall that does not look at keys has 0 for both, and one flow for all tunnels of two addresses."""
 
-GENERATIONS: tuple[tuple[Protocol, ...], ...] = ((TCP, UDP, ICMP, ICMPV6), (SCTP, UDPLITE, GRE))
-"""All of them. The numbers of templates on the wire follow this order, so what is added stands in a group behind."""
+GENERATIONS: tuple[tuple[tuple[Protocol, ...], tuple[Protocol, ...]], ...] = (
+    ((TCP, UDP, ICMP, ICMPV6), (TCP, UDP)),
+    ((SCTP, UDPLITE, GRE), ()),
+    ((), (ICMP, ICMPV6, SCTP, UDPLITE, GRE)),
+)
+"""All of them: those that got templates of plain flows, and those that got some of flows with a NAT. The numbers of
+templates on the wire follow this order, so what is added stands in a group behind."""
 
-PROTOCOLS: tuple[Protocol, ...] = tuple(protocol for some in GENERATIONS for protocol in some)
+PROTOCOLS: tuple[Protocol, ...] = tuple(protocol for plain, _ in GENERATIONS for protocol in plain)
 BY_NUMBER: dict[int, Protocol] = {protocol.number: protocol for protocol in PROTOCOLS}
 STATES: dict[str, type[enum.IntEnum]] = {
     protocol.state_field: protocol.states

@@ -50,6 +50,7 @@ class Reason(enum.IntEnum):
     FOREIGN_TRANSLATION = 19
     NO_PLACE = 20
     BARRED = 21
+    TRANSLATION_TAKEN = 22
 
 
 MEND_NO_PLACE = "raise nf_conntrack_max or capacity, or lower headroom_percent"
@@ -77,6 +78,7 @@ WORDS: dict[Reason, str] = {
     "if something does, set peers_follow",
     Reason.FOREIGN_TRANSLATION: "it is translated from or to an address that is not the port's",
     Reason.BARRED: "the firewall's mark on it says that its packets are dropped",
+    Reason.TRANSLATION_TAKEN: "what it is translated to is another flow's on this host (EEXIST)",
     Reason.NO_PLACE: f"there was no free place for it; {MEND_NO_PLACE}",
 }
 

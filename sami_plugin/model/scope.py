@@ -28,6 +28,9 @@ class Scope:
     """Path of the network namespace that holds the firewall; None is the agent's own."""
     is_shared: bool = False
     neighbours: Addresses = field(default=())
+    translations: Addresses = ()
+    """Addresses that this host's firewall translates the port's own to and from: a floating one, that of a masquerade.
+    A flow that is translated to any other is not put in."""
     barred_marks: int = 0
     """Bits of an entry's mark by which this host's firewall says that it drops the flow's packets, although the entry
     is there: a rule that admitted it has gone. Such an entry is not told, and none is put in."""
@@ -41,6 +44,7 @@ class Scope:
             "addresses": [str(address) for address in self.addresses],
             "namespace": self.namespace,
             "is_shared": self.is_shared,
+            "translations": [str(address) for address in self.translations],
             "barred_marks": self.barred_marks,
         }
 
@@ -54,5 +58,7 @@ class Scope:
             tuple(netaddr.IPAddress(address) for address in told["addresses"]),
             told["namespace"],
             told["is_shared"],
-            barred_marks=told.get("barred_marks", 0),  # not in what agents before the finder `ovs` wrote
+            # What agents of before these wrote does not have them.
+            translations=tuple(netaddr.IPAddress(address) for address in told.get("translations", ())),
+            barred_marks=told.get("barred_marks", 0),
         )

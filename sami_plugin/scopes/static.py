@@ -1,9 +1,10 @@
 """Scopes from a file that the operator, or what sets the ports up, keeps.
 
     {"ports": [{"port": "tap-web", "guest": "6ac3...", "namespace": "/run/netns/fw", "zone": 4097,
-                "shared": false, "addresses": ["192.0.2.7", "2001:db8::7"]}]}
+                "shared": false, "addresses": ["192.0.2.7", "2001:db8::7"], "translations": ["203.0.113.9"]}]}
 
-`namespace` may be left out: the agent's own. Replace the file by renaming: it is read at each question.
+`namespace` may be left out: the agent's own. `translations` are addresses that the firewall translates the port's own
+to and from, if any. Replace the file by renaming: it is read at each question.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ class StaticScopes(ScopeFinder):
         zone = port["zone"]
         if type(zone) is not int or not 0 <= zone <= 0xFFFF:
             raise ValueError(f"zone {zone!r} of port {port['port']!r} is no number from 0 to 65535")
-        addresses = port["addresses"]
-        if not isinstance(addresses, list) or not all(isinstance(address, str) for address in addresses):
-            raise ValueError(f"addresses of port {port['port']!r} are no list of texts")
+        addresses, translations = port["addresses"], port.get("translations", [])
+        for name, known in (("addresses", addresses), ("translations", translations)):
+            if not isinstance(known, list) or not all(isinstance(address, str) for address in known):
+                raise ValueError(f"{name} of port {port['port']!r} are no list of texts")
         is_shared = port.get("shared", False)
         if not isinstance(is_shared, bool):
             raise ValueError(f"shared {is_shared!r} of port {port['port']!r} is neither true nor false")
@@ -64,8 +66,8 @@ class StaticScopes(ScopeFinder):
             "namespace": namespace,
             "zone": zone,
             "shared": is_shared,
-            # Strictly: netaddr before 1.0 takes 192.0.2 for 192.0.0.2.
-            "addresses": tuple(netaddr.IPAddress(address, flags=netaddr.INET_PTON) for address in addresses),
+            "addresses": _addresses(addresses),
+            "translations": _addresses(translations),
         }
 
     def neighbours(self, scope: Scope) -> Addresses:
@@ -89,4 +91,10 @@ class StaticScopes(ScopeFinder):
             addresses=port["addresses"],
             namespace=port["namespace"],
             is_shared=port["shared"],
+            translations=port["translations"],
         )
+
+
+def _addresses(texts: list[str]) -> Addresses:
+    # Strictly: netaddr before 1.0 takes 192.0.2 for 192.0.0.2.
+    return tuple(netaddr.IPAddress(text, flags=netaddr.INET_PTON) for text in texts)

@@ -103,13 +103,13 @@ def flows(
         rows["tcpTrackingFlags"], rows["reverseTcpTrackingFlags"] = 3, 3
     if "sctpVerificationTag" in fields:
         rows["sctpVerificationTag"], rows["reverseSctpVerificationTag"] = 0x80000001 + numbers, 0x70000001
-    if "postNAPTSourceTransportPort" in fields:
+    if template.is_translated:
         # An IntFlag is an int64 to numpy 2, and that does not fit into a column in place.
         rows["conntrackStatus"] |= np.uint32(_TRANSLATED)
         rows[f"postNATSource{family}Address"] = _address(TRANSLATED_ADDRESSES, template.is_ipv6)
         rows[f"postNATDestination{family}Address"] = rows[f"destination{family}Address"]
-        rows["postNAPTSourceTransportPort"] = rows["sourceTransportPort"]
-        rows["postNAPTDestinationTransportPort"] = rows["destinationTransportPort"]
+        for name, behind in identifiers.behind.items():
+            rows[behind] = rows[name]
     return Batch(template, rows)
 
 

@@ -48,10 +48,14 @@ TUPLE_REPLY = 2
 STATUS = 3  # on create CONFIRMED is needed; EXPECTED or DYING give EBUSY; others are set, ignored, never cleared
 PROTOINFO = 4  # of DESTROY events only the TCP state, in UPDATE events when changed, not for offloaded entries
 TIMEOUT = 7  # seconds; EINVAL without at create; not dumped for offloaded entries
+# Taken at create only, beside a reply that is not translated; where one of the two is there, without the other the
+# kernel translates nothing on that side. EEXIST: what answers are sent to is another entry's.
+NAT_SRC = 6
 MARK = 8  # dumped only when not 0
 # On delete compared: another id gives ENOENT. A hash over the entry's place in memory and its tuple: unique while the
 # entry lives, but an entry made again at once often gets the same place and the same id.
 ID = 12
+NAT_DST = 13
 ZONE = 18  # dumped only when not 0. In a dump request a filter since 6.8, where 0 means any; ignored before
 # --- inside a tuple
 TUPLE_IP = 1
@@ -62,6 +66,9 @@ PROTO_NUM = 1
 PROTO_SRC_PORT, PROTO_DST_PORT = 2, 3
 PROTO_ICMP_ID, PROTO_ICMP_TYPE, PROTO_ICMP_CODE = 4, 5, 6
 PROTO_ICMPV6_ID, PROTO_ICMPV6_TYPE, PROTO_ICMPV6_CODE = 7, 8, 9
+# --- inside a NAT. Each is a range, of one value where its upper end is missing
+NAT_V4_MIN, NAT_PROTO, NAT_V6_MIN = 1, 3, 4
+NAT_PROTO_MIN = 1  # of a port, or of an ICMP identifier
 # --- inside protoinfo
 PROTOINFO_TCP = 1
 PROTOINFO_SCTP = 3

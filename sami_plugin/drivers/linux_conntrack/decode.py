@@ -181,16 +181,18 @@ class Decoder:
         if is_plain.all():
             yield Decoded(self._rows(shape.template, columns, role), numbers)
             return
-        for which, is_translated in ((is_plain, False), (~is_plain, True)):
+        is_carried = columns.is_translated_as_carried()
+        for which, template in (
+            (is_plain, shape.template),
+            (~is_plain & is_carried, TEMPLATES[shape.template.name.replace("-", "-nat-")]),
+        ):
             at = np.flatnonzero(which)
-            if not len(at):
-                continue
-            template = _translated(shape.template) if is_translated else shape.template
-            if template is None:
-                label = shape.template.protocol.label
-                yield _omit(f"address translation of {label} is not carried", columns.take(at), len(at))
-            else:
+            if len(at):
                 yield Decoded(self._rows(template, columns.take(at), role[at]), numbers[at])
+        at = np.flatnonzero(~is_carried)
+        if len(at):
+            label = shape.template.protocol.label
+            yield _omit(f"translation of anything but addresses is not carried of {label}", columns.take(at), len(at))
 
     def _rows(self, template: Template, columns: _Columns, role: npt.NDArray[np.uint8]) -> Batch:
         rows = template.empty(len(columns))
@@ -218,11 +220,14 @@ class Decoder:
             rows["reverseSctpVerificationTag"] = columns.u4("reply_tag")
         if "timeout" not in shape.fields:
             self._complete_offloaded(rows, template)
-        if "postNATSource" + family + "Address" in template.dtype.names:  # type: ignore[operator]
+        if template.is_translated:
             rows[f"postNATSource{family}Address"] = columns.address("reply.destination")
             rows[f"postNATDestination{family}Address"] = columns.address("reply.source")
-            rows["postNAPTSourceTransportPort"] = columns.u2("reply.destination_port")
-            rows["postNAPTDestinationTransportPort"] = columns.u2("reply.source_port")
+            identifiers = template.protocol.identifiers
+            for part in nl.IDENTIFIERS[identifiers]:
+                other = identifiers.other(part.field)
+                if other in identifiers.behind:
+                    rows[identifiers.behind[other]] = columns.part(f"reply.{part.name}", part)
         return Batch(template, rows)
 
     def _complete_offloaded(self, rows: npt.NDArray[np.void], template: Template) -> None:
@@ -289,14 +294,25 @@ class _Columns:
         for one, other in (("orig.source", "reply.destination"), ("orig.destination", "reply.source")):
             equal = self.address(one) == self.address(other)
             same &= equal.all(axis=1) if equal.ndim > 1 else equal
+        return same & self._is_answered(changed_by_nat=True) & self._is_answered(changed_by_nat=False)
+
+    def is_translated_as_carried(self) -> Mask:
+        """Which entries differ from plain ones in nothing but what a template with a NAT has room for."""
+        return self._is_answered(changed_by_nat=False)
+
+    def _is_answered(self, *, changed_by_nat: bool) -> Mask:
+        """Which entries' reply has the identifiers of an answer: those that a NAT may change, or the others."""
         assert self.shape.template is not None, "nobody knows what such an entry's reply would be"
         protocol = self.shape.template.protocol
-        names = {part.field: part.name for part in nl.IDENTIFIERS[protocol.identifiers]}
-        for part in nl.IDENTIFIERS[protocol.identifiers]:
-            answer = self.part(f"orig.{names[protocol.identifiers.other(part.field)]}", part)
-            if part.field == protocol.identifiers.answered:
-                answer = protocol.inverse[answer]
-            same &= answer == self.part(f"reply.{part.name}", part)
+        identifiers, same = protocol.identifiers, np.ones(len(self), bool)
+        names = {part.field: part.name for part in nl.IDENTIFIERS[identifiers]}
+        for part in nl.IDENTIFIERS[identifiers]:
+            other = identifiers.other(part.field)
+            if (other in identifiers.behind) is changed_by_nat:
+                answer = self.part(f"orig.{names[other]}", part)
+                if part.field == identifiers.answered:
+                    answer = protocol.inverse[answer]
+                same &= answer == self.part(f"reply.{part.name}", part)
         return same
 
     def _column(self, name: str, dtype: str, shift: int) -> npt.NDArray[Any]:
@@ -379,11 +395,6 @@ def _template(family: int, number: int, fields: Mapping[str, int], raw: bytes, s
     if families[family] not in protocol.families:
         return None
     return TEMPLATES[f"{protocol.kind}-{families[family]}"]
-
-
-def _translated(template: Template) -> Template | None:
-    kind, family = template.name.split("-")
-    return TEMPLATES.get(f"{kind}-nat-{family}")
 
 
 def _fits(words: npt.NDArray[np.uint32], starts: Offsets, shape: Shape) -> Mask:

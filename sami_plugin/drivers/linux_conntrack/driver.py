@@ -18,7 +18,19 @@ from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Offsets, Torn, failure
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
-from sami_plugin.model.flows import BARRED, Addresses, Batch, Omitted, Rows, Template, has_end_in, names, turned_round
+from sami_plugin.model.flows import (
+    BARRED,
+    TEMPLATES,
+    Addresses,
+    Batch,
+    FlowStatus,
+    Omitted,
+    Rows,
+    Template,
+    answers,
+    has_end_in,
+    names,
+)
 from sami_plugin.model.keys import KeyIndex, key_words
 from sami_plugin.model.protocols import GRE, PROTOCOLS
 from sami_plugin.model.results import Outcome, Reason, Results, results
@@ -31,8 +43,7 @@ Numbers = npt.NDArray[np.intp]
 TEMPLATES_OF_EVERY_KERNEL = frozenset(
     f"{protocol.kind}-{family}" for protocol in PROTOCOLS if protocol not in nl.OPTIONAL for family in protocol.families
 )
-"""What is carried wherever there is conntrack. Translated flows are exported, so that they can be named, but not
-inserted yet."""
+"""What is carried wherever there is conntrack."""
 
 _REASONS = {
     errno.EEXIST: Reason.EXISTS,
@@ -180,6 +191,8 @@ class LinuxConntrackDriver(FlowDriver):
                     break
                 self._make_way(connection, scope, batch.take(left))
                 made[left] = results(1)
+        if batch.template.is_translated:
+            made["reason"][made["reason"] == Reason.EXISTS] = Reason.TRANSLATION_TAKEN
         return made
 
     def renew(self, scope: Scope, batch: Batch) -> Results:
@@ -283,12 +296,17 @@ class LinuxConntrackDriver(FlowDriver):
         made["outcome"][theirs] = np.where(known, Outcome.PRESENT, Outcome.ABSENT)
 
     def _make_way(self, connection: Connection, scope: Scope, batch: Batch) -> None:
-        """Deletes the entries that hold a tuple of these flows, in either direction, each by its own name and id."""
-        for wanted in (batch, turned_round(batch)):
+        """Deletes the entries that hold a tuple of these flows, in either direction, each by its own name and id.
+
+        Where answers come to a NAT, another guest's may come there too.
+        """
+        for wanted in (batch, answers(batch)):
             for found in self._look(connection, scope, wanted)[1]:
                 victims = found.batch
                 if scope.is_shared:
                     victims = victims.take(~has_end_in(victims, _neighbours(scope)))
+                if batch.template.is_translated and wanted is not batch:
+                    victims = victims.take(has_end_in(victims, scope.addresses) | _is_unanswered(victims))
                 _ask(connection, Request.DELETE_WITH_ID, victims, _zones(scope, victims))
 
 
@@ -360,6 +378,11 @@ def _without(part: Decoded, which: Mask) -> Decoded:
 
 def _omitted(barred: Batch) -> Omitted:
     return Omitted(BARRED, len(barred), names(barred, 5))
+
+
+def _is_unanswered(batch: Batch) -> Mask:
+    """Which flows nobody has answered yet: a packet came, and no NAT of this host made it somebody's."""
+    return batch.rows["conntrackStatus"] & int(FlowStatus.SEEN_REPLY | FlowStatus.SRC_NAT | FlowStatus.DST_NAT) == 0
 
 
 def _neighbours(scope: Scope) -> Addresses:
@@ -477,6 +500,8 @@ def _notes(found: probe.Features, can_watch: bool, receive_octets: int) -> Itera
         for protocol, option in nl.OPTIONAL.items():
             if not {f"{protocol.kind}-{family}" for family in protocol.families} <= found.optional:
                 yield f"the kernel does not track {protocol.label}, so such flows are left behind; it needs {option}"
+        if not any(TEMPLATES[name].is_translated for name in found.optional):
+            yield "the kernel makes no NAT, so translated flows are left behind; it needs CONFIG_NF_NAT"
     if found.keeps_marks is False:
         yield "the kernel keeps no conntrack marks; it needs CONFIG_NF_CONNTRACK_MARK"
     if found.filters_dump_by_zone is False:

@@ -85,6 +85,8 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
         answered = rows[identifiers.other(part.field)]
         fields[f"reply.{part.name}"] = of_protocol.inverse[answered] if part.field == identifiers.answered else answered
     if request is Request.INSERT:
+        if batch.template.is_translated:
+            _put_translation(fields, batch)
         # Bits that this kernel does not take at create; CONFIRMED it insists on.
         status = rows["conntrackStatus"] & np.uint32(nl.STATUS_TAKEN)
         if of_protocol is protocols.GRE:
@@ -101,6 +103,15 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
         if "sctp_state" in names:
             fields["sctp_state"] = nl.SCTP_STATE_TO_KERNEL[rows["sctpAssociationState"]]
     return octets
+
+
+def _put_translation(fields: npt.NDArray[np.void], batch: Batch) -> None:
+    """What addresses and identifiers are behind the flow's NAT; they are the same where nothing is translated."""
+    family, behind = "IPv6" if batch.template.is_ipv6 else "IPv4", batch.template.protocol.identifiers.behind
+    for side in _OTHER_SIDE:
+        fields[f"behind.{side}"] = batch.rows[f"postNAT{side.capitalize()}{family}Address"]
+        for name in _of_side(batch.template, side):
+            fields[f"behind.{side}.{name}"] = batch.rows[behind[name]]
 
 
 _ROW_FIELDS = {
@@ -121,6 +132,11 @@ def layout(request: Request, template: Template, has_zone: bool) -> Layout:
     if request is Request.INSERT:
         attributes.append((nl.TUPLE_REPLY, _tuple(template, "reply"), None))
         attributes += [(nl.STATUS, "status", ">u4"), (nl.TIMEOUT, "timeout", ">u4"), (nl.MARK, "mark", ">u4")]
+        if template.is_translated:
+            attributes += [
+                (nl.NAT_SRC, _translation(template, "source"), None),
+                (nl.NAT_DST, _translation(template, "destination"), None),
+            ]
         if template.protocol in _PROTOINFO:
             attributes.append((nl.PROTOINFO, [_PROTOINFO[template.protocol]], None))
     if request is Request.RENEW:
@@ -166,6 +182,22 @@ _PROTOINFO: dict[protocols.Protocol, Any] = {
     protocols.TCP: (nl.PROTOINFO_TCP, _TCP, None),
     protocols.SCTP: (nl.PROTOINFO_SCTP, _SCTP, None),
 }
+
+
+_OTHER_SIDE = {"source": "destination", "destination": "source"}
+
+
+def _translation(template: Template, side: str) -> list[Any]:
+    number, form = (nl.NAT_V6_MIN, ">2u8") if template.is_ipv6 else (nl.NAT_V4_MIN, ">u4")
+    made: list[Any] = [(number, f"behind.{side}", form)]
+    if ranges := [(nl.NAT_PROTO_MIN, f"behind.{side}.{name}", ">u2") for name in _of_side(template, side)]:
+        made.append((nl.NAT_PROTO, ranges, None))
+    return made
+
+
+def _of_side(template: Template, side: str) -> list[str]:
+    """Which identifiers a NAT of this side may change; that of ICMP belongs to both."""
+    return [name for name in template.protocol.identifiers.behind if not name.startswith(_OTHER_SIDE[side])]
 
 
 def _tuple(template: Template, direction: str) -> list[Any]:

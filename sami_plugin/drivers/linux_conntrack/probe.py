@@ -28,7 +28,8 @@ class Features:
     keeps_zones: bool | None = None
     keeps_marks: bool | None = None
     optional: frozenset[str] | None = None
-    """Templates of protocols that not every kernel tracks (`attributes.OPTIONAL`) and this one does."""
+    """Templates of protocols that not every kernel tracks (`attributes.OPTIONAL`) and this one does, and of those with
+    a NAT that it makes."""
     why_unknown: str = ""
 
 
@@ -71,8 +72,8 @@ def _try() -> Features:
 
 
 def _optional(connection: Connection) -> frozenset[str]:
-    """The templates of optional protocols of which this kernel keeps a flow as it was sent."""
-    templates = [TEMPLATES[f"{protocol.kind}-{family}"] for protocol in nl.OPTIONAL for family in protocol.families]
+    """The templates that not every kernel carries of which this one keeps a flow as it was sent."""
+    templates = [each for each in TEMPLATES.values() if each.is_translated or each.protocol in nl.OPTIONAL]
     for template in templates:
         connection.ask(requests(Request.INSERT, _flow(template), np.zeros(1, np.uint16)))
     kept = set()
@@ -82,29 +83,36 @@ def _optional(connection: Connection) -> frozenset[str]:
             if isinstance(part, Decoded) and part.batch.template in templates:
                 sent = _flow(part.batch.template)
                 at = KeyIndex(part.batch).find(sent)
-                # Marks are tried elsewhere.
-                if at[0] >= 0 and not _lost(sent, part.batch.take(at)) - {"flowMark"}:
+                if at[0] >= 0 and not _lost(sent, part.batch.take(at)):
                     kept.add(part.batch.template.name)
-    return frozenset(kept)
+    missing = {each.name for each in templates if each.name not in kept}
+    return frozenset(name for name in kept if name.replace("-nat-", "-") not in missing)
 
 
 def _lost(sent: Batch, kept: Batch) -> set[str]:
+    """What of the flow is not as it was sent, but for what is tried elsewhere, or in the template without a NAT."""
     lost = int(lost_fields(sent, kept.rows)[0])
-    return {field[0] for position, field in enumerate(sent.template.state) if lost >> position & 1}
+    tried = {"flowMark", *(field[0] for field in sent.template.protocol.state if sent.template.is_translated)}
+    return {field[0] for position, field in enumerate(sent.template.state) if lost >> position & 1} - tried
 
 
 def _flow(template: Template) -> Batch:
     """A flow of which no field is 0."""
-    rows = template.empty(1)
-    family = "IPv6" if template.is_ipv6 else "IPv4"
-    for number, end in enumerate(("source", "destination"), 1):
-        rows[f"{end}{family}Address"] = (0x20010DB8 << 32, number) if template.is_ipv6 else 0xC0000200 + number
-    protocol = template.protocol
-    rows["zoneRole"], rows["protocolIdentifier"] = ZoneRole.PORT, protocol.number
-    for number, name in enumerate((*protocol.identifiers.names, *(field[0] for field in protocol.state)), 9):
+    rows, protocol = template.empty(1), template.protocol
+    identifiers = protocol.identifiers
+    for number, name in enumerate(template.address_fields, 1):
+        rows[name] = (0x20010DB8 << 32, number) if template.is_ipv6 else 0xC0000200 + number
+    for number, field in enumerate(protocol.state, 9):
+        rows[field[0]] = number
+    # With a NAT its first packet is no plain flow's.
+    first, behind = (29, identifiers.behind) if template.is_translated else (9, {})
+    for number, name in enumerate((*identifiers.names, *behind.values()), first):
         rows[name] = number
+    if identifiers.answered is not None:
+        rows[identifiers.answered] = protocol.answers[0][0]
     if protocol.states is not None:
         rows[protocol.state_field] = protocol.states["ESTABLISHED"]
+    rows["zoneRole"], rows["protocolIdentifier"] = ZoneRole.PORT, protocol.number
     rows["conntrackStatus"] = FlowStatus.CONFIRMED
     rows["remainingTimeoutSeconds"], rows["flowMark"] = 60, 1
     return Batch(template, rows)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Template, ZoneRole
 from sami_plugin.model.protocols import SctpState, TcpState
 
-PROTOCOLS = {"tcp-": 6, "udp-": 17, "icmp-ipv4": 1, "icmp-ipv6": 58, "sctp-": 132, "udplite-": 136, "gre-": 47}
+PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmpv6": 58, "sctp": 132, "udplite": 136, "gre": 47}
 
 FLOW_TEMPLATES = tuple(TEMPLATES.values())
 # Names of translated flows are on the wire what names of others are, and come back as those.
@@ -16,7 +16,8 @@ NAME_TEMPLATES = tuple(each.identity for each in FLOW_TEMPLATES if "-nat-" not i
 
 
 def protocol_of(template: Template) -> int:
-    return next(number for name, number in PROTOCOLS.items() if template.name.startswith(name))
+    kind = template.name.partition("-")[0]
+    return PROTOCOLS["icmpv6" if kind == "icmp" and template.is_ipv6 else kind]
 
 
 @st.composite

@@ -43,6 +43,7 @@ SAMI_NUMBERS = {
     "reverseSctpVerificationTag": 0x6011,
     "greKey": 0x2012,
     "reverseGreKey": 0x6012,
+    "postNATIcmpIdentifier": 0x2013,
 }
 
 

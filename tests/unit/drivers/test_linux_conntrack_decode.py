@@ -251,14 +251,25 @@ def test_gre_flow_has_the_key_of_each_direction() -> None:
     assert part.batch.rows["reverseGreKey"].tolist() == [7]
 
 
-@pytest.mark.parametrize("protocol", [132, 136, 47])
-def test_translation_of_a_kind_without_room_for_it_is_omitted_by_name(protocol: int) -> None:
+@pytest.mark.parametrize("protocol", [6, 17, 132, 136, 47])
+def test_translation_of_any_kind_is_told(protocol: int) -> None:
     octets = entry(protocol=protocol).replace(netaddr.IPAddress("192.0.2.10").packed, b"\xcb\0\x71\1")
     octets = octets.replace(b"\xcb\0\x71\1", netaddr.IPAddress("192.0.2.10").packed, 1)
     (part,) = decoded(octets)
-    label = protocols.BY_NUMBER[protocol].label
+    assert isinstance(part, Decoded)
+    assert part.batch.template.name == f"{protocols.BY_NUMBER[protocol].kind}-nat-ipv4"
+    assert part.batch.rows["postNATSourceIPv4Address"].tolist() == [0xCB007101]
+    assert part.batch.rows["postNATDestinationIPv4Address"].tolist() == [0xC6336401]
+
+
+def test_translated_key_of_gre_is_omitted_by_name() -> None:
+    """As PPTP's helper makes it, for call ids that two clients have in common."""
+    reply = entry(protocol=47, ports=(7, 9)).rindex(attribute(nl.PROTO_SRC_PORT, struct.pack(">H", 9)))
+    octets = bytearray(entry(protocol=47, ports=(7, 9)))
+    octets[reply + 5] = 10
+    (part,) = decoded(bytes(octets))
     assert isinstance(part, Omitted)
-    assert (part.reason, part.count) == (f"address translation of {label} is not carried", 1)
+    assert (part.reason, part.count) == ("translation of anything but addresses is not carried of GRE", 1)
 
 
 def test_zone_of_one_direction_is_omitted_by_name() -> None:

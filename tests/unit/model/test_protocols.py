@@ -29,7 +29,10 @@ def test_template_has_the_identifiers_and_the_state_of_its_protocol(protocol: Pr
         assert template.protocol is template.identity.protocol is protocol
         assert template.key[-len(protocol.identifiers.fields) :] == protocol.identifiers.fields
         assert template.state[len(template.state) - len(protocol.state) :] == protocol.state
-        assert (f"{protocol.kind}-nat-{family}" in TEMPLATES) == protocol.is_translated
+        translated, nat = TEMPLATES[f"{protocol.kind}-nat-{family}"], f"postNAT{{}}{family.replace('ip', 'IP')}Address"
+        behind = tuple(field[0] for field in translated.state[len(template.state) :])
+        assert (translated.key, translated.state[: len(template.state)]) == (template.key, template.state)
+        assert behind == (nat.format("Source"), nat.format("Destination"), *protocol.identifiers.behind.values())
 
 
 @EVERY
