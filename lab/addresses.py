@@ -17,6 +17,11 @@ def guest_addresses(number: int) -> tuple[str, str]:
     return f"10.92.0.{11 + number}", f"fd92::{11 + number:x}"
 
 
+def public_addresses(number: int) -> tuple[str, str]:
+    """What the outside knows a guest by whose hosts translate its own addresses."""
+    return f"203.0.113.{11 + number}", f"fd93::{11 + number:x}"
+
+
 def guest_mac(number: int) -> str:
     """The guest's hardware address."""
     return f"02:92:00:00:00:{11 + number:02x}"

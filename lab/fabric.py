@@ -127,7 +127,7 @@ class RoutedFabric:
         else:
             pairs = zip(there, port.addresses, strict=True)
             renumbering.translate(self.namespace, table, pairs, own_side=way, other_side="to-outside")
-        self.namespace.ip(*routes_via_far_end(way, there))
+        self.namespace.ip(*routes_via_far_end(way, (*there, *port.public)))
 
     def close(self) -> None:
         """Delete it. May be repeated."""

@@ -57,6 +57,11 @@ class Guest(Ruled):
         """Its first address of family 4 or 6."""
         return self.v6 if family == 6 else self.v4
 
+    def public(self, family: int) -> str:
+        """What the outside knows its first address of family 4 or 6 by."""
+        known = [address for address in self.port.public if is_ipv6(address) == (family == 6)]
+        return known[0] if known else self.address(family)
+
     def start(self, argv: Sequence[str], **options) -> subprocess.Popen:
         """See Namespace.start. Blocks while the guest is paused."""
         return self.namespace.start(argv, **options)

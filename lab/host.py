@@ -147,7 +147,7 @@ class Host:
             self._write_scope()
 
     def _write_scope(self) -> None:
-        """Which ports are here: {"ports": [{"port", "guest", "namespace", "zone", "shared", "addresses"}]}.
+        """Which ports are here, as `sami_plugin.scopes.static` reads it.
 
         Replaced by rename, so a reader sees the old or the new text, never a part of it.
         """
@@ -159,6 +159,7 @@ class Host:
                 "zone": self.zone(guest),
                 "shared": self.firewall.is_zone_shared,
                 "addresses": list(self.as_here(guest.port).addresses),
+                "translations": list(guest.port.public),
             }
             for guest in {**self._expected, **self._guests}.values()
         ]

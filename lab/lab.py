@@ -80,13 +80,17 @@ class Lab:
         addresses_too: Sequence[str] = (),
         rules: Rules = Rules(),  # noqa: B008, a frozen value
         on: Sequence[str] | None = None,
+        is_translated: bool = False,
     ) -> Guest:
         """Make a guest on `host` and program its port on all hosts, or only on those named in `on`.
 
-        It has one IPv4 and one IPv6 address, and `addresses_too`. Names are short: the tap is called tap-NAME.
+        It has one IPv4 and one IPv6 address, and `addresses_too`; the outside knows it by others if it `is_translated`,
+        which takes routed hosts. Names are short: the tap is called tap-NAME.
         """
         if name in self.guests or not 0 < len(name) <= 11:
             raise LabError(f"a guest's name is new and has 1 to 11 characters, {name!r} is not")
+        if is_translated and self.kind != "routed":
+            raise LabError(f"hosts of the kind {self.kind} translate no guest's addresses")
         number = len(self.guests)
         port = Port(
             id=str(uuid.uuid4()),
@@ -95,6 +99,7 @@ class Lab:
             mac=addresses.guest_mac(number),
             addresses=(*addresses.guest_addresses(number), *addresses_too),
             rules=rules,
+            public=addresses.public_addresses(number) if is_translated else (),
         )
         programmed = list(self.hosts) if on is None else list(on)
 

@@ -23,7 +23,8 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """`number` counts the lab's guests from 0; `tap` is the host's end of the guest's link."""
+    """`number` counts the lab's guests from 0; `tap` is the host's end of the guest's link; `public` is what its
+    first addresses are translated to, one of each family, if they are."""
 
     id: str
     number: int
@@ -31,6 +32,7 @@ class Port:
     mac: str
     addresses: tuple[str, ...]
     rules: Rules
+    public: tuple[str, ...] = ()
 
 
 class Ruled(ABC):

@@ -100,7 +100,8 @@ def serve(
     place: Place = client or lab.outside
     server = start_program(guest, "tcp-serve", guest.address(family), port)
     wait_until_ready(server)
-    asking = start_program(place, "tcp-connect", guest.address(family), port, "--ask", str(rate), log=log)
+    known_by = guest.address(family) if client else guest.public(family)
+    asking = start_program(place, "tcp-connect", known_by, port, "--ask", str(rate), log=log)
     wait_until_ready(asking)
     return Traffic("serve", (server, asking), log, port)
 

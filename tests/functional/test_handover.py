@@ -58,6 +58,12 @@ def left(lab: Lab, host: str, guest: Guest) -> set[judge.Flow]:
     return judge.table(lab.hosts[host], guest, lab.folder / f"left-{host}-{guest.name}").of(guest.addresses)
 
 
+def translated(lab: Lab, host: str, guest: Guest) -> set[tuple[object, ...]]:
+    """The guest's flows there that its public addresses are in, with both ends of their replies."""
+    entries = judge.table(lab.hosts[host], guest, lab.folder / f"translated-{host}-{guest.name}").entries.values()
+    return {entry[:3] for entry in entries if {entry.flow.destination, entry.reply_destination} & {*guest.port.public}}
+
+
 def wait_for(carrier: Carrier, host: str, guest: Guest, step: str) -> Callable[[], None]:
     """A wait until the guest's session on that host has come to this step."""
 
@@ -88,6 +94,37 @@ def test_a_download_lives_with_sami_and_dies_without(kind: str) -> None:
                 record = lab.migrate(guest, "a", "b", carrier.tell, copy_seconds=0.5)
                 assert record.errors == []
                 return has_lived(flow, record)
+            finally:
+                carrier.stop()
+
+    with ThreadPoolExecutor(2) as both:
+        assert list(both.map(lives, (Carrier(), NoCarrier()))) == [True, False]
+
+
+BEGINNINGS = {"download": traffic.download, "serve": lambda lab, guest, **more: traffic.serve(lab, guest, 80, **more)}
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("begun", BEGINNINGS)
+def test_a_translated_download_lives_with_sami_and_dies_without(begun: str, family: int) -> None:
+    """Masqueraded, where the guest began it, and else by a destination NAT. Hosts choose ports of their own."""
+
+    def lives(carrier: Carrier | NoCarrier) -> bool:
+        with Lab(kind="routed") as lab:
+            guest = lab.add_guest("g", "a", is_translated=True)
+            guest.allow("tcp", 80)
+            carrier.start(lab)
+            try:
+                flow = BEGINNINGS[begun](lab, guest, family=family)
+                goes_on(flow)
+                before = translated(lab, "a", guest)
+                assert len(before) == 1
+                record = lab.migrate(guest, "a", "b", carrier.tell, copy_seconds=0.5)
+                assert record.errors == []
+                if is_alive := has_lived(flow, record):
+                    assert translated(lab, "b", guest) == before
+                    assert not left(lab, "a", guest)
+                return is_alive
             finally:
                 carrier.stop()
 
