@@ -6,7 +6,8 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oslo_config import cfg
+import netaddr
+from oslo_config import cfg, types
 
 from sami_plugin.errors import ConfigurationError
 from sami_plugin.model.settings import MEBIBYTE, Bounds, Files, Limits, Retention, Settings
@@ -64,6 +65,14 @@ AGENT_OPTIONS = [
         "guest's libvirt XML gives its ports even where ports share a conntrack zone and this host's own firewall does "
         "not say whose they are. The XML comes with the guest, so the host that it comes from can then have flows "
         "admitted for any address of that zone. In a zone of the port's own it is believed without this.",
+    ),
+    cfg.ListOpt(
+        "translations",
+        default=[],
+        item_type=types.IPAddress(),
+        help="Addresses that this host's NAT translates those of any guest to and from, such as that of a masquerade. "
+        "A flow with a NAT to another address is refused, unless the scope finder `static` names it for the port. For "
+        "the flow's peer the address has to be where the guest is, so it is the same on all hosts, or goes along.",
     ),
     cfg.ListOpt(
         "domains",
@@ -657,4 +666,5 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         late_import_seconds=values.late_import_seconds,
         remove_unadmitted=values.remove_unadmitted,
         enterprise=conf.agent.enterprise_number,
+        translations=tuple(map(netaddr.IPAddress, conf.agent.translations)),
     )

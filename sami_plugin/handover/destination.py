@@ -398,7 +398,7 @@ class DestinationSession(Session):
             if not domain.peers_follow:
                 refused.append((Reason.PEER_CANNOT_FOLLOW, peer_sees_another(theirs, mine, port.scope.addresses)))
         if mine.template.is_translated:
-            own = (*port.scope.addresses, *port.scope.translations)
+            own = (*port.scope.addresses, *port.scope.translations, *self.host.settings.translations)
             refused.append((Reason.FOREIGN_TRANSLATION, is_translated_elsewhere(mine, own)))
         is_admitted = np.ones(len(mine), bool)
         for reason, which in refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sami_plugin.model.flows import Addresses
 from sami_plugin.model.verdict import Verdict
 
 
@@ -69,6 +70,7 @@ class Settings:
     late_import_seconds: float = 30.0
     remove_unadmitted: bool = False
     enterprise: int = 32473
+    translations: Addresses = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,14 @@ def read(tmp_path: Path) -> Read:
     return of
 
 
+def test_translations_are_addresses(read: Read) -> None:
+    made = options.settings(read("[agent]\ntranslations = 203.0.113.7, 2001:db8:f::7\n"))
+    assert list(map(str, made.translations)) == ["203.0.113.7", "2001:db8:f::7"]
+    assert options.settings(read("")).translations == ()
+    with pytest.raises(cfg.ConfigFileValueError, match=r"203\.0\.113\.0/24 is not IPv4 or IPv6"):
+        options.settings(read("[agent]\ntranslations = 203.0.113.0/24\n"))
+
+
 def test_domain_is_read_whole(read: Read) -> None:
     (west,) = options.domains(read(WEST))
     assert (west.name, west.transport_url, west.peers_follow) == ("west", "rabbit://u:p@192.0.2.1/", True)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import netaddr
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.model.flows import Batch, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
 from sami_plugin.model.migration import Phase
+from sami_plugin.model.results import WORDS, Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
+from sami_plugin.testing.conformance import flows
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
+    GUEST_ADDRESS,
     IMPATIENT,
     SETTINGS,
     ZONES,
@@ -22,6 +27,7 @@ from tests.unit.handover.memory import (
     finish,
     guest_with_flows,
     held,
+    hosts_in,
     tcp_flows,
     until_idle,
     wait_for_step,
@@ -219,3 +225,23 @@ def test_guest_that_leaves_long_after_it_runs_elsewhere_has_one_report(hosts: Ho
     until_idle(hosts)
     assert [report["outcome"] for report in hosts.reports("host-a", guest)] == ["moved"]
     assert hosts.agents["host-a"].underway() == []
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_flow_is_translated_only_to_what_the_destination_knows_to_be_translated_to(
+    tmp_path: Path, is_known: bool
+) -> None:
+    public = netaddr.IPAddress("203.0.113.7")
+    with hosts_in(tmp_path, replace(SETTINGS, translations=(public,) if is_known else ())) as hosts:
+        guest = guest_with_flows(hosts, 0)
+        own = (netaddr.IPAddress(GUEST_ADDRESS),)
+        sent = flows(TEMPLATES["tcp-nat-ipv4"], 3, source=own)
+        sent.rows["postNATSourceIPv4Address"] = int(public)
+        hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), sent)
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == (3 if is_known else 0)
+        assert held(hosts, "host-a") == set()
+        named = hosts.reports("host-b", guest)[0]["named"]
+        assert (f"refused: {WORDS[Reason.FOREIGN_TRANSLATION]}" in named) is not is_known

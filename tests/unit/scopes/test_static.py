@@ -42,6 +42,12 @@ def test_scopes_of_a_guest(scopes_of: Write) -> None:
     assert scopes.find("nobody") == ()
 
 
+def test_addresses_that_a_port_s_are_translated_to(scopes_of: Write) -> None:
+    scopes = scopes_of({"ports": [{**WEB, "translations": ["203.0.113.7", "2001:db8:f::7"]}, DB]})
+    assert scopes.find("web")[0].translations == (netaddr.IPAddress("203.0.113.7"), netaddr.IPAddress("2001:db8:f::7"))
+    assert scopes.find("db")[0].translations == ()
+
+
 def test_file_is_read_anew_at_each_question(scopes_of: Write) -> None:
     scopes = scopes_of({"ports": []})
     assert scopes.find("web") == ()
@@ -87,7 +93,11 @@ BAD = [
     {"ports": [None]},
     *({"ports": [{**WEB, "zone": zone}]} for zone in (-1, 65536, "7", 7.0, True, None)),
     *({"ports": [{name: value for name, value in WEB.items() if name != missing}]} for missing in WEB),
-    *({"ports": [{**WEB, "addresses": wrong}]} for wrong in (None, 7, ["192.0.2"], ["192.0.2.0/9"], [None], [[]], [7])),
+    *(
+        {"ports": [{**WEB, field: wrong}]}
+        for field in ("addresses", "translations")
+        for wrong in (None, 7, ["192.0.2"], ["192.0.2.0/9"], [None], [[]], [7])
+    ),
 ]  # fmt: skip
 
 
