@@ -121,7 +121,8 @@ class FlowDriver(abc.ABC):
         `scope.barred_marks` too: BARRED. An entry of the same key, or
         of the same tuple turned round, is replaced, unless `scope` is shared and the
         other end is one of its neighbours: then it is left alone and the result is PRESENT, or REFUSED with
-        LOCAL_PORTS_OWN where there is none.
+        LOCAL_PORTS_OWN where there is none. Where the place that a NAT needs, for what comes to it or for what is sent
+        back, is another guest's, that one's entry is left alone: REFUSED, TRANSLATION_TAKEN.
 
         :raises DeviceFailed: the device gave up; some records may be in it, so remove all of the batch.
         """

@@ -26,6 +26,7 @@ from sami_plugin.model.flows import (
     Addresses,
     Batch,
     FirewallEvent,
+    FlowStatus,
     Omitted,
     Template,
     ZoneRole,
@@ -320,6 +321,8 @@ class MemoryDriver(FlowDriver):
             return Outcome.REFUSED, Reason.LOCAL_PORTS_OWN, 0
         if any(_is_theirs(scope, entry) for entry in in_the_way.values()):
             return Outcome.REFUSED, Reason.LOCAL_PORTS_OWN, 0
+        if batch.template.is_translated and any(_is_anothers(scope, entry) for entry in in_the_way.values()):
+            return Outcome.REFUSED, Reason.TRANSLATION_TAKEN, 0
         capacity = self.device.capacity
         if capacity is not None and self.device.held - len(in_the_way) >= capacity:
             return Outcome.REFUSED, Reason.TABLE_FULL, 0
@@ -416,6 +419,12 @@ def _is_theirs(scope: Scope, entry: Entry) -> bool:
         return False
     batch = _single(entry.template, entry.row)
     return not has_end_in(batch, scope.addresses)[0] or bool(has_end_in(batch, scope.neighbours)[0])
+
+
+def _is_anothers(scope: Scope, entry: Entry) -> bool:
+    """Whether none of its ends is the port's, and it was answered, or a NAT has made it somebody's."""
+    is_used = entry.row["conntrackStatus"] & int(FlowStatus.SEEN_REPLY | FlowStatus.SRC_NAT | FlowStatus.DST_NAT) != 0
+    return bool(is_used) and not has_end_in(_single(entry.template, entry.row), scope.addresses)[0]
 
 
 def _single(template: Template, row: np.void) -> Batch:

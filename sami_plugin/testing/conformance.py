@@ -258,6 +258,22 @@ class FlowDriverConformance:
             )
             self._clear(driver, scope)
 
+    def test_place_of_another_guest_s_nat_is_taken_from_nobody(self) -> None:
+        for template, driver, scope in self._each_template():
+            if not template.is_translated:
+                continue
+            others = dataclasses.replace(scope, port="other", guest="other", addresses=NEIGHBOUR_ADDRESSES)
+            theirs, mine = flows(template, 2, source=NEIGHBOUR_ADDRESSES), flows(template, 2)
+            driver.insert(others, theirs)
+            before = driver.read_back(others, theirs)[0].rows["flowId"]
+            made = driver.insert(scope, mine)
+            _all(made, Outcome.REFUSED, f"inserting {template.name} where another guest's answers come to")
+            _promise(bool((made["reason"] == Reason.TRANSLATION_TAKEN).all()), "the reason is not TRANSLATION_TAKEN")
+            self._there(driver, others, theirs, "what another guest's NAT had was taken away:")
+            after = driver.read_back(others, theirs)[0].rows["flowId"]
+            _promise(bool((before == after).all()), "what another guest's NAT had was replaced")
+            driver.remove(others, _named(theirs))
+
     def test_results_are_one_per_record_in_order(self) -> None:
         driver, scope = self.make_driver(), self.make_scope()
         template = self._declared(driver, scope)[0]

@@ -298,14 +298,14 @@ class LinuxConntrackDriver(FlowDriver):
     def _make_way(self, connection: Connection, scope: Scope, batch: Batch) -> None:
         """Deletes the entries that hold a tuple of these flows, in either direction, each by its own name and id.
 
-        Where answers come to a NAT, another guest's may come there too.
+        What comes to a NAT may be another guest's.
         """
         for wanted in (batch, answers(batch)):
             for found in self._look(connection, scope, wanted)[1]:
                 victims = found.batch
                 if scope.is_shared:
                     victims = victims.take(~has_end_in(victims, _neighbours(scope)))
-                if batch.template.is_translated and wanted is not batch:
+                if batch.template.is_translated:
                     victims = victims.take(has_end_in(victims, scope.addresses) | _is_unanswered(victims))
                 _ask(connection, Request.DELETE_WITH_ID, victims, _zones(scope, victims))
 

@@ -248,6 +248,11 @@ class _WatchesWithoutSayingSo(MemoryDriver):
         return MemoryDriver(self.device).watch(scope)
 
 
+class _TakesTheNatsOfOthers(MemoryDriver):
+    def insert(self, scope: Scope, batch: Batch) -> Results:
+        return super().insert(dataclasses.replace(scope, addresses=scope.addresses + NEIGHBOUR_ADDRESSES), batch)
+
+
 WRONG: list[tuple[type[MemoryDriver], str]] = [
     (_DropsMark, "test_inserted_flows_are_read_back_as_they_were_sent"),
     (_DropsMark, "test_inserted_flows_are_exported_as_they_were_sent"),
@@ -261,6 +266,7 @@ WRONG: list[tuple[type[MemoryDriver], str]] = [
     (_SharedZonesAreAllMine, "test_shared_zone_shows_the_flows_of_the_port_alone"),
     (_SharedZonesAreAllMine, "test_neighbours_flows_are_never_touched"),
     (_SharedZonesAreAllMine, "test_flow_with_a_neighbour_is_the_neighbours"),
+    (_TakesTheNatsOfOthers, "test_place_of_another_guest_s_nat_is_taken_from_nobody"),
     (_KnowsNoBarring, "test_barred_flows_are_omitted_and_named_and_the_others_told"),
     (_KnowsNoBarring, "test_barred_flows_are_refused_and_the_others_put_in"),
     (_KnowsNoBarring, "test_watch_tells_a_flow_that_became_barred_as_removed"),
