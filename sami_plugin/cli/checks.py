@@ -201,14 +201,19 @@ def _trials(namespace: str) -> Iterator[Check]:
 
 
 def _optional(kept: frozenset[str] | None) -> Iterator[Check]:
-    """Whether the kernel tracks the protocols that not every kernel does."""
+    """Whether the kernel tracks the protocols that not every kernel does, and makes a NAT."""
     from sami_plugin.drivers.linux_conntrack.attributes import OPTIONAL
+    from sami_plugin.model.flows import TEMPLATES
 
-    for protocol, option in OPTIONAL.items():
-        name = f"{protocol.label} flows"
+    wanted = {
+        f"{protocol.label} flows": ({f"{protocol.kind}-{family}" for family in protocol.families}, option)
+        for protocol, option in OPTIONAL.items()
+    }
+    translated = {each.name for each in TEMPLATES.values() if each.is_translated and each.protocol not in OPTIONAL}
+    for name, (templates, option) in {**wanted, "flows with a NAT": (translated, "CONFIG_NF_NAT")}.items():
         if kept is None:
             yield Check(name, Result.LIMITED, "it could not be tried whether the kernel tracks them", _RUN_PRIVILEGED)
-        elif {f"{protocol.kind}-{family}" for family in protocol.families} <= kept:
+        elif templates <= kept:
             yield Check(name, Result.OK, "an entry of each family was made, and read back with what was asked for")
         else:
             reason = "the kernel does not track them, or not with all that they have; they are left behind"

@@ -166,7 +166,7 @@ def test_doctor_of_root_has_tried_everything(tmp_path: Path) -> None:
     rows = {row["Check"]: row for row in table("doctor", "--config-file", conf)}
     assert {name: rows[name]["Result"] for name in KERNEL_CHECKS} == dict.fromkeys(KERNEL_CHECKS, "ok")
     assert rows["configuration"]["Result"] == "ok"
-    assert {"SCTP flows", "UDP-Lite flows", "GRE flows"} <= rows.keys()
+    assert {"SCTP flows", "UDP-Lite flows", "GRE flows", "flows with a NAT"} <= rows.keys()
     assert all(row["Mend"] for row in rows.values() if row["Result"] == "missing")
 
 

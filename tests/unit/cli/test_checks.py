@@ -31,15 +31,18 @@ def test_table_needs_headroom(capacity: int | None, in_use: int, result: Result)
 
 
 SCTP, UDPLITE, GRE = ({f"{kind}-ipv4", f"{kind}-ipv6"} for kind in ("sctp", "udplite", "gre"))
+NAT = {f"{kind}-nat-{family}" for kind in ("tcp", "udp", "icmp") for family in ("ipv4", "ipv6")}
+ALL = ["SCTP flows", "UDP-Lite flows", "GRE flows", "flows with a NAT"]
 
 
 @pytest.mark.parametrize(
     ("kept", "limited"),
     [
-        (SCTP | UDPLITE | GRE, []),
-        (SCTP | {"udplite-ipv4"}, ["UDP-Lite flows", "GRE flows"]),
-        (set(), ["SCTP flows", "UDP-Lite flows", "GRE flows"]),
-        (None, ["SCTP flows", "UDP-Lite flows", "GRE flows"]),
+        (SCTP | UDPLITE | GRE | NAT, []),
+        (SCTP | {"udplite-ipv4"} | NAT, ["UDP-Lite flows", "GRE flows"]),
+        (SCTP | UDPLITE | GRE | NAT - {"icmp-nat-ipv6"}, ["flows with a NAT"]),
+        (set(), ALL),
+        (None, ALL),
     ],
 )
 def test_protocol_that_the_kernel_lacks_limits_and_breaks_nothing(kept: set[str] | None, limited: list[str]) -> None:
