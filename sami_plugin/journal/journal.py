@@ -136,7 +136,7 @@ class Journal:
                 raise JournalError(f"{self.path} is no journal of format {FORMAT_VERSION} (it says {version})")
             if not read_only:
                 later = _SINCE_FORMAT_2 if version == 1 else ""
-                self._db.executescript(f"BEGIN;{_SCHEMA}{later}PRAGMA user_version={FORMAT_VERSION};COMMIT")
+                self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}{later}PRAGMA user_version={FORMAT_VERSION};COMMIT")
         except (OSError, sqlite3.Error) as error:
             is_damaged = getattr(error, "sqlite_errorcode", None) in _DAMAGED
             kind = JournalDamaged if is_damaged else JournalError

@@ -269,6 +269,18 @@ def test_journal_that_another_process_had_locked_works_afterwards(journal: Journ
     other.close()
 
 
+def test_agent_that_starts_waits_for_who_has_the_journal_for_a_moment(path: Path) -> None:
+    """As a reader does that meets a writer, or the first one after a crash."""
+    Journal(path).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        moment = threading.Timer(0.3, other.rollback)
+        moment.start()
+        Journal(path).close()
+        assert not other.in_transaction
+        moment.join()
+
+
 def test_report_that_is_no_json_leaves_the_journal_usable(journal: Journal) -> None:
     begin(journal)
     with pytest.raises(TypeError):
