@@ -83,18 +83,21 @@ class Pair:
             wait_until(lambda a=agent, c=count: a.ended(self.guest) > c, f"agent {agent.name} to end its session", 15)
         return here.reports(self.guest)[0], there.reports(self.guest)[0]
 
-    def wait_until_in_sync(self, side: int) -> None:
-        """Blocks until the agent of this side has all that the other exported at first."""
+    def wait_until_all_is_told(self, side: int) -> None:
+        """Blocks until the agent of this side, the source, has told all that was there at first.
 
-        def is_in_sync() -> bool:
+        The destination's journal says nothing of that if it learned only afterwards where the port is.
+        """
+
+        def is_all_told() -> bool:
             journal = Journal(self.agents[side].journal, read_only=True)
             try:
                 newest = journal.sessions()[0]["session"]
-                return any(decision["event"] == "peer said InSync" for decision in journal.decisions(newest))
+                return any(decision["state"] == "following" for decision in journal.decisions(newest))
             finally:
                 journal.close()
 
-        wait_until(is_in_sync, "the first export to be over", 60)
+        wait_until(is_all_told, "the first export to be over", 60)
 
     def round_trips(self, count: int) -> list[float]:
         """Seconds of calls through the broker that carry nothing."""
@@ -202,7 +205,7 @@ def _last_change(made: Pair, new_per_second: int, run: int) -> float:
     source = 1 - run % 2
     with newcomers(LinuxConntrackDriver(), made.scopes[source], new_per_second, run) as stop:
         made.begin(source)
-        made.wait_until_in_sync(1 - source)
+        made.wait_until_all_is_told(source)
         time.sleep(1.0)  # of steady state, which is what is measured
         stop.set()
         here, there = made.finish(source)

@@ -198,6 +198,7 @@ def test_the_scope_file_follows_the_guest(is_port_early):
             "zone": lab.hosts["b"].zone(guest),
             "shared": False,
             "addresses": list(guest.addresses),
+            "translations": [],
         }
     there, gone = [guest.port.id], []
     assert ports["prepare"] == [there, gone]
