@@ -12,27 +12,17 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 
-import netaddr
 import pytest
 
 from lab.deadline import STRETCH
 from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
-from sami_plugin.model.flows import Batch, ZoneRole
+from sami_plugin.model.flows import Batch
 from sami_plugin.model.protocols import SctpState
 from sami_plugin.model.results import Outcome, lost_fields
 from sami_plugin.model.scope import Scope
+from tests.two_sides import HERE, THERE, scope_of, two_sides
 
-HERE, THERE = "10.9.0.1", "10.9.0.2"
-FIREWALL = """table inet firewall {
-  chain out { type filter hook output priority raw; ct zone set 5; }
-  chain in { type filter hook prerouting priority raw; ct zone set 5; }
-  chain guard {
-    type filter hook input priority filter; policy drop;
-    ct state established accept; meta l4proto icmp accept;
-  }
-}
-"""
 # Where the kernel has SCTP itself, it aborts associations that it did not begin.
 NO_ABORTS = """table inet aborts {
   chain out { type filter hook output priority filter; meta l4proto 132 @th,96,8 6 drop; }
@@ -51,22 +41,15 @@ def driver() -> Iterator[LinuxConntrackDriver]:
 
 @pytest.fixture
 def sides() -> Iterator[tuple[Namespace, Namespace]]:
-    """The guest's, with a firewall, and its peer's."""
-    with contextlib.ExitStack() as undo:
-        near, far = Namespace("kinds-near"), Namespace("kinds-far")
-        for namespace in (near, far):
-            undo.callback(namespace.close)
-        near.ip("link add eth0 type veth peer name eth0 netns kinds-far")
-        for namespace, address in ((near, HERE), (far, THERE)):
-            namespace.ip(f"address add {address}/24 dev eth0", "link set eth0 up")
-        near.run(["nft", "-f", "-"], FIREWALL + NO_ABORTS)
-        far.run(["nft", "-f", "-"], NO_ABORTS)
-        yield near, far
+    with two_sides() as made:
+        for namespace in made:
+            namespace.run(["nft", "-f", "-"], NO_ABORTS)
+        yield made
 
 
 @pytest.fixture
 def scope(sides: tuple[Namespace, Namespace]) -> Scope:
-    return Scope("port", "guest", {ZoneRole.PORT: 5}, (netaddr.IPAddress(HERE),), sides[0].path)
+    return scope_of(sides[0])
 
 
 def of(template: str, driver: LinuxConntrackDriver, scope: Scope) -> Batch:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import socket
 import threading
 from collections.abc import Iterator
 
-import netaddr
 import pytest
 
 from benchmarks.floor import namespaces
@@ -24,21 +22,13 @@ from sami_plugin.model.protocols import SctpState
 from sami_plugin.model.results import Outcome, lost_fields
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import PORT_ADDRESSES, flows
+from tests.two_sides import HERE, THERE, two_sides
+from tests.two_sides import scope_of as two_sides_scope
 
 pytestmark = pytest.mark.usefixtures("kernel_lab")
 
 OLD = "bookworm"
 """Linux 6.1 of this suite takes CTA_ZONE for nothing, in a dump and in a flush."""
-HERE, THERE = "10.9.0.1", "10.9.0.2"
-SECURED = """table inet zones {
-  chain out { type filter hook output priority raw; ct zone set 5; }
-  chain in { type filter hook prerouting priority raw; ct zone set 5; }
-  chain guard {
-    type filter hook input priority filter; policy drop;
-    ct state established accept; meta l4proto icmp accept;
-  }
-}
-"""
 
 
 @pytest.fixture
@@ -100,16 +90,8 @@ def test_neighbours_zones_are_neither_told_nor_touched_whether_the_kernel_filter
 
 @pytest.fixture
 def sides() -> Iterator[tuple[Namespace, Namespace]]:
-    """The guest's, with a firewall, and its peer's."""
-    with contextlib.ExitStack() as undo:
-        near, far = Namespace("kinds-near"), Namespace("kinds-far")
-        for namespace in (near, far):
-            undo.callback(namespace.close)
-        near.ip("link add eth0 type veth peer name eth0 netns kinds-far")
-        for namespace, address in ((near, HERE), (far, THERE)):
-            namespace.ip(f"address add {address}/24 dev eth0", "link set eth0 up")
-        near.run(["nft", "-f", "-"], SECURED)
-        yield near, far
+    with two_sides() as made:
+        yield made
 
 
 def test_sctp_association_goes_on_when_its_entry_was_put_in_again(
@@ -117,7 +99,7 @@ def test_sctp_association_goes_on_when_its_entry_was_put_in_again(
 ) -> None:
     client, server = associated(*sides)
     with client, server:
-        scope = Scope("port", "guest", {ZoneRole.PORT: 5}, (netaddr.IPAddress(HERE),), sides[0].path)
+        scope = two_sides_scope(sides[0])
         told = {batch.template.name: batch for batch in driver.export(scope) if isinstance(batch, Batch)}
         association = told["sctp-ipv4"]
         assert names(association) == (f"sctp {HERE}:{client.getsockname()[1]} > {THERE}:5000",)
@@ -165,7 +147,7 @@ def test_gre_tunnel_goes_on_when_its_entry_was_put_in_again(
         return True
 
     near.run(["ping", "-q", "-c", "2", "-W", "10", "10.8.0.2"])
-    scope = Scope("port", "guest", {ZoneRole.PORT: 5}, (netaddr.IPAddress(HERE),), near.path)
+    scope = two_sides_scope(near)
     tunnel = {batch.template.name: batch for batch in driver.export(scope) if isinstance(batch, Batch)}["gre-ipv4"]
     assert names(tunnel) == (f"gre {HERE} > {THERE} key 0 reverse key 0",)  # netfilter looks at the keys of PPTP alone
     assert driver.remove(scope, tunnel.identities)["outcome"].tolist() == [Outcome.REMOVED]

@@ -1,0 +1,41 @@
+"""A guest's side, with a firewall that lets in nothing but what it knows, and its peer's: one link, two namespaces."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import netaddr
+
+from lab.namespace import Namespace
+from sami_plugin.model.flows import ZoneRole
+from sami_plugin.model.scope import Scope
+
+HERE, THERE = "10.9.0.1", "10.9.0.2"
+ZONE = 5
+FIREWALL = f"""table inet firewall {{
+  chain out {{ type filter hook output priority raw; ct zone set {ZONE}; }}
+  chain in {{ type filter hook prerouting priority raw; ct zone set {ZONE}; }}
+  chain guard {{
+    type filter hook input priority filter; policy drop;
+    ct state established accept; meta l4proto icmp accept;
+  }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def two_sides() -> Iterator[tuple[Namespace, Namespace]]:
+    with contextlib.ExitStack() as undo:
+        near, far = Namespace("kinds-near"), Namespace("kinds-far")
+        for namespace in (near, far):
+            undo.callback(namespace.close)
+        near.ip("link add eth0 type veth peer name eth0 netns kinds-far")
+        for namespace, address in ((near, HERE), (far, THERE)):
+            namespace.ip(f"address add {address}/24 dev eth0", "link set eth0 up")
+        near.run(["nft", "-f", "-"], FIREWALL)
+        yield near, far
+
+
+def scope_of(near: Namespace) -> Scope:
+    return Scope("port", "guest", {ZoneRole.PORT: ZONE}, (netaddr.IPAddress(HERE),), near.path)
