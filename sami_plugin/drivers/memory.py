@@ -26,10 +26,11 @@ from sami_plugin.model.flows import (
     Addresses,
     Batch,
     FirewallEvent,
-    FlowStatus,
     Omitted,
     Template,
     ZoneRole,
+    answers,
+    are_anothers,
     has_end_in,
 )
 from sami_plugin.model.results import Outcome, Reason, Results, results
@@ -321,7 +322,9 @@ class MemoryDriver(FlowDriver):
             return Outcome.REFUSED, Reason.LOCAL_PORTS_OWN, 0
         if any(_is_theirs(scope, entry) for entry in in_the_way.values()):
             return Outcome.REFUSED, Reason.LOCAL_PORTS_OWN, 0
-        if batch.template.is_translated and any(_is_anothers(scope, entry) for entry in in_the_way.values()):
+        if batch.template.is_translated and any(
+            are_anothers(_single(entry.template, entry.row), scope.addresses)[0] for entry in in_the_way.values()
+        ):
             return Outcome.REFUSED, Reason.TRANSLATION_TAKEN, 0
         capacity = self.device.capacity
         if capacity is not None and self.device.held - len(in_the_way) >= capacity:
@@ -421,12 +424,6 @@ def _is_theirs(scope: Scope, entry: Entry) -> bool:
     return not has_end_in(batch, scope.addresses)[0] or bool(has_end_in(batch, scope.neighbours)[0])
 
 
-def _is_anothers(scope: Scope, entry: Entry) -> bool:
-    """Whether none of its ends is the port's, and it was answered, or a NAT has made it somebody's."""
-    is_used = entry.row["conntrackStatus"] & int(FlowStatus.SEEN_REPLY | FlowStatus.SRC_NAT | FlowStatus.DST_NAT) != 0
-    return bool(is_used) and not has_end_in(_single(entry.template, entry.row), scope.addresses)[0]
-
-
 def _single(template: Template, row: np.void) -> Batch:
     rows = template.empty(1)
     rows[0] = row
@@ -470,25 +467,4 @@ def _original(template: Template, row: np.void) -> Tuple:
 
 def _reply(template: Template, row: np.void) -> Tuple:
     """The tuple of the answer: the original turned round, behind its translation if it has one."""
-    family = "IPv6" if template.is_ipv6 else "IPv4"
-    fields = dict(row.dtype.fields or {})
-    octets = row.tobytes()
-
-    def octets_of(name: str) -> bytes:
-        # Not row[name].tobytes(): a single value has the machine's byte order.
-        return octets[fields[name][1] :][: fields[name][0].itemsize]
-
-    def translated(plain: str, behind: str) -> bytes:
-        return octets_of(behind if behind in fields else plain)
-
-    source = translated(f"destination{family}Address", f"postNATDestination{family}Address")
-    destination = translated(f"source{family}Address", f"postNATSource{family}Address")
-    made = octets_of("protocolIdentifier") + source + destination
-    identifiers = template.protocol.identifiers
-    for name in identifiers.names:
-        if name == identifiers.answered:
-            made += bytes([template.protocol.inverse[row[name]]])
-        else:
-            other = identifiers.other(name)
-            made += translated(other, identifiers.behind.get(other, other))
-    return made
+    return _original(template, answers(_single(template, row)).rows[0])

@@ -254,6 +254,16 @@ def is_translated_elsewhere(batch: Batch, addresses: Addresses) -> npt.NDArray[n
     return elsewhere
 
 
+def are_anothers(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
+    """Which entries are in use by who has none of `addresses`: somebody has answered, or a NAT has made it somebody's.
+
+    What is left is a stranger's packet, which is nobody's.
+    """
+    used = int(FlowStatus.SEEN_REPLY | FlowStatus.SRC_NAT | FlowStatus.DST_NAT)
+    is_used: npt.NDArray[np.bool_] = batch.rows["conntrackStatus"] & used != 0
+    return is_used & ~has_end_in(batch, addresses)
+
+
 def importance(batch: Batch) -> npt.NDArray[np.int64]:
     """Where there is no place for all, the flows of which this is greater come first.
 

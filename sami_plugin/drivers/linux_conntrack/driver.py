@@ -23,11 +23,11 @@ from sami_plugin.model.flows import (
     TEMPLATES,
     Addresses,
     Batch,
-    FlowStatus,
     Omitted,
     Rows,
     Template,
     answers,
+    are_anothers,
     has_end_in,
     names,
 )
@@ -306,7 +306,7 @@ class LinuxConntrackDriver(FlowDriver):
                 if scope.is_shared:
                     victims = victims.take(~has_end_in(victims, _neighbours(scope)))
                 if batch.template.is_translated:
-                    victims = victims.take(has_end_in(victims, scope.addresses) | _is_unanswered(victims))
+                    victims = victims.take(~are_anothers(victims, scope.addresses))
                 _ask(connection, Request.DELETE_WITH_ID, victims, _zones(scope, victims))
 
 
@@ -378,11 +378,6 @@ def _without(part: Decoded, which: Mask) -> Decoded:
 
 def _omitted(barred: Batch) -> Omitted:
     return Omitted(BARRED, len(barred), names(barred, 5))
-
-
-def _is_unanswered(batch: Batch) -> Mask:
-    """Which flows nobody has answered yet: a packet came, and no NAT of this host made it somebody's."""
-    return batch.rows["conntrackStatus"] & int(FlowStatus.SEEN_REPLY | FlowStatus.SRC_NAT | FlowStatus.DST_NAT) == 0
 
 
 def _neighbours(scope: Scope) -> Addresses:
