@@ -23,9 +23,9 @@ from sami_plugin.model.results import Outcome, lost_fields
 from sami_plugin.model.scope import Scope
 from tests.two_sides import HERE, THERE, scope_of, two_sides
 
-# Where the kernel has SCTP itself, it aborts associations that it did not begin.
+# Where the kernel has SCTP itself, it aborts associations that it did not begin. conntrack must not see that either.
 NO_ABORTS = """table inet aborts {
-  chain out { type filter hook output priority filter; meta l4proto 132 @th,96,8 6 drop; }
+  chain out { type filter hook output priority raw; meta l4proto 132 @th,96,8 6 drop; }
 }
 """
 SECONDS = 0.4 * STRETCH
