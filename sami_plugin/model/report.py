@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,31 +28,31 @@ class Report:
     """How many flows were exported, imported, degraded, refused, verified, purged, left, ..."""
     named: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Per reason, how many flows and the names of the first of them."""
-    steps: list[tuple[str, float, float]] = field(default_factory=list)
-    """Step, wall clock in seconds since 1970, monotonic clock of the host in seconds."""
+    steps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By step, when it happened first: wall clock in seconds since 1970, monotonic clock of the host in seconds."""
     remarks: list[str] = field(default_factory=list)
     request_id: str = ""
     """The manager's, where it was told."""
 
     def step(self, name: str, wall: float, monotonic: float) -> None:
         """Notes when something happened; of what happens again and again, the first time."""
-        if name not in self._moments():
-            self.steps.append((name, wall, monotonic))
+        self.steps.setdefault(name, (wall, monotonic))
+
+    @property
+    def began_at(self) -> float:
+        """Wall clock of the first step, in seconds since 1970; never, where none has happened."""
+        return next((wall for wall, _ in self.steps.values()), math.inf)
 
     def milliseconds(self, since: str, until: str) -> float | None:
         """Between two steps; None where one of them did not happen."""
-        at = self._moments()
-        return (at[until] - at[since]) * 1000 if since in at and until in at else None
-
-    def _moments(self) -> dict[str, float]:
-        """By step, when it happened, on the monotonic clock."""
-        return {name: monotonic for name, _, monotonic in self.steps}
+        at = self.steps
+        return (at[until][1] - at[since][1]) * 1000 if since in at and until in at else None
 
     def spans(self) -> dict[str, float]:
         """Milliseconds between the steps of `SPANS`, of those that happened."""
-        at = self._moments()
+        at = self.steps
         return {
-            f"{since} to {until}": round((at[until] - at[since]) * 1000, 3)
+            f"{since} to {until}": round((at[until][1] - at[since][1]) * 1000, 3)
             for since, until in SPANS[self.role]
             if since in at and until in at
         }
@@ -81,7 +82,10 @@ class Report:
             "flows": dict(self.flows),
             "named": self.named,
             "remarks": list(self.remarks),
-            "steps": [{"step": name, "at": wall, "monotonic": monotonic} for name, wall, monotonic in self.steps],
+            "steps": [
+                {"step": name, "at": wall, "monotonic": monotonic}
+                for name, (wall, monotonic) in tuple(self.steps.items())
+            ],
             "milliseconds": self.spans(),
         }
 

@@ -129,7 +129,7 @@ class Hosts:
         """Whether the newest session of the guest on the host has come to this step of its report."""
         sessions = [one for one in self.agents[host].sessions() if one.guest == guest]
         if sessions:
-            return any(name == step for name, _, _ in sessions[-1].report.steps)
+            return step in sessions[-1].report.steps
         reports = self.reports(host, guest)
         return bool(reports) and any(known["step"] == step for known in reports[0]["steps"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -245,7 +246,7 @@ def was_seen_by_nobody(world: World, guest: Guest) -> bool:
     has_session = any(
         one.guest == guest.id
         and (one.role == "destination") == (host.name == guest.place)  # else of the migration before, gone on with
-        and any(at >= since for _, at, _ in one.report.steps[:1])
+        and since <= one.report.began_at < math.inf
         for host, one in world.sessions
     )
     is_missed = guest.place in missed or UNSAID in world.hindrances
@@ -331,7 +332,7 @@ def _is_told_of(
         if is_noted and left <= said < back and not is_late:
             return True
     for _, one in sessions:
-        began = min((at - WALL for same in _same(world, one) for _, at, _ in same.report.steps[:1]), default=0.0)
+        began = min((same.report.began_at - WALL for same in _same(world, one) if same.report.steps), default=0.0)
         has_left = one.role == "source" and one.report.outcome != Outcome.STAYED.value
         if one.guest == guest.id and has_left and came <= began <= back:
             return True
@@ -343,13 +344,11 @@ def _nobody_looks_any_more(
 ) -> bool:
     """Whether a packet made the entry where no source watches for such, or not any more."""
     born = device.born[entry.flow_id] + WALL
-    before = [
-        one for _, one in sessions if one.role == "source" and one.report.steps and one.report.steps[0][1] <= born
-    ]
+    before = [one for _, one in sessions if one.role == "source" and one.report.began_at <= born]
     if not before:
         return True
-    looked = [when for step, when, _ in before[-1].report.steps if step == "watched"]
-    return not looked or looked[0] <= born
+    looked = before[-1].report.steps.get("watched")
+    return looked is None or looked[0] <= born
 
 
 def _check_places(world: World) -> None:

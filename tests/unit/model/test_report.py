@@ -72,7 +72,7 @@ def test_step_is_noted_the_first_time() -> None:
     report = new()
     report.step("asked", 100.0, 1.0)
     report.step("asked", 200.0, 2.0)
-    assert report.steps == [("asked", 100.0, 1.0)]
+    assert report.steps == {"asked": (100.0, 1.0)}
 
 
 @pytest.mark.parametrize(("role", "since", "until"), [(role, *span) for role, spans in SPANS.items() for span in spans])
