@@ -926,7 +926,8 @@ class Agent:
 
     def _sessions_of(self, guest: str, kind: type[SessionT]) -> list[SessionT]:
         """The guest's sessions of this role, newest first."""
-        return [one for one in reversed(self.sessions()) if one.guest == guest and isinstance(one, kind)]
+        with self._lock:
+            return [one for one in reversed(self._sessions.values()) if one.guest == guest and isinstance(one, kind)]
 
     def _forget(self, session: Session) -> None:
         has_stayed = session.report.outcome == Outcome.STAYED.value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import zlib
 from collections.abc import Iterable
 
@@ -15,6 +17,17 @@ except ImportError:  # the extra "zstd" is not installed
 ZSTD_LEVEL = 1
 ZLIB_LEVEL = 1
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+class _Zstd(threading.local):
+    """Made once per thread: to make them takes longer than most payloads do."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_zstd = functools.cache(_Zstd)
 
 
 def available() -> tuple[str, ...]:
@@ -31,7 +44,7 @@ def choose(offered: Iterable[str]) -> str:
 def compress(octets: bytes, how: str) -> bytes:
     """Smaller bytes, by the way that `choose` gave."""
     if how == "zstd":
-        packed: bytes = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(octets)
+        packed: bytes = _zstd().compressor.compress(octets)
         return packed
     return zlib.compress(octets, ZLIB_LEVEL)
 
@@ -47,7 +60,7 @@ def decompress(octets: bytes, most: int) -> bytes:
         try:
             if not 0 <= zstandard.frame_content_size(octets) <= most:
                 raise Malformed(f"unpacks to more than {most} octets or does not say to how many", "octet 4")
-            plain: bytes = zstandard.ZstdDecompressor().decompress(octets, max_output_size=most)
+            plain: bytes = _zstd().decompressor.decompress(octets, max_output_size=most)
         except zstandard.ZstdError as error:
             raise Malformed(f"zstd: {error}", "octet 0") from error
         return plain
