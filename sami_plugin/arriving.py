@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sami_plugin.model.flows import Batch, has_end_in, names
 from sami_plugin.model.keys import FlowTable, KeyIndex
 from sami_plugin.model.report import Report
-from sami_plugin.model.results import WORDS, Outcome, Reason, Results, is_in_device, lost_fields
+from sami_plugin.model.results import WORDS, Outcome, Reason, Results, came_out, is_in_device, lost_fields
 from sami_plugin.model.scope import Scope
 
 
@@ -96,15 +96,15 @@ class Findings:
         batch, made = part.batch, part.made
         has_vanished = is_in_device(made) & ~is_there
         made["outcome"][has_vanished], made["reason"][has_vanished] = Outcome.REFUSED, Reason.VANISHED
-        is_ours = made["outcome"] == Outcome.IMPORTED
+        is_ours = came_out(made, Outcome.IMPORTED)
         made["lost"][is_ours] = lost_fields(batch.take(is_ours), found.rows[is_ours])
         made["outcome"][made["lost"] != 0] = Outcome.DEGRADED
         self._verified += int(np.count_nonzero(is_in_device(made)))
         self.forget(batch)
         part.port.held.discard(batch)
         part.port.held.put(found.take(is_ours))
-        self._present.put(batch.take(made["outcome"] == Outcome.PRESENT))
-        for code in sorted({*made["reason"][made["outcome"] == Outcome.REFUSED].tolist()}):
+        self._present.put(batch.take(came_out(made, Outcome.PRESENT)))
+        for code in sorted({*made["reason"][came_out(made, Outcome.REFUSED)].tolist()}):
             self.refuse(batch.take(made["reason"] == code), Reason(code))
         for position, state_field in enumerate(batch.template.state if made["lost"].any() else ()):
             is_lost = (made["lost"] >> position) & 1 == 1
@@ -113,7 +113,8 @@ class Findings:
 
     def refuse(self, batch: Batch, reason: Reason) -> None:
         """Files flows that are not in the device."""
-        self._refused.setdefault(reason, FlowTable()).put(batch)
+        if len(batch):
+            self._refused.setdefault(reason, FlowTable()).put(batch)
 
     def refuse_ambiguous(self, came: Batch) -> None:
         """Files flows that have no name here, by the source's."""

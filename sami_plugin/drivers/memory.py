@@ -33,7 +33,7 @@ from sami_plugin.model.flows import (
     are_anothers,
     has_end_in,
 )
-from sami_plugin.model.results import Outcome, Reason, Results, results
+from sami_plugin.model.results import Outcome, Reason, Results, came_out, results
 from sami_plugin.model.risk import MARKS
 from sami_plugin.model.scope import Scope
 
@@ -240,7 +240,7 @@ class MemoryDriver(FlowDriver):
         is_neighbours = _has_neighbour(scope, batch)
         with self.device.lock:
             self.device.expire()
-            for position in np.flatnonzero(made["outcome"] != Outcome.REFUSED):
+            for position in np.flatnonzero(~came_out(made, Outcome.REFUSED)):
                 self.device.work()
                 made[position] = self._insert(scope, batch, int(position), bool(is_neighbours[position]))
         return made
@@ -249,7 +249,7 @@ class MemoryDriver(FlowDriver):
         made = self._refusals(scope, batch)
         with self.device.lock:
             self.device.expire()
-            for position in np.flatnonzero(made["outcome"] != Outcome.REFUSED):
+            for position in np.flatnonzero(~came_out(made, Outcome.REFUSED)):
                 _, entry = self._find(scope, batch, int(position))
                 if entry is None:
                     made[position] = (Outcome.ABSENT, Reason.NONE, 0)
@@ -296,20 +296,20 @@ class MemoryDriver(FlowDriver):
             return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
         is_zoned = np.zeros(len(batch), bool)
         for role in scope.zones:
-            is_zoned |= batch.rows["zoneRole"] == role
+            is_zoned |= batch.rows["zoneRole"] == int(role)
         _refuse(made, ~is_zoned, Reason.INVALID)
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
         return made
 
     def _find(self, scope: Scope, batch: Batch, position: int) -> tuple[Place | None, Entry | None]:
-        place = _place(scope, batch.rows["zoneRole"][position])
+        place = _place(scope, int(batch.rows["zoneRole"][position]))
         if place is None:
             return None, None
         return place, self.device.zone(place).entries.get(_original(batch.template, batch.rows[position]))
 
     def _insert(self, scope: Scope, batch: Batch, position: int, is_neighbours: bool) -> tuple[Outcome, Reason, int]:
         row = batch.rows[position].copy()
-        place = _place(scope, row["zoneRole"])
+        place = _place(scope, int(row["zoneRole"]))
         assert place is not None
         zone = self.device.zone(place)
         fresh = Entry.of(batch.template, row, self.device.clock() + int(row["remainingTimeoutSeconds"]))
@@ -402,8 +402,9 @@ def _place(scope: Scope, role: int) -> Place | None:
 
 
 def _refuse(made: Results, which: npt.NDArray[np.bool_], reason: Reason) -> None:
-    new = which & (made["outcome"] != Outcome.REFUSED)
-    made["outcome"][new], made["reason"][new] = Outcome.REFUSED, reason
+    if which.any():
+        new = which & ~came_out(made, Outcome.REFUSED)
+        made["outcome"][new], made["reason"][new] = Outcome.REFUSED, reason
 
 
 def _has_neighbour(scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:

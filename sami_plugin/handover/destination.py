@@ -61,7 +61,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
-from sami_plugin.model.results import Outcome, Reason, Results, lost_fields
+from sami_plugin.model.results import Outcome, Reason, Results, came_out, lost_fields
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
@@ -283,7 +283,7 @@ class DestinationSession(Session):
                     left = self.host.arriving.unclaimed_by_others(self.id, port.scope, left)
                     if is_removing:
                         removed = self.host.driver.remove(port.scope, left.identities)
-                        left = left.take(removed["outcome"] == Outcome.REMOVED)
+                        left = left.take(came_out(removed, Outcome.REMOVED))
                 if len(left):
                     self.report.name(UNADMITTED_REMOVED if is_removing else UNADMITTED, len(left), names(left))
             port.unadmitted = []
@@ -373,10 +373,10 @@ class DestinationSession(Session):
 
     def _claim(self, scope: Scope, mine: Batch, made: Results) -> None:
         """What another session put in counts as put in here as well: it goes with the last of those that want it."""
-        is_present = made["outcome"] == Outcome.PRESENT
+        is_present = came_out(made, Outcome.PRESENT)
         is_sessions = is_present & self.host.arriving.claimed_by_others(self.id, scope, mine)
         made["outcome"][is_sessions] = Outcome.IMPORTED
-        self.host.arriving.claim(self.id, scope, mine.take(is_present | (made["outcome"] == Outcome.IMPORTED)))
+        self.host.arriving.claim(self.id, scope, mine.take(is_present | came_out(made, Outcome.IMPORTED)))
 
     def _untouched(self, port: Arriving, mine: Batch) -> Batch:
         """Less the flows that the guest has changed or ended since they were put in: what came is older than that."""
@@ -476,7 +476,7 @@ class DestinationSession(Session):
                 short = batch.take(batch.rows["remainingTimeoutSeconds"] < age + 2 * hold)
                 short.rows["remainingTimeoutSeconds"] = np.maximum(short.rows["remainingTimeoutSeconds"], hold)
                 made = self.host.driver.renew(port.scope, short)
-                vanished = short.take(made["outcome"] == Outcome.ABSENT)
+                vanished = short.take(came_out(made, Outcome.ABSENT))
                 if len(vanished):
                     self.report.remark(f"{len(vanished)} flows vanished before the guest came; put in again")
                     self._put_in(vanished, [port], vanished)
@@ -488,7 +488,7 @@ class DestinationSession(Session):
         self.host.release_places(self.id)
         self._waiting = []
         for part in self._unverified:  # what became of it the device was not asked yet
-            part.port.former.put(part.batch.take(part.made["outcome"] == Outcome.IMPORTED))
+            part.port.former.put(part.batch.take(came_out(part.made, Outcome.IMPORTED)))
         self._unverified = []
         for port in self._ports:
             with self.host.deciding(port.scope):
@@ -513,7 +513,7 @@ class DestinationSession(Session):
             victims = Batch(victims.template, victims.rows.copy())
             victims.rows["flowId"] = 0
         removed = self.host.driver.remove(scope, victims)
-        return int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
+        return int(np.count_nonzero(came_out(removed, Outcome.REMOVED)))
 
     def is_about(self, source: str) -> bool:
         """Whether this is the migration from that host that is under way, and not what is left of one before it.
@@ -551,7 +551,7 @@ class DestinationSession(Session):
     # What the session asks of its role.
 
     def _state(self) -> str:
-        return self._known.state.value
+        return self._known.state
 
     def _step(self, event: Event, now: float) -> list[Action]:
         was_asking = self.is_asking

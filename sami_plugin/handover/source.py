@@ -68,7 +68,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
-from sami_plugin.model.results import MEND_NO_PLACE, Outcome
+from sami_plugin.model.results import MEND_NO_PLACE, Outcome, came_out
 from sami_plugin.model.scope import Scope
 from sami_plugin.notifications import started
 from sami_plugin.session import Actions, Host, Session
@@ -444,7 +444,7 @@ class SourceSession(Session):
                         victims.append(batch)
                     for batch in victims:
                         removed = self.host.driver.remove(port.scope, batch.identities)
-                        self._removed += int(np.count_nonzero(removed["outcome"] == Outcome.REMOVED))
+                        self._removed += int(np.count_nonzero(came_out(removed, Outcome.REMOVED)))
                     self.note("purged")
                     self._left += sum(self._is_left(port.scope, batch) for batch in victims)
                     self.host.leaving.release(self.id, port.scope)
@@ -501,7 +501,7 @@ class SourceSession(Session):
     # What the session asks of its role.
 
     def _state(self) -> str:
-        return self._known.state.value
+        return self._known.state
 
     def _begin(self) -> None:
         """All but what goes on begins with the destination's Open, which is in the queue."""

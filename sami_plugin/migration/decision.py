@@ -8,10 +8,8 @@ host's hypervisor or clock it means nothing in that state (hooks and events say 
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sami_plugin.errors import IllegalMessage
@@ -303,17 +301,11 @@ SessionT = TypeVar("SessionT")
 
 def replace(session: SessionT, **changes: Any) -> SessionT:
     """As `dataclasses.replace`, of what a decision depends on: each decision makes some, so it has to be quick."""
-    places, values_of = _fields(type(session))  # type: ignore[arg-type]
-    values = list(values_of(session))
-    for name, value in changes.items():
-        values[places[name]] = value
-    return type(session)(*values)
-
-
-@functools.cache
-def _fields(kind: type[Any]) -> tuple[dict[str, int], Callable[[Any], tuple[Any, ...]]]:
-    names = [field.name for field in fields(kind)]
-    return {name: place for place, name in enumerate(names)}, operator.attrgetter(*names)
+    values = vars(session) | changes
+    assert len(values) == len(vars(session)), f"{type(session).__name__} has none of {sorted(changes)}"
+    made = object.__new__(type(session))
+    object.__setattr__(made, "__dict__", values)
+    return made
 
 
 StateT = TypeVar("StateT")

@@ -70,7 +70,7 @@ MOST_TIMES_ASKED = 32
 """Each new start of the source's agent takes one; more than that is no accident."""
 
 
-class State(enum.Enum):
+class State(enum.StrEnum):
     """Where the destination's session is; told above."""
 
     LOOKING = "looking"
@@ -83,7 +83,7 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Destination:
     """All that a decision of the destination depends on."""
 

@@ -67,7 +67,7 @@ from sami_plugin.model.settings import Limits
 TOO_LONG = "the migration took longer than session_seconds"
 
 
-class State(enum.Enum):
+class State(enum.StrEnum):
     """Where the source's session is; told above."""
 
     WAITING = "waiting"
@@ -81,7 +81,7 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """All that a decision of the source depends on."""
 

@@ -221,24 +221,31 @@ def holds_any(column: npt.NDArray[np.generic], is_ipv6: bool, addresses: Address
     `column` is an address field of a batch: shape (n,) for IPv4 and (n, 2) for IPv6.
     """
     found = np.zeros(len(column), bool)
-    for address in addresses:
-        if (address.version == 6) != is_ipv6:
-            continue
-        if is_ipv6:
-            high, low = divmod(int(address), 1 << 64)
-            found |= (column[:, 0] == np.uint64(high)) & (column[:, 1] == np.uint64(low))
-        else:
-            found |= column == np.uint32(int(address))
+    for number in _numbers(addresses, is_ipv6):
+        found |= _holds(column, is_ipv6, number)
     return found
+
+
+def _numbers(addresses: Addresses, is_ipv6: bool) -> list[int]:
+    return [int(address) for address in addresses if (address.version == 6) == is_ipv6]
+
+
+def _holds(column: npt.NDArray[np.generic], is_ipv6: bool, number: int) -> npt.NDArray[np.bool_]:
+    if is_ipv6:
+        high, low = divmod(number, 1 << 64)
+        held: npt.NDArray[np.bool_] = (column[:, 0] == np.uint64(high)) & (column[:, 1] == np.uint64(low))
+    else:
+        held = column == np.uint32(number)
+    return held
 
 
 def has_end_in(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
     """Which flows have one of `addresses` at either end, before or behind a translation."""
     found = np.zeros(len(batch), bool)
-    version = 6 if batch.template.is_ipv6 else 4
-    if any(address.version == version for address in addresses):
+    is_ipv6 = batch.template.is_ipv6
+    for number in _numbers(addresses, is_ipv6):
         for name in batch.address_fields:
-            found |= holds_any(batch.rows[name], batch.template.is_ipv6, addresses)
+            found |= _holds(batch.rows[name], is_ipv6, number)
     return found
 
 

@@ -95,9 +95,15 @@ def results(count: int, outcome: Outcome = Outcome.IMPORTED, reason: Reason = Re
     return made
 
 
+def came_out(made: Results, outcome: Outcome) -> npt.NDArray[np.bool_]:
+    """Which flows have this outcome."""
+    came: npt.NDArray[np.bool_] = made["outcome"] == int(outcome)  # numpy is slow with members of an enum
+    return came
+
+
 def is_in_device(made: Results) -> npt.NDArray[np.bool_]:
     """Which flows the device holds now."""
-    return made["outcome"] <= Outcome.PRESENT
+    return made["outcome"] <= int(Outcome.PRESENT)
 
 
 NOT_COMPARED = frozenset({"flowId", "remainingTimeoutSeconds"})

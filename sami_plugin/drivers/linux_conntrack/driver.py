@@ -33,7 +33,7 @@ from sami_plugin.model.flows import (
 )
 from sami_plugin.model.keys import KeyIndex, key_words
 from sami_plugin.model.protocols import GRE, PROTOCOLS
-from sami_plugin.model.results import Outcome, Reason, Results, results
+from sami_plugin.model.results import Outcome, Reason, Results, came_out, results
 from sami_plugin.model.risk import MARKS
 from sami_plugin.model.scope import Scope
 
@@ -181,8 +181,8 @@ class LinuxConntrackDriver(FlowDriver):
             _refuse(made, nl.STATES_TO_KERNEL[state][batch.rows[state]] == nl.NO_STATE, Reason.INVALID)
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, batch, made)
-            _refuse(made, made["outcome"] == Outcome.ABSENT, Reason.LOCAL_PORTS_OWN)
-            left = np.flatnonzero(made["outcome"] == Outcome.IMPORTED)
+            _refuse(made, came_out(made, Outcome.ABSENT), Reason.LOCAL_PORTS_OWN)
+            left = np.flatnonzero(came_out(made, Outcome.IMPORTED))
             for attempt in range(_MOST_INSERTS):
                 codes = _ask(connection, Request.INSERT, *_named(scope, batch, left))[0]
                 _record(made, left, codes, connection)
@@ -203,7 +203,7 @@ class LinuxConntrackDriver(FlowDriver):
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)  # 0 would remove it
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, batch, made)
-            left = np.flatnonzero(made["outcome"] == Outcome.IMPORTED)
+            left = np.flatnonzero(came_out(made, Outcome.IMPORTED))
             codes = _ask(connection, Request.RENEW, *_named(scope, batch, left))[0]
             _record(made, left, codes, connection, {errno.ENOENT: Outcome.ABSENT, errno.EPERM: Outcome.PRESENT})
         return made
@@ -215,14 +215,14 @@ class LinuxConntrackDriver(FlowDriver):
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, identities, made)
             # Without an id the kernel would also delete an entry that is this flow turned round, so ask for the id.
-            nameless = np.flatnonzero((identities.rows["flowId"] == 0) & (made["outcome"] == Outcome.REMOVED))
+            nameless = np.flatnonzero((identities.rows["flowId"] == 0) & came_out(made, Outcome.REMOVED))
             if len(nameless):
                 identities = Batch(identities.template, identities.rows.copy())
                 wanted = identities.take(nameless)
                 for found in _of_same_key(wanted, self._look(connection, scope, wanted)[1]):
                     identities.rows["flowId"][nameless[found.numbers]] = found.batch.rows["flowId"]
-                _absent(made, (identities.rows["flowId"] == 0) & (made["outcome"] == Outcome.REMOVED))
-            left = np.flatnonzero(made["outcome"] == Outcome.REMOVED)
+                _absent(made, (identities.rows["flowId"] == 0) & came_out(made, Outcome.REMOVED))
+            left = np.flatnonzero(came_out(made, Outcome.REMOVED))
             codes = _ask(connection, Request.DELETE_WITH_ID, *_named(scope, identities, left))[0]
             _record(made, left, codes, connection, {errno.ENOENT: Outcome.ABSENT})
         return made
@@ -288,7 +288,7 @@ class LinuxConntrackDriver(FlowDriver):
         """Settles the flows of other local ports of a shared zone: PRESENT or ABSENT, and nothing else is done."""
         if not scope.is_shared:
             return
-        is_open = (made["outcome"] == Outcome.IMPORTED) | (made["outcome"] == Outcome.REMOVED)
+        is_open = came_out(made, Outcome.IMPORTED) | came_out(made, Outcome.REMOVED)
         theirs = np.flatnonzero(has_end_in(batch, _neighbours(scope)) & is_open)
         if not len(theirs):
             return
@@ -386,7 +386,7 @@ def _neighbours(scope: Scope) -> Addresses:
 
 def _refuse(made: Results, which: Mask, reason: Reason) -> None:
     """The first reason stays."""
-    which = which & (made["outcome"] != Outcome.REFUSED)
+    which = which & ~came_out(made, Outcome.REFUSED)
     made["outcome"][which], made["reason"][which] = Outcome.REFUSED, reason
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sami_plugin.drivers.memory import Entry, MemoryDevice, MemoryDriver, Place, Tuple
 from sami_plugin.model.flows import Batch, Omitted
-from sami_plugin.model.results import Outcome, Results
+from sami_plugin.model.results import Outcome, Results, came_out
 from sami_plugin.model.scope import Scope
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class SimulatedDriver(MemoryDriver):
         return made
 
     def _forget(self, scope: Scope, batch: Batch, made: Results) -> None:
-        positions = np.flatnonzero(made["outcome"] == Outcome.IMPORTED)
+        positions = np.flatnonzero(came_out(made, Outcome.IMPORTED))
         if not len(positions):
             return
         place, entry = self._find(scope, batch, int(positions[0]))
