@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sami_plugin.agent import Agent
@@ -17,7 +18,7 @@ from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.session import Host, Session
 from sami_plugin.testing.simulator.checks import WALL
 from sami_plugin.testing.simulator.firewall import GuardedDevice, SimulatedDriver
-from sami_plugin.testing.simulator.guests import Port, parsed
+from sami_plugin.testing.simulator.guests import parsed
 from sami_plugin.testing.simulator.journal import MemoryJournal
 from sami_plugin.testing.simulator.network import Identity, SimulatedLine, SimulatedPeers
 
@@ -36,11 +37,11 @@ class WorldsScopes(ScopeFinder):
         known = self._world.guests.get(guest)
         if known is None:
             return ()
-        return tuple(self._scope(port) for port in known.ports if self._host in port.zones)
-
-    def _scope(self, port: Port) -> Scope:
-        zones = {ZoneRole.PORT: port.zones[self._host]}
-        return Scope(port.name, port.guest.id, zones, parsed(port.number), is_shared=port.is_shared)
+        return tuple(
+            _scope(port.name, port.guest.id, port.zones[self._host], port.number, port.is_shared)
+            for port in known.ports
+            if self._host in port.zones
+        )
 
     def neighbours(self, scope: Scope) -> Addresses:
         zone = scope.zones[ZoneRole.PORT]
@@ -54,6 +55,11 @@ class WorldsScopes(ScopeFinder):
 
     def namespaces(self) -> tuple[str | None, ...]:
         return (None,)
+
+
+@lru_cache(maxsize=64)  # asked for again and again
+def _scope(port: str, guest: str, zone: int, number: int, is_shared: bool) -> Scope:
+    return Scope(port, guest, {ZoneRole.PORT: zone}, parsed(number), is_shared=is_shared)
 
 
 class QuietRefusals(Refusals):

@@ -156,10 +156,11 @@ class World:
         self.flows: dict[Tuple, Flow] = {}
         self.devices = {name: GuardedDevice(self, name, self.mix.capacity) for name in self.names}
         self.journals = {
-            name: MemoryJournal(lambda: checks.WALL + self.now, lambda what, name=name: self._at_journal(name, what))  # type: ignore[misc]
-            for name in self.names
+            name: MemoryJournal(lambda: checks.WALL + self.now, partial(self.may_crash, name)) for name in self.names
         }
         self.hosts: dict[str, SimulatedHost] = {}
+        self.started: list[SimulatedHost] = []
+        """Each life of an agent."""
         self.policies = {
             name: Policies(self.random.choice(POLICIES)() if self.random.random() < self.mix.policy else Proceed())
             for name in self.names
@@ -193,9 +194,12 @@ class World:
 
     def dissolve(self) -> None:
         """Lets go of all that it was made of: what holds itself in circles has to be swept up else."""
-        for host, session in self.sessions:
-            for circle in (session.line, session, host):
-                vars(circle).clear()
+        for _, session in self.sessions:
+            vars(session.line).clear()
+            vars(session).clear()
+        for host in self.started:
+            vars(host.agent).clear()
+            vars(host).clear()
         self.network.endpoints.clear()
         for guest in self.guests.values():
             guest.ports, guest.flows = [], []
@@ -242,6 +246,7 @@ class World:
 
     def _start(self, name: str) -> None:
         host = self.hosts[name] = SimulatedHost(self, name, self.devices[name], self.journals[name])
+        self.started.append(host)
         host.agent.start()
 
     def _spoil(self) -> Script:
@@ -316,15 +321,14 @@ class World:
 
     def _pump(self) -> None:
         """Lets all sessions do what there is to do for them now, or a little later where they are slow."""
-        for host in [one for one in self.hosts.values() if one.live]:
-            for session in list(host.live):
+        for host in tuple(self.hosts.values()):
+            for session in tuple(host.live):
                 while self._has_work(host, session):
                     if self.mix.slow_sessions:
                         self._step_later(host, session)
                         break
                     self._step(host, session)
-                wake_at = session.wake_at
-                if wake_at is not None and host.timers.get(session.id) != wake_at:
+                if (wake_at := session.wake_at) is not None and host.timers.get(session.id) != wake_at:
                     host.timers[session.id] = wake_at
                     self.after(max(0.0, wake_at - self.now), _nothing)
 
@@ -563,9 +567,6 @@ class World:
             self._crash_in[host] -= 1
             if not self._crash_in[host]:
                 raise Crash(where)
-
-    def _at_journal(self, host: str, what: str) -> None:
-        self.may_crash(host, what)
 
     def _crash(self, host: SimulatedHost, where: str) -> None:
         self.tell(host.name, f"the agent crashes {where}")
