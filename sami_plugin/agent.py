@@ -67,7 +67,8 @@ VERDICT_MARGIN_SECONDS = 0.5
 HYPERVISOR_SECONDS = 5.0
 """It is connected to a second or two after the agent's start."""
 ASK_AGAIN_SECONDS = 0.1
-MOST_ANNOUNCED = MOST_REFUSING = 1024
+MOST_ANNOUNCED = MOST_REFUSING = MOST_OVER = 1024
+OVER_OF_A_GUEST = 8
 MOST_EXCLUDED = 16384
 
 SessionT = TypeVar("SessionT", bound=Session)
@@ -135,6 +136,8 @@ class Agent:
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing = OutgoingGuests(host.journal)
         self._refusing: OrderedDict[str, str] = OrderedDict()
+        self._over: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        """By guest that was to come here, the newest of the sessions that are over."""
         """By guest, the destination that said that it stays. If its agent died before its hypervisor heard that, the
         guest comes all the same, and the agent asks for what it left."""
         self._missed: set[str] = set()
@@ -562,6 +565,8 @@ class Agent:
                 return
             try:
                 said = messages.decode(heard[0])
+                if isinstance(said, Open):
+                    self._hear_no_more(said.after[-OVER_OF_A_GUEST:], greeting.peer)
                 answer = self._answer(greeting, said)
                 if isinstance(said, Open) and answer is None:
                     greeting.session = self._open(greeting, said, heard)
@@ -608,6 +613,16 @@ class Agent:
             if greeting is not None:
                 greeting.line.finish()
                 self._ended.add(session_id, greeting.line, self.host.monotonic())
+
+    def _hear_no_more(self, over: tuple[str, ...], peer: str) -> None:
+        """Calls of these sessions that come late are not answered: they would be taken for a newer migration's."""
+        with self._lock:
+            for session_id in over:
+                greeting = self._greetings.get(session_id)
+                if greeting is not None and greeting.peer == peer:
+                    self._hang_up(session_id)
+                elif greeting is None and session_id not in self._sessions and session_id not in self._ended:
+                    self._ended.add(session_id, None, self.host.monotonic())
 
     def sessions(self) -> list[Session]:
         """Those under way, oldest first."""
@@ -684,6 +699,8 @@ class Agent:
                     self.host, self.host.new_id(), event.guest, source, self._forget, is_held=is_held, again=self._again
                 )
                 session.token = token
+                before = [one.id for one in reversed(self._sessions_of(event.guest, DestinationSession))]
+                session.after = (*self._over.get(event.guest, ()), *before)[-OVER_OF_A_GUEST:]
                 session.report.request_id = announced.request_id if announced is not None else ""
                 self._add(session)
             else:
@@ -789,6 +806,8 @@ class Agent:
         has_job = self._has_job(guest, has_token=has_token)
         scopes = self._ports_of(guest)
         with self._lock:
+            if greeting.id in self._ended:  # see _hear_no_more
+                raise NotAuthorised(f"a newer session of {guest} has come before this one")
             outgoing = self._outgoing.get(guest)
             left = next((one for one in self._sessions_of(guest, SourceSession) if one.has_left), None)
             if left is not None and not left.may_be_fetched_by(sender, said.token):
@@ -935,6 +954,9 @@ class Agent:
         leaves_again = has_stayed and session.role == "source" and self._is_leaving(session.guest)
         with self._idle:
             self._sessions.pop(session.id, None)
+            if session.role == "destination":
+                over = (*self._over.get(session.guest, ()), session.id)[-OVER_OF_A_GUEST:]
+                _remember(self._over, session.guest, over, MOST_OVER)
             is_last = all(one.guest != session.guest for one in self._sessions.values())
             if is_last and has_stayed:
                 outgoing = None if leaves_again else self._outgoing.pop(session.guest)

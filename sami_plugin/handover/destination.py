@@ -106,6 +106,8 @@ class DestinationSession(Session):
         self._declared: Collection[str] = ()
         self._has_stopped = False
         """The hypervisor has said so; the session may not have come to it yet."""
+        self.after: tuple[str, ...] = ()
+        """This host's former sessions with the guest, as far as they may still be heard of, newest last."""
         self.times_asked = 1
         """How often the source was asked anew for this migration, this time included."""
         self.risk = ""
@@ -186,6 +188,7 @@ class DestinationSession(Session):
             continues="" if self._former is None else self._former.known_as,
             has_all=action.has_all,
             request_id=self.report.request_id,
+            after=self.after,
         )
         self.note("asked")
         self._say(said)

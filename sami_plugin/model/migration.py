@@ -98,6 +98,8 @@ class Open:
     """Nothing more is asked for: all that there was is in the kernel here, and was before."""
     request_id: str = ""
     """The request that moves the guest, where the manager has told of it."""
+    after: tuple[str, ...] = ()
+    """The destination's former sessions with the guest, newest last: what comes of them later is not heard."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,10 @@ import pytest
 
 from sami_plugin import agent as agent_module
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.errors import DeviceFailed, PeerUnreachable
+from sami_plugin.errors import DeviceFailed, NotAuthorised, PeerUnreachable
 from sami_plugin.migration import source as source_decisions
 from sami_plugin.model.flows import Batch, Omitted, ZoneRole
-from sami_plugin.model.migration import MigrationEvent, Phase
+from sami_plugin.model.migration import MigrationEvent, Open, Phase
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.results import Outcome, Results, results
 from sami_plugin.model.scope import Scope
@@ -42,7 +43,7 @@ from tests.unit.handover.memory import (
     wait_for_step,
     zone_scope,
 )
-from tests.unit.handover.stranger import Stranger
+from tests.unit.handover.stranger import Stranger, is_given_flows
 
 SECOND_ADDRESS = "192.0.2.8"
 
@@ -587,6 +588,23 @@ def test_stays_is_heard_when_the_broker_comes_back_after_longer_than_a_message_l
         hosts.say("host-a", Phase.RESUMED, guest)
         until_idle(hosts)
         assert held(hosts, "host-b") == set()
+
+
+def test_a_call_of_a_migration_that_is_over_comes_too_late_to_end_the_next_one(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts, Stranger(hosts, "stranger") as stranger:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="stranger")
+        agent = hosts.agents["host-a"]
+        late, later, session = (str(uuid.uuid4()) for _ in range(3))
+        greeting = agent._greeting("stranger", late)
+        said = Open(guest, "stranger", (1,), (), ("zlib",), None)
+        stranger.say("host-a", session, replace(said, after=(late, later)))
+        until(lambda: is_given_flows(stranger))
+        with pytest.raises(NotAuthorised, match=r"a newer session of .* has come before this one"):
+            agent._open(greeting, said, [])
+        agent.deliver("stranger", later, Packet(0, 0, b"a call"))
+        assert not agent._greetings
+        assert [one.id for one in agent.sessions()] == [session]
 
 
 def test_a_host_that_the_guest_does_not_move_to_is_refused(tmp_path: Path) -> None:

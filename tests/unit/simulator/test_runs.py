@@ -96,6 +96,7 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(530783, {}, id="what had ended was gone on with"),
         pytest.param(698790, {}, id="the next migration was taken for the one that had ended"),
         pytest.param(703821, {}, id="nobody was there for the whole of two migrations"),
+        pytest.param(20166965, {}, id="the call of a migration that was over came in the midst of the next one"),
         pytest.param(673, RESTLESS, id="the first record of what leaves had no ports"),
         pytest.param(356, RESTLESS, id="what leaves was forgotten before its session was in the journal"),
         pytest.param(4456, RESTLESS, id="who came again while no agent was there was purged"),
