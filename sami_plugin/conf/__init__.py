@@ -50,8 +50,8 @@ AGENT_OPTIONS = [
         "scopes",
         default="static",
         help="Scope finder, a name of the entry points `sami.scopes`: what knows where a port's state lives here. "
-        "`bridge_iptables`, `routed_nftables`, `ovs` and `ovn` ask this host's firewall and need no file, `static` "
-        "reads one. The documentation says which is for which of Neutron's drivers.",
+        "`bridge_iptables`, `routed_nftables`, `ovs`, `neutron_dvr` and `ovn` ask this host's firewall and need no "
+        "file, `static` reads one. The documentation says which is for which of Neutron's drivers.",
     ),
     cfg.StrOpt(
         "scope_file",
@@ -61,10 +61,11 @@ AGENT_OPTIONS = [
     cfg.BoolOpt(
         "trust_guest_xml",
         default=False,
-        help="For the scope finders `bridge_iptables`, `routed_nftables` and `ovs`: believe the addresses that a "
-        "guest's libvirt XML gives its ports even where ports share a conntrack zone and this host's own firewall does "
-        "not say whose they are. The XML comes with the guest, so the host that it comes from can then have flows "
-        "admitted for any address of that zone. In a zone of the port's own it is believed without this.",
+        help="For the scope finders `bridge_iptables`, `routed_nftables`, `ovs` and `neutron_dvr`: believe the "
+        "addresses that a guest's libvirt XML gives its ports even where ports share a conntrack zone and this host's "
+        "own firewall does not say whose they are. The XML comes with the guest, so the host that it comes from can "
+        "then have flows admitted for any address of that zone. In a zone of the port's own it is believed without "
+        "this.",
     ),
     cfg.ListOpt(
         "translations",

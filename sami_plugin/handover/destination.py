@@ -310,9 +310,17 @@ class DestinationSession(Session):
             if not one.batch.template.is_identity:
                 self._put_in(one.batch, ports, one.came)
                 if is_final:
-                    everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
-                    foreign = one.batch.take(~has_end_in(one.batch, everywhere))
-                    self._findings.refuse(foreign, Reason.FOREIGN_ADDRESS)
+                    self._refuse_homeless(one.batch)
+
+    def _refuse_homeless(self, batch: Batch) -> None:
+        is_owned = np.zeros(len(batch), bool)
+        for port in self._ports:
+            is_owned |= port.scope.owns(batch)
+        if not is_owned.all():
+            everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
+            is_foreign = ~has_end_in(batch, everywhere)
+            self._findings.refuse(batch.take(is_foreign), Reason.FOREIGN_ADDRESS)
+            self._findings.refuse(batch.take(~is_owned & ~is_foreign), Reason.NO_ZONE)
 
     def _named_here(self, came: Batch, ports: list[Arriving], domain: Domain) -> Carried:
         """What came from another domain as it is called here, but what is not to be told from something else."""
@@ -351,7 +359,7 @@ class DestinationSession(Session):
         batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
         homeless = np.ones(len(batch), bool)
         for port in ports:
-            here = has_end_in(batch, port.scope.addresses) & homeless
+            here = port.scope.owns(batch) & homeless
             homeless &= ~here
             mine, theirs = (batch.take(here), came.take(here)) if not here.all() else (batch, came)
             mine = self._with_a_place(port, self._admitted(port, mine, theirs))

@@ -51,6 +51,7 @@ class Reason(enum.IntEnum):
     NO_PLACE = 20
     BARRED = 21
     TRANSLATION_TAKEN = 22
+    NO_ZONE = 23
 
 
 MEND_NO_PLACE = "raise nf_conntrack_max or capacity, or lower headroom_percent"
@@ -79,6 +80,7 @@ WORDS: dict[Reason, str] = {
     Reason.FOREIGN_TRANSLATION: "it is translated from or to an address that is not the port's",
     Reason.BARRED: "the firewall's mark on it says that its packets are dropped",
     Reason.TRANSLATION_TAKEN: "what it is translated to is another flow's on this host (EEXIST)",
+    Reason.NO_ZONE: "what tracks it on this host, such as the guest's router, is not here",
     Reason.NO_PLACE: f"there was no free place for it; {MEND_NO_PLACE}",
 }
 

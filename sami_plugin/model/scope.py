@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import netaddr
+import numpy as np
+import numpy.typing as npt
 
-from sami_plugin.model.flows import Addresses, ZoneRole
+from sami_plugin.model.flows import Addresses, Batch, ZoneRole, has_end_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,14 @@ class Scope:
     barred_marks: int = 0
     """Bits of an entry's mark by which this host's firewall says that it drops the flow's packets, although the entry
     is there: a rule that admitted it has gone. Such an entry is not told, and none is put in."""
+
+    def owns(self, batch: Batch) -> npt.NDArray[np.bool_]:
+        """Which flows belong to the port here: in a zone of their role, with an end in its addresses."""
+        roles = batch.rows["zoneRole"]
+        is_zoned = np.zeros(len(batch), bool)
+        for role in self.zones:
+            is_zoned |= roles == int(role)
+        return is_zoned & has_end_in(batch, self.addresses)
 
     def as_dict(self) -> dict[str, Any]:
         """For the journal, which only this host reads; without the neighbours, who come and go."""

@@ -6,7 +6,7 @@ import abc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Self
 
 from sami_plugin.errors import ConfigurationError
@@ -81,18 +81,22 @@ class LearnedScopes(ScopeFinder):
         return tuple(scope for scope in found if scope is not None)
 
     def neighbours(self, scope: Scope) -> Addresses:
+        return self._others_in((scope.zones[ZoneRole.PORT],), scope.port, scope.addresses)
+
+    def _others_in(self, zones: Iterable[int], device: str, own: Addresses) -> Addresses:
+        """The addresses of the ports in these zones but for the device's, whose own are `own`."""
         known = self._knowledge()
-        zone = scope.zones[ZoneRole.PORT]
         claims: dict[str, list[GuestPort]] = {}
         for ports in self._learned().values():
             for port in ports:
                 claims.setdefault(port.device, []).append(port)
+        users = frozenset[str]().union(*(known.users.get(zone, frozenset()) for zone in zones))
         found: dict[object, None] = {}
-        for device in sorted(_others(known.users.get(zone, frozenset()), scope.port) & known.present):
-            found |= dict.fromkeys(known.own.get(device, ()))
+        for other in sorted(_others(users, device) & known.present):
+            found |= dict.fromkeys(known.own.get(other, ()))
             # Nobody gains by a claim here, it only keeps entries from being touched; but not the port's own.
-            claimed = (address for port in claims.get(device, ()) for address in port.claimed)
-            found |= dict.fromkeys(address for address in claimed if address not in scope.addresses)
+            claimed = (address for port in claims.get(other, ()) for address in port.claimed)
+            found |= dict.fromkeys(address for address in claimed if address not in own)
         return tuple(found)
 
     def namespaces(self) -> tuple[str | None, ...]:

@@ -4,7 +4,9 @@
                 "shared": false, "addresses": ["192.0.2.7", "2001:db8::7"], "translations": ["203.0.113.9"]}]}
 
 `namespace` may be left out: the agent's own. `translations` are addresses that the firewall translates the port's own
-to and from, if any. Replace the file by renaming: it is read at each question.
+to and from, if any. A zone in which a router tracks what is the port's has an entry of its own, with `"role": "dnat"`
+or `"snat"`; its flows go to the zone of this role on the other host. Replace the file by renaming: it is read at each
+question.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from sami_plugin.scopes.base import ScopeFinder
 
 if TYPE_CHECKING:
     from oslo_config import cfg
+
+
+ROLES = {role.name.lower(): role for role in ZoneRole}
 
 
 class StaticScopes(ScopeFinder):
@@ -54,6 +59,9 @@ class StaticScopes(ScopeFinder):
         for name, known in (("addresses", addresses), ("translations", translations)):
             if not isinstance(known, list) or not all(isinstance(address, str) for address in known):
                 raise ValueError(f"{name} of port {port['port']!r} are no list of texts")
+        role = port.get("role", "port")
+        if role not in ROLES:
+            raise ValueError(f"role {role!r} of port {port['port']!r} is none of {', '.join(ROLES)}")
         is_shared = port.get("shared", False)
         if not isinstance(is_shared, bool):
             raise ValueError(f"shared {is_shared!r} of port {port['port']!r} is neither true nor false")
@@ -65,13 +73,14 @@ class StaticScopes(ScopeFinder):
             "guest": str(port["guest"]),
             "namespace": namespace,
             "zone": zone,
+            "role": ROLES[role],
             "shared": is_shared,
             "addresses": _addresses(addresses),
             "translations": _addresses(translations),
         }
 
     def neighbours(self, scope: Scope) -> Addresses:
-        place = (scope.namespace, scope.zones[ZoneRole.PORT])
+        place = (scope.namespace, next(iter(scope.zones.values())))
         return tuple(
             address
             for port in self._read()
@@ -87,7 +96,7 @@ class StaticScopes(ScopeFinder):
         return Scope(
             port=port["port"],
             guest=port["guest"],
-            zones={ZoneRole.PORT: port["zone"]},
+            zones={port["role"]: port["zone"]},
             addresses=port["addresses"],
             namespace=port["namespace"],
             is_shared=port["shared"],

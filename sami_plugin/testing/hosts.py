@@ -93,13 +93,14 @@ class Hosts:
         for agent in self.agents.values():
             agent.host.journal.close()
 
-    def plug(self, host: str, guest: str, zone: int, *addresses: str, shared: bool = False) -> None:
-        """The guest's port is on the host from now on."""
+    def plug(self, host: str, guest: str, zone: int, *addresses: str, shared: bool = False, role: str = "port") -> None:
+        """The guest's port is on the host from now on, or a router that tracks what is the port's."""
         self._ports[host].append(
             {
                 "port": f"tap-{guest[:8]}-{zone}",
                 "guest": guest,
                 "zone": zone,
+                "role": role,
                 "shared": shared,
                 "addresses": addresses,
             }

@@ -13,7 +13,7 @@ import pytest
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
 from sami_plugin.model.migration import Phase
-from sami_plugin.model.results import WORDS, Reason
+from sami_plugin.model.results import WORDS, Outcome, Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.testing.conformance import flows
@@ -28,6 +28,7 @@ from tests.unit.handover.memory import (
     guest_with_flows,
     held,
     hosts_in,
+    limited,
     tcp_flows,
     until_idle,
     wait_for_step,
@@ -93,6 +94,46 @@ def test_source_keeps_everything_and_destination_nothing_when_the_guest_comes_ba
     assert held(hosts, "host-a") == before
     assert held(hosts, "host-b") == set()
     assert hosts.reports("host-a", guest)[0]["outcome"] == "stayed"
+
+
+ROUTERS = {"host-a": 70, "host-b": 80}
+
+
+def routed_guest(hosts: Hosts) -> tuple[str, set[tuple[int, int]]]:
+    """A guest with flows in its port's zone and others in that of a router, which only host-a has; the latter."""
+    guest = guest_with_flows(hosts)
+    hosts.plug("host-a", guest, ROUTERS["host-a"], GUEST_ADDRESS, shared=True, role="dnat")
+    _, routed = hosts.agents["host-a"].host.scopes.find(guest)
+    flows = tcp_flows(7, first_port=7000)
+    flows.rows["zoneRole"] = ZoneRole.DNAT
+    assert (hosts.drivers["host-a"].insert(routed, flows)["outcome"] == Outcome.IMPORTED).all()
+    return guest, held(hosts, "host-a", ROUTERS["host-a"])
+
+
+def test_what_a_router_tracks_goes_to_the_router_of_the_other_host(hosts: Hosts) -> None:
+    guest, routed = routed_guest(hosts)
+    hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
+    before = held(hosts, "host-a")
+    begin(hosts, guest)
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-b") == before
+    assert held(hosts, "host-b", ROUTERS["host-b"]) == routed
+    assert held(hosts, "host-a") == held(hosts, "host-a", ROUTERS["host-a"]) == set()
+
+
+@pytest.mark.parametrize("settings", [limited(zone_seconds=0.5)], ids=["zone_seconds"])
+def test_what_a_router_tracks_is_refused_by_name_where_there_is_no_router(hosts: Hosts) -> None:
+    guest, routed = routed_guest(hosts)
+    before = held(hosts, "host-a")
+    begin(hosts, guest)
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-b") == before
+    (report,) = hosts.reports("host-b", guest)
+    assert {reason: told["count"] for reason, told in report["named"].items()} == {
+        f"refused: {WORDS[Reason.NO_ZONE]}": len(routed)
+    }
 
 
 def test_abort_while_copying_leaves_nothing_at_the_destination(hosts: Hosts, guest: str) -> None:

@@ -48,6 +48,19 @@ def test_addresses_that_a_port_s_are_translated_to(scopes_of: Write) -> None:
     assert scopes.find("db")[0].translations == ()
 
 
+def test_zone_of_a_router_has_its_role(scopes_of: Write) -> None:
+    scopes = scopes_of({"ports": [WEB, {**WEB, "port": "tap-web@router", "zone": 70, "role": "dnat", "shared": True}]})
+    assert [scope.zones for scope in scopes.find("web")] == [{ZoneRole.PORT: 7}, {ZoneRole.DNAT: 70}]
+
+
+def test_neighbours_of_a_router_s_zone_are_those_of_its_entries(scopes_of: Write) -> None:
+    routed = {"role": "snat", "zone": 70, "shared": True}
+    scopes = scopes_of(
+        {"ports": [{**WEB, **routed}, {**WEB, **routed, "port": "tap-db@router", "addresses": ["192.0.2.8"]}]}
+    )
+    assert scopes.neighbours(scopes.find("web")[0]) == (netaddr.IPAddress("192.0.2.8"),)
+
+
 def test_file_is_read_anew_at_each_question(scopes_of: Write) -> None:
     scopes = scopes_of({"ports": []})
     assert scopes.find("web") == ()
@@ -92,6 +105,7 @@ BAD = [
     {"ports": ["tap-web"]},
     {"ports": [None]},
     *({"ports": [{**WEB, "zone": zone}]} for zone in (-1, 65536, "7", 7.0, True, None)),
+    *({"ports": [{**WEB, "role": role}]} for role in ("router", 2, None, [])),
     *({"ports": [{name: value for name, value in WEB.items() if name != missing}]} for missing in WEB),
     *(
         {"ports": [{**WEB, field: wrong}]}
