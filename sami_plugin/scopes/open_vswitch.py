@@ -93,12 +93,12 @@ class Integration:
             )
         return bridge
 
-    def flows(self, table: int) -> Iterator[Flow]:
-        """The flows of one table.
+    def flows(self, match: str) -> Iterator[Flow]:
+        """The flows that ask for at least this, such as `table=60`.
 
         :raises NotAvailable, NotPermitted: as `output_of`.
         """
-        argv = [TOOL, "-O", VERSIONS, "--no-names", "--no-stats", "dump-flows", self._target, f"table={table}"]
+        argv = [TOOL, "-O", VERSIONS, "--no-names", "--no-stats", "dump-flows", self._target, match]
         text, _ = output_of(argv, PACKAGE, "the group that may open Open vSwitch's sockets")
         yield from flows_of(text)
 
@@ -152,8 +152,6 @@ def number_of(text: str) -> int | None:
 
 
 def loaded(actions: str, *registers: str) -> int | None:
-    """The number that the actions put into a register, of which these are the names; None if they put none."""
-    for number, register in _LOADED.findall(actions):
-        if register in registers:
-            return number_of(number)
-    return None
+    """The number that the actions put into a register last, of which these are the names; None if they put none."""
+    numbers = [number for number, register in _LOADED.findall(actions) if register in registers]
+    return number_of(numbers[-1]) if numbers else None

@@ -11,6 +11,14 @@ What the port may send from is in table 73 of the bridge, by numbers that the fl
     table=73, priority=90,ip,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,nw_src=192.0.2.7 actions=...
 
 The southbound database says the same, and the addresses of ports without port security as well.
+
+A router between a port's switch and others is where table 65 leads to, with its own two zones; what it translates is in
+its flows, on the host that translates it. For a distributed floating IP that is the host where its port is bound:
+
+    table=65, priority=100,reg15=0x2,metadata=0x1 actions=clone(ct_clear,...,set_field:0x2->reg11,
+        set_field:0x4->reg12,set_field:0x2->metadata,...)
+    table=15, priority=100,ip,reg14=0x2,metadata=0x2,nw_dst=198.51.100.7
+        actions=ct(commit,table=16,zone=NXM_NX_REG11[0..15],nat(dst=192.0.2.7))
 """
 
 from __future__ import annotations
@@ -23,21 +31,22 @@ from typing import TYPE_CHECKING, Self
 import netaddr
 
 from sami_plugin.errors import ConfigurationError
-from sami_plugin.model.flows import Addresses
-from sami_plugin.scopes.learned import LearnedScopes
+from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.scopes.open_vswitch import Bridge, Flow, Integration, loaded, number_of
 from sami_plugin.scopes.ovsdb import Copy, Credentials, Tables
+from sami_plugin.scopes.routed import FloatingIps, RoutedScopes, Router
 from sami_plugin.scopes.rules import Knowledge, host_address
 
 if TYPE_CHECKING:
     from oslo_config import cfg
 
 ZONE_PREFIX = "ct-zone-"
-PHYSICAL_TABLE, PORT_SECURITY_TABLE = 0, 73
+PHYSICAL_TABLE, TO_PHYSICAL_TABLE, PORT_SECURITY_TABLE = 0, 65, 73
 BLOCKED_MARK = 0x1
 """ct_mark.blocked (OVN 22.03 and later): the rule that admitted the flow has gone, and its packets are dropped."""
 
 _ASKED = frozenset({"ip", "ipv6", "reg14", "metadata", "dl_src", "nw_src", "ipv6_src"})
+_NAT = re.compile(r"ct\(commit,[^()]*zone=NXM_NX_REG1[12]\[0\.\.15\],nat\((src|dst)=([0-9a-f.:]+)\)", re.ASCII)
 _ZONE = re.compile("[1-9][0-9]{0,4}", re.ASCII)
 _BINDINGS = {"Port_Binding": ("logical_port", "mac", "port_security")}
 
@@ -45,9 +54,9 @@ Ports = Mapping[str, Addresses]
 """By name of a logical port, its addresses."""
 
 
-class OvnScopes(LearnedScopes):
-    """Asks the database of Open vSwitch, `ovs-ofctl` for two tables of the integration bridge, and OVN's southbound
-    database where the operator names it.
+class OvnScopes(RoutedScopes):
+    """Asks the database of Open vSwitch, `ovs-ofctl` for three tables of the integration bridge and the flows of the
+    routers of a guest, and OVN's southbound database where the operator names it.
     """
 
     barred_marks = BLOCKED_MARK
@@ -56,6 +65,8 @@ class OvnScopes(LearnedScopes):
         super().__init__()
         self._integration = integration
         self._southbound = southbound
+        self._datapaths: Mapping[str, int] = {}
+        """By name of a router, its number."""
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
@@ -70,9 +81,18 @@ class OvnScopes(LearnedScopes):
 
     def _look(self) -> Knowledge:
         bridge = self._integration.look()
-        numbers = numbers_of(self._integration.flows(PHYSICAL_TABLE))
-        addresses = addresses_of(self._integration.flows(PORT_SECURITY_TABLE))
-        return knowledge_of(bridge, numbers, addresses, self._bound(bridge))
+        numbers = numbers_of(self._integration.flows(f"table={PHYSICAL_TABLE}"))
+        addresses = addresses_of(self._integration.flows(f"table={PORT_SECURITY_TABLE}"))
+        known = knowledge_of(bridge, numbers, addresses, self._bound(bridge))
+        neighbours = neighbours_of(self._integration.flows(f"table={TO_PHYSICAL_TABLE}"))
+        routers = routers_of(bridge, numbers, neighbours, known)
+        self._datapaths = {router.name: datapath for datapath, router in routers.items()}
+        self._note_routers(routers.values())
+        return known
+
+    def _floating_ips(self, router: Router) -> FloatingIps:
+        datapath = self._datapaths.get(router.name)
+        return {} if datapath is None else floating_ips_of(self._integration.flows(f"metadata={datapath:#x}"))
 
     def _bound(self, bridge: Bridge) -> Ports:
         if self._southbound is None:
@@ -168,6 +188,68 @@ def addresses_of(flows: Iterable[Flow]) -> dict[tuple[int, int], Addresses]:
             found[datapath, number].add(address)
     # Sorted: the switch tells its flows in any order, and the same scope is to be the same.
     return {place: tuple(sorted(some)) for place, some in found.items()}
+
+
+Zones = Mapping[ZoneRole, int]
+
+
+def neighbours_of(flows: Iterable[Flow]) -> dict[int, dict[int, Zones]]:
+    """By number of a datapath, those that its packets go on to, with the zones in which these translate."""
+    found = defaultdict[int, dict[int, Zones]](dict)
+    for flow in flows:
+        if flow.table != TO_PHYSICAL_TABLE or set(flow.match) != {"reg15", "metadata"}:
+            continue
+        here, there = number_of(flow.match["metadata"]), loaded(flow.actions, "OXM_OF_METADATA", "metadata")
+        dnat = loaded(flow.actions, "NXM_NX_REG11", "reg11")
+        snat = loaded(flow.actions, "NXM_NX_REG12", "reg12")
+        if here is not None and there is not None and dnat and snat:
+            found[here][there] = {ZoneRole.DNAT: dnat, ZoneRole.SNAT: snat}
+    return dict(found)
+
+
+def routers_of(
+    bridge: Bridge,
+    numbers: Mapping[int, tuple[int, int]],
+    neighbours: Mapping[int, Mapping[int, Zones]],
+    known: Knowledge,
+) -> dict[int, Router]:
+    """By number of its datapath, the routers that ports of this host are behind, once their zones have been emptied."""
+    networks = defaultdict[int, set[int]](set)
+    zones: dict[int, Zones] = {}
+    for one in bridge.interfaces.values():
+        datapath, _ = numbers.get(one.number, (None, None))
+        for router, its_zones in neighbours.get(datapath, {}).items() if datapath is not None else ():
+            networks[router] |= known.zones.get(one.name, frozenset())
+            zones[router] = its_zones
+    names = {router: _name(bridge, its_zones) for router, its_zones in zones.items()}
+    return {
+        router: Router(name, None, zones[router], frozenset(networks[router]))
+        for router, name in names.items()
+        if name is not None
+    }
+
+
+def _name(bridge: Bridge, zones: Zones) -> str | None:
+    """What ovn-controller calls a router: the number of its datapath's row, or, as Neutron names it, in later ones."""
+    dnat, snat = str(zones[ZoneRole.DNAT]), str(zones[ZoneRole.SNAT])
+    for key, zone in bridge.external_ids.items():
+        name = key.removeprefix(ZONE_PREFIX).removesuffix("_dnat")
+        if key == f"{ZONE_PREFIX}{name}_dnat" and zone == dnat:
+            return name if bridge.external_ids.get(f"{ZONE_PREFIX}{name}_snat") == snat else None
+    return None
+
+
+def floating_ips_of(flows: Iterable[Flow]) -> FloatingIps:
+    """By a port's own address, those that a router translates it to and from, of the router's flows."""
+    floating = defaultdict[netaddr.IPAddress, dict[netaddr.IPAddress, None]](dict)
+    for flow in flows:
+        for direction, word in _NAT.findall(flow.actions):
+            asked = flow.match.get(f"nw_{direction}") or flow.match.get(f"ipv6_{direction}") or ""
+            before, behind = host_address(asked), host_address(word)
+            if before is not None and behind is not None:
+                own, one = (behind, before) if direction == "dst" else (before, behind)
+                floating[own][one] = None
+    return {own: tuple(sorted(some)) for own, some in floating.items()}
 
 
 def bound_of(tables: Tables) -> Ports:

@@ -49,8 +49,8 @@ class OvsScopes(LearnedScopes):
 
     def _look(self) -> Knowledge:
         bridge = self._integration.look()
-        zones = zones_of(self._integration.flows(TRANSIENT_TABLE))
-        return knowledge_of(bridge, zones, addresses_of(self._integration.flows(BASE_EGRESS_TABLE)))
+        zones = zones_of(self._integration.flows(f"table={TRANSIENT_TABLE}"))
+        return knowledge_of(bridge, zones, addresses_of(self._integration.flows(f"table={BASE_EGRESS_TABLE}")))
 
     def close(self) -> None:
         """Ends what was started to look."""

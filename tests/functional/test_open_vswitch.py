@@ -381,3 +381,59 @@ def test_port_that_is_still_bound_elsewhere_has_its_zone_here_and_may_lose_the_a
                 assert is_secured()
     finally:
         elsewhere.close()
+
+
+# Of Neutron's network with a router that has a gateway elsewhere: who has a distributed floating IP is translated here.
+FLOATING, INSIDE = "198.51.100.7", "192.0.2.7"
+
+
+def router(ovn: Ovn) -> None:
+    for switch, port, mac, network in (
+        ("net", "in", "fa:16:3e:00:01:01", "192.0.2.1/24"),
+        ("outside", "out", "fa:16:3e:00:02:01", "198.51.100.1/24"),
+    ):
+        ovn.nbctl("--may-exist", "ls-add", switch, "--", "--may-exist", "lr-add", "neutron-r")
+        ovn.nbctl("lrp-add", "neutron-r", f"lrp-{port}", mac, network)
+        ovn.nbctl(
+            "lsp-add", switch, port, "--", "lsp-set-type", port, "router", "--", "lsp-set-addresses", port, "router"
+        )
+        ovn.nbctl("lsp-set-options", port, f"router-port=lrp-{port}")
+    ovn.nbctl("lrp-set-gateway-chassis", "lrp-out", "elsewhere", "1")
+    ovn.nbctl("lr-nat-add", "neutron-r", "snat", "198.51.100.1", "192.0.2.0/24")
+
+
+def scopes_when(finder: OvnScopes, count: int) -> list[Scope]:
+    found: list[Scope] = []
+
+    def is_so() -> bool:
+        time.sleep(FRESH_SECONDS)
+        found[:] = finder.find("g")
+        return len(found) == count
+
+    wait_until(is_so, f"{count} scopes", SECONDS, poll_seconds=0.05)
+    return found
+
+
+def test_port_with_a_distributed_floating_ip_has_the_zones_of_its_router(ovn: Ovn, ovn_finder: OvnScopes) -> None:
+    for which, host in ((FIRST, 7), (SECOND, 8)):
+        logical_port(ovn, f"{which[2]} 192.0.2.{host}", which=which, host=host)
+        ovn.plug(*which)
+    router(ovn)
+    (port,) = scopes_when(ovn_finder, 1)
+    ovn.nbctl("lr-nat-add", "neutron-r", "dnat_and_snat", FLOATING, INSIDE, FIRST[1], "fa:16:3e:00:03:07")
+    _, routed = scopes_when(ovn_finder, 2)
+    ids = ovn.vsctl("get", "bridge", "br-int", "external_ids")
+    name = routed.port.removeprefix(f"{FIRST[0]}@")
+    for role in (ZoneRole.DNAT, ZoneRole.SNAT):
+        assert f'ct-zone-{name}_{role.name.lower()}="{routed.zones[role]}"' in ids
+    # That of the router, and not that of the switch, which has such zones too.
+    where = "external_ids:name=neutron-r"
+    assert name in ovn.sbctl("--bare", "--columns=_uuid,external_ids", "find", "datapath_binding", where)
+    assert (routed.is_shared, routed.namespace, routed.addresses) == (True, None, port.addresses)
+    assert routed.translations == addresses(FLOATING)
+    neighbours = ovn_finder.neighbours(routed)
+    assert addresses("192.0.2.8")[0] in neighbours
+    assert not set(routed.addresses) & set(neighbours)
+    assert ovn_finder.neighbours(port) == ()
+    ovn.nbctl("lr-nat-del", "neutron-r", "dnat_and_snat", FLOATING)
+    scopes_when(ovn_finder, 1)

@@ -87,3 +87,17 @@ OVN_PORT_SECURITY = """\
  table=73, priority=90,udp,reg14=0x1,metadata=0x1,dl_src=fa:16:3e:00:00:07,nw_src=0.0.0.0,nw_dst=255.255.255.255,tp_src=68,tp_dst=67 actions=load:0->NXM_NX_REG10[12]
  table=73, priority=80,reg14=0x1,metadata=0x1 actions=load:0x1->NXM_NX_REG10[12]
 """  # noqa: E501
+
+OVN_ROUTER = """\
+ table=65, priority=100,reg15=0x1,metadata=0x1 actions=output:1
+ table=65, priority=100,reg15=0x2,metadata=0x3 actions=clone(ct_clear,set_field:0->reg11,set_field:0->reg12,set_field:0->reg13,set_field:0x2->reg11,set_field:0x4->reg12,set_field:0x2->metadata,set_field:0x2->reg14,set_field:0->reg10,set_field:0->reg15,resubmit(,8))
+ table=65, priority=100,reg15=0x2,metadata=0x1 actions=clone(ct_clear,set_field:0->reg11,set_field:0->reg12,set_field:0->reg13,set_field:0x2->reg11,set_field:0x4->reg12,set_field:0x2->metadata,set_field:0x1->reg14,set_field:0->reg10,set_field:0->reg15,resubmit(,8))
+ table=65, priority=100,reg15=0x1,metadata=0x2 actions=clone(ct_clear,load:0->NXM_NX_REG11[],load:0->NXM_NX_REG12[],load:0->NXM_NX_REG13[],load:0x7->NXM_NX_REG11[],load:0x5->NXM_NX_REG12[],load:0x1->OXM_OF_METADATA[],load:0x2->NXM_NX_REG14[],load:0->NXM_NX_REG10[],load:0->NXM_NX_REG15[],resubmit(,8))
+ table=65, priority=0 actions=drop
+ table=12, priority=100,ip,reg10=0/0x1,reg14=0x2,metadata=0x2,nw_dst=198.51.100.7 actions=ct(table=13,zone=NXM_NX_REG11[0..15],nat)
+ table=15, priority=100,ip,reg14=0x2,metadata=0x2,nw_dst=198.51.100.7 actions=ct(commit,table=16,zone=NXM_NX_REG11[0..15],nat(dst=192.0.2.7))
+ table=45, priority=161,ip,reg15=0x2,metadata=0x2,nw_src=192.0.2.8 actions=set_field:fa:16:3e:00:03:08->eth_src,ct(commit,table=46,zone=NXM_NX_REG11[0..15],nat(src=198.51.100.8))
+ table=15, priority=100,ipv6,reg14=0x2,metadata=0x2,ipv6_dst=2001:db8:f::7 actions=ct(commit,table=16,zone=NXM_NX_REG11[0..15],nat(dst=2001:db8::7))
+ table=45, priority=25,ip,reg15=0x2,metadata=0x2,nw_src=192.0.2.0/24 actions=ct(commit,table=46,zone=NXM_NX_REG12[0..15],nat(src=198.51.100.1))
+ table=26, priority=100,ip,reg0=0x2/0x2002,metadata=0x2 actions=ct(commit,zone=NXM_NX_REG13[0..15],nat(src),exec(set_field:0/0x1->ct_mark)),resubmit(,27)
+"""  # noqa: E501

@@ -19,9 +19,18 @@ from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.scope import Scope
 from sami_plugin.scopes import ovn
 from sami_plugin.scopes.open_vswitch import Bridge, Interface, flows_of
-from sami_plugin.scopes.ovn import OvnScopes, addresses_of, bound_of, knowledge_of, numbers_of, southbound_of
+from sami_plugin.scopes.ovn import (
+    OvnScopes,
+    addresses_of,
+    bound_of,
+    floating_ips_of,
+    knowledge_of,
+    neighbours_of,
+    numbers_of,
+    southbound_of,
+)
 from sami_plugin.scopes.ovsdb import Credentials
-from tests.unit.scopes.open_vswitch_texts import OVN_PHYSICAL, OVN_PORT_SECURITY
+from tests.unit.scopes.open_vswitch_texts import OVN_PHYSICAL, OVN_PORT_SECURITY, OVN_ROUTER
 from tests.unit.scopes.test_loading import configured
 from tests.unit.scopes.test_ovs import FakeIntegration
 
@@ -178,3 +187,56 @@ def test_any_text_is_read(words: list[str]) -> None:
 def test_any_row_is_read(mac: list[str], security: list[str]) -> None:
     row = SimpleNamespace(logical_port="p", mac=mac, port_security=security)
     bound_of({"Port_Binding": SimpleNamespace(rows={1: row})})
+
+
+ROUTED = replace(BRIDGE, external_ids={**BRIDGE.external_ids, "ct-zone-r_dnat": "2", "ct-zone-r_snat": "4"})
+
+
+def test_router_is_where_the_flows_lead_to_with_what_it_translates() -> None:
+    port, routed = Told(ROUTED, OVN_PHYSICAL, OVN_PORT_SECURITY, OVN_ROUTER).find("g")
+    assert routed == Scope(
+        f"{TAP}@r",
+        "g",
+        {ZoneRole.DNAT: 2, ZoneRole.SNAT: 4},
+        port.addresses,
+        is_shared=True,
+        translations=addresses("198.51.100.7", "2001:db8:f::7"),
+    )
+
+
+@pytest.mark.parametrize(
+    "external_ids",
+    [
+        {},
+        {"ct-zone-r_dnat": "2"},
+        {"ct-zone-r_snat": "4"},
+        {"ct-zone-r_dnat": "2", "ct-zone-r_snat": "5"},
+        {"ct-zone-r_dnat": "2", "ct-zone-s_snat": "4"},
+    ],
+)
+def test_router_is_not_here_before_ovn_has_emptied_its_zones(external_ids: dict[str, str]) -> None:
+    bridge = replace(BRIDGE, external_ids={**BRIDGE.external_ids, **external_ids})
+    assert len(Told(bridge, OVN_PHYSICAL, OVN_PORT_SECURITY, OVN_ROUTER).find("g")) == 1
+
+
+def test_router_that_translates_nothing_for_the_port_is_none_of_its() -> None:
+    flows = "\n".join(line for line in OVN_ROUTER.splitlines() if "nat(dst" not in line)
+    assert len(Told(ROUTED, OVN_PHYSICAL, OVN_PORT_SECURITY, flows).find("g")) == 1
+
+
+def test_datapaths_that_packets_go_on_to_are_told_with_their_zones() -> None:
+    switch, router = {ZoneRole.DNAT: 7, ZoneRole.SNAT: 5}, {ZoneRole.DNAT: 2, ZoneRole.SNAT: 4}
+    assert neighbours_of(flows_of(OVN_ROUTER)) == {1: {2: router}, 2: {1: switch}, 3: {2: router}}
+
+
+def test_floating_ips_are_those_of_single_addresses() -> None:
+    own = addresses("192.0.2.7", "192.0.2.8", "2001:db8::7")
+    floating = addresses("198.51.100.7", "198.51.100.8", "2001:db8:f::7")
+    assert floating_ips_of(flows_of(OVN_ROUTER)) == {one: (behind,) for one, behind in zip(own, floating, strict=True)}
+
+
+@given(st.text(alphabet="ct(commit,)zone=NXM_REG1[0.15]nat(src=198.51.100.7,dst:>-set_field ", max_size=120))
+def test_actions_of_noise_are_no_router_s(noise: str) -> None:
+    line = f" table=65, priority=1,reg15=0x2,metadata=0x1 actions={noise}"
+    floating_ips_of(flows_of(line))
+    neighbours_of(flows_of(line))

@@ -54,9 +54,12 @@ class FakeIntegration(Integration):
     def look(self) -> Bridge:
         return self.bridge
 
-    def flows(self, table: int) -> Iterator[Flow]:
+    def flows(self, match: str) -> Iterator[Flow]:
+        field, _, value = match.partition("=")
         for text in self.texts:
-            yield from (flow for flow in flows_of(text) if flow.table == table)
+            for flow in flows_of(text):
+                if (str(flow.table) if field == "table" else flow.match.get(field)) == value:
+                    yield flow
 
 
 def told(bridge: Bridge = BRIDGE, *texts: str, trust_guest_xml: bool = False) -> OvsScopes:
@@ -297,7 +300,7 @@ def test_finder_takes_its_options_and_finds_the_bridges_socket_beside_the_databa
     text = f"[ovs]\novsdb_connection = {connection}\nintegration_bridge = br-x\n[agent]\ntrust_guest_xml = true\n"
     finder = OvsScopes.from_conf(configured(tmp_path, text))
     assert finder._trusts_claims
-    assert len(list(finder._integration.flows(60))) == len(TRANSIENT.splitlines())
+    assert len(list(finder._integration.flows("table=60"))) == len(TRANSIENT.splitlines())
     assert [argv[-2:] for argv in asked] == [[target, "table=60"]]
 
 

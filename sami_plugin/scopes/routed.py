@@ -1,0 +1,80 @@
+"""Scopes of routers on this host: beside the zone of its port, a guest with a floating IP has those in which a router
+tracks what it translates for the guest.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import netaddr
+
+from sami_plugin.model.flows import Addresses, ZoneRole
+from sami_plugin.model.scope import Scope
+from sami_plugin.scopes.learned import LearnedScopes
+
+FloatingIps = Mapping[netaddr.IPAddress, Addresses]
+"""By a port's own address, those that it is translated to and from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A router's part on this host."""
+
+    name: str
+    namespace: str | None
+    zones: Mapping[ZoneRole, int]
+    networks: frozenset[int]
+    """The zones of the ports that it routes between."""
+
+
+class RoutedScopes(LearnedScopes):
+    """A finder that notes at each look which routers there are."""
+
+    _routers: tuple[Router, ...] = ()
+    _floating: Mapping[str, FloatingIps] = {}
+    """By name, of the routers that were asked since they were noted."""
+
+    @abc.abstractmethod
+    def _floating_ips(self, router: Router) -> FloatingIps:
+        """Those that the router translates here.
+
+        :raises OperatorError: as `find`.
+        """
+
+    def _note_routers(self, routers: Iterable[Router]) -> None:
+        """These are on this host now."""
+        self._routers, self._floating = tuple(routers), {}
+
+    def find(self, guest: str) -> tuple[Scope, ...]:
+        ports = super().find(guest)
+        return ports + tuple(scope for port in ports for scope in self._routed(port))
+
+    def _routed(self, port: Scope) -> Iterator[Scope]:
+        for router in self._routers:
+            if port.zones[ZoneRole.PORT] not in router.networks:
+                continue
+            floating = self._floating.get(router.name)
+            if floating is None:
+                floating = self._floating_ips(router)
+                self._floating = {**self._floating, router.name: floating}
+            translations = tuple(one for address in port.addresses for one in floating.get(address, ()))
+            if translations:  # else nothing that the router tracks of the port makes a difference to its packets
+                yield Scope(
+                    f"{port.port}@{router.name}",
+                    port.guest,
+                    router.zones,
+                    port.addresses,
+                    router.namespace,
+                    is_shared=True,
+                    translations=translations,
+                )
+
+    def neighbours(self, scope: Scope) -> Addresses:
+        if ZoneRole.PORT in scope.zones:
+            return super().neighbours(scope)
+        self._knowledge()
+        device, _, name = scope.port.partition("@")
+        networks = next((router.networks for router in self._routers if router.name == name), frozenset[int]())
+        return self._others_in(networks, device, scope.addresses)
