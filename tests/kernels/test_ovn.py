@@ -5,12 +5,15 @@ The agents hear what libvirt's hook would say of the guest. Where its port is bo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +29,18 @@ from lab.kernels import patient
 from lab.kernels.guest import BROKER
 from lab.libvirt.relay import Relay
 from lab.migration import Call, Record
-from lab.ovn import OvnGuest, OvnHost, OvnLab, domain_xml
+from lab.namespace import Namespace
+from lab.ovn import SECURED, SWITCH, OvnGuest, OvnHost, OvnLab, domain_xml
+from lab.port import Port, Rules
 from lab.traffic import Traffic
 from lab.verdict import growth_times
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.model.flows import Batch, ZoneRole
+from sami_plugin.model.guest_port import GuestPort
+from sami_plugin.model.results import Outcome
 from sami_plugin.model.scope import Scope
+from sami_plugin.scopes.open_vswitch import Integration
+from sami_plugin.scopes.ovn import OvnScopes
 
 pytestmark = [pytest.mark.usefixtures("kernel_lab"), pytest.mark.timeout(3000)]
 
@@ -313,3 +322,89 @@ def test_addresses_that_ovn_has_dropped_from_its_flows_are_known_before_the_gues
         assert is_late == (there == "b"), f"{arrived}"
     for flow in flows:
         flow.stop()
+
+
+FLOATING, BEYOND = "198.51.100.7", "198.51.100.9"
+
+
+@pytest.fixture(scope="module")
+def router(lab: OvnLab) -> Iterator[tuple[OvnGuest, Namespace]]:
+    """A guest with a distributed floating IP, and a place beyond the router that translates it on the guest's host."""
+    guest, home = lab.add_guest("floats", "a"), lab.hosts["a"]
+    lab.nbctl("lr-add", "neutron-r", "--", "ls-add", "beyond")
+    for switch, port, mac, network in (
+        (SWITCH, "in", "02:92:00:00:03:01", "10.92.0.1/24"),
+        ("beyond", "out", "02:92:00:00:03:02", "198.51.100.1/24"),
+    ):
+        lab.nbctl("lrp-add", "neutron-r", f"lrp-{port}", mac, network)
+        lab.nbctl("lsp-add", switch, port, "--", "lsp-set-type", port, "router")
+        lab.nbctl("lsp-set-addresses", port, "router", "--", "lsp-set-options", port, f"router-port=lrp-{port}")
+    lab.nbctl("lrp-set-gateway-chassis", "lrp-out", "elsewhere", "1")
+    nat = ("dnat_and_snat", FLOATING, guest.addresses[0], guest.port.id, "02:92:00:00:03:07")
+    lab.nbctl("lr-nat-add", "neutron-r", *nat)
+    mac = "02:92:00:00:03:09"
+    port = Port("beyond", -1, "tap-beyond", mac, (BEYOND,), Rules())
+    lab.nbctl("lsp-add", "beyond", port.id, "--", "lsp-set-addresses", port.id, f"{mac} {BEYOND}")
+    beyond = Namespace(f"{lab.prefix}beyond")
+    try:
+        home.plug(port, "vm-beyond")
+        home.namespace.ip(f"link set vm-beyond netns {beyond.name} name eth0")
+        beyond.ip(f"address add {BEYOND}/24 dev eth0", "link set eth0 up")
+        guest.namespace.ip(f"route add {BEYOND}/32 via 10.92.0.1")
+        wait_until(lambda: home.is_installed(port.tap), "OVN to install it", 60, poll_seconds=0.1)
+        yield guest, beyond
+    finally:
+        home.unplug(port.tap)
+        beyond.close()
+        lab.nbctl("lr-del", "neutron-r", "--", "ls-del", "beyond", "--", "lsp-del", "in")
+
+
+@pytest.mark.parametrize("begun_by", ["guest", "beyond"])
+def test_connection_through_a_distributed_floating_ip(
+    lab: OvnLab, router: tuple[OvnGuest, Namespace], begun_by: str
+) -> None:
+    """Of the router's entry alone. Where the kernel picks up connections in their midst OVN makes it what it was."""
+    guest, beyond = router
+    home = lab.hosts["a"]
+    finder, driver = OvnScopes(Integration(home.chassis.connection, "br-int")), LinuxConntrackDriver()
+    finder.learn(guest.uuid, (GuestPort(guest.tap, interface_id=guest.port.id),))
+    wait_until(lambda: len(finder.find(guest.uuid)) == 2, "the router's scope", 60, poll_seconds=0.5)
+    scope = replace(finder.find(guest.uuid)[1], namespace=home.netns_path)
+    with ExitStack() as stack:
+        ends = {"guest": guest.namespace, "beyond": beyond}
+        with ends["beyond" if begun_by == "guest" else "guest"].inside():
+            listener = stack.enter_context(socket.create_server(("0.0.0.0", 80)))
+        with ends[begun_by].inside():
+            begun = stack.enter_context(socket.socket())
+        if begun_by == "beyond":
+            lab.nbctl("acl-add", SECURED, "to-lport", "1002", f"outport == @{SECURED} && ip4", "allow-related")
+            stack.callback(lab.nbctl, "acl-del", SECURED, "to-lport", "1002", f"outport == @{SECURED} && ip4")
+        begun.settimeout(30)
+        begun.connect((BEYOND if begun_by == "guest" else FLOATING, 80))
+        taken = stack.enter_context(listener.accept()[0])
+        inside, outside = (begun, taken) if begun_by == "guest" else (taken, begun)
+
+        def arrives() -> bool:
+            inside.settimeout(3)
+            outside.send(b"piece")
+            with contextlib.suppress(TimeoutError):
+                return bool(inside.recv(100))
+            return False
+
+        assert arrives()
+        parts = [part for part in driver.export(scope) if isinstance(part, Batch) and "tcp" in part.template.name]
+        assert {part.template.name for part in parts} >= {"tcp-nat-ipv4"}
+        for tcp_loose, is_carried in ((0, True), (1, False)):
+            home.namespace.sysctl("nf_conntrack_tcp_loose", tcp_loose)
+            for part in parts:
+                assert (driver.remove(scope, part.identities)["outcome"] == Outcome.REMOVED).all()
+            if is_carried:
+                assert not arrives(), "a connection that the router does not know"
+                for part in parts:
+                    assert (driver.insert(scope, part)["outcome"] == Outcome.IMPORTED).all()
+                inside.settimeout(60)  # what was lost comes again, after a while
+                assert inside.recv(100)
+            assert arrives()
+            parts = [part for part in driver.export(scope) if isinstance(part, Batch) and "tcp" in part.template.name]
+    driver.close()
+    finder.close()
