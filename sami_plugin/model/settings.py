@@ -65,7 +65,7 @@ class Settings:
     window: int = 4
     call_seconds: float = 3.0
     message_seconds: float = 120.0
-    started_seconds: float = 0.4
+    started_seconds: float = 0.15
     headroom_percent: float = 5.0
     late_import_seconds: float = 30.0
     remove_unadmitted: bool = False
