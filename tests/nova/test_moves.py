@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 
-from lab.openstack import traffic
+from lab.openstack import content, traffic
 from lab.verdict import longest_stall_seconds
 from tests.nova.case import HOLD_SECONDS, WATCHED_SECONDS, Case, goes_on
 
@@ -24,6 +25,16 @@ def test_without_sami_the_download_dies(case: Case) -> None:
 
 def test_with_sami_the_download_survives(case: Case) -> None:
     case.has_moved(case.move())
+
+
+def test_guest_of_an_excluded_flavor_is_left_alone(case: Case) -> None:
+    before = {name: agent.ended(case.guest.uuid) for name, agent in case.sami.agents.items()}
+    with contextlib.ExitStack() as stack:
+        for host in case.sami.hosts.values():
+            stack.enter_context(host.policy(f"excluded_flavors = {content.FLAVOR}"))
+        migration = case.move()
+        assert not case.goes_on(case.arrival(migration))
+    assert {name: agent.ended(case.guest.uuid) for name, agent in case.sami.agents.items()} == before
 
 
 def test_report_finds_the_migration_by_request_server_and_address_on_both_hosts(case: Case) -> None:
