@@ -1,0 +1,1 @@
+"""ACME's firewall, and what sami_plugin needs to know of it."""

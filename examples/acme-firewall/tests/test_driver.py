@@ -1,0 +1,30 @@
+"""The driver keeps every promise of the contract. It runs as it is installed: python -m pytest tests"""
+
+import pytest
+from sami_acme.device import Appliance
+from sami_acme.driver import AcmeDriver
+
+from sami_plugin.model.flows import ZoneRole
+from sami_plugin.model.scope import Scope
+from sami_plugin.testing.conformance import NEIGHBOUR_ADDRESSES, PORT_ADDRESSES, FlowDriverConformance
+
+
+class TestAcme(FlowDriverConformance):
+    @pytest.fixture(autouse=True)
+    def appliance(self):
+        self.device = Appliance()
+        yield
+        self.device.close()
+
+    def make_driver(self):
+        return AcmeDriver(self.device.url)
+
+    def make_scope(self):
+        return Scope("port", "guest", {ZoneRole.PORT: 7}, PORT_ADDRESSES)
+
+    def make_other_scope(self):
+        return Scope("other", "another", {ZoneRole.PORT: 8}, PORT_ADDRESSES)
+
+    def make_shared_scope(self):
+        zones = {ZoneRole.PORT: 9}
+        return Scope("port", "guest", zones, PORT_ADDRESSES, is_shared=True, neighbours=NEIGHBOUR_ADDRESSES)
