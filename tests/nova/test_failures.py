@@ -20,9 +20,9 @@ SLOW_CABLE_MEGABITS = 32
 ESP = "50"
 
 
-def fails(case: Case, migration: Migration, status: str = "failed") -> None:
+def fails(case: Case, migration: Migration, *statuses: str) -> None:
     """Asserts that the guest has stayed, as Nova, libvirt and we say, and lives on."""
-    assert migration.wait().status == status
+    assert migration.wait().status in statuses
     case.stays()
     reports = case.report(case.source), case.report(case.destination)
     assert [report["outcome"] for report in reports] == ["stayed", "stayed"], reports
@@ -32,7 +32,7 @@ def fails(case: Case, migration: Migration, status: str = "failed") -> None:
 def test_veto_of_another_hook_leaves_the_guest_and_its_connection_where_they_are(case: Case, operation: str) -> None:
     with case.destination.veto(operation):
         migration = case.start()
-        fails(case, migration)
+        fails(case, migration, "failed")
 
 
 def test_abort_while_memory_is_copied(case: Case) -> None:
@@ -40,7 +40,8 @@ def test_abort_while_memory_is_copied(case: Case) -> None:
         migration = case.start()
         migration.wait_for("MIGRATION_ITERATION 1")
         migration.abort()
-        fails(case, migration, "cancelled")
+        # "failed" where the other QEMU ends first: Nova does not take libvirt's "Channel error" for an abort.
+        fails(case, migration, "cancelled", "failed")
 
 
 def test_guest_that_is_forced_to_complete_moves_with_its_connection(case: Case) -> None:
@@ -98,9 +99,11 @@ def test_novas_service_at_the_source_is_killed_and_libvirt_moves_the_guest_all_t
     with case.destination.held(HOLD_SECONDS):
         migration = case.start()
         migration.wait_for("started begin", case.destination.name)
-        case.source.nova_compute.restart(signal.SIGKILL)
+        case.source.nova_compute.stop(signal.SIGKILL)
         case.arrival(migration)
     case.has_moved(migration)
+    # Not before: where a guest goes while Nova's service starts and lists the guests, it ends (seen with 26).
+    case.source.nova_compute.start()
     lab.wait_until_nova_reports(case.source.name)
     case.destination.virsh("destroy", case.guest.domain)
     case.destination.virsh("undefine", case.guest.domain)
