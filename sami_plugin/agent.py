@@ -136,12 +136,14 @@ class Agent:
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing = OutgoingGuests(host.journal)
         self._refusing: OrderedDict[str, str] = OrderedDict()
-        self._over: OrderedDict[str, tuple[str, ...]] = OrderedDict()
-        """By guest that was to come here, the newest of the sessions that are over."""
         """By guest, the destination that said that it stays. If its agent died before its hypervisor heard that, the
         guest comes all the same, and the agent asks for what it left."""
         self._missed: set[str] = set()
         """Guests that were leaving, or had left, when the agent of before ended: they may be here again."""
+        self._over: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        """By guest that was to come here, the newest of the sessions that are over."""
+        self._heard_out: OrderedDict[str, str] = OrderedDict()
+        """By session that another host says is over, and has not called in, that host."""
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         host.is_here = self._is_here
@@ -541,7 +543,8 @@ class Agent:
             known: Session | Question | _Greeting | None
             known = self._sessions.get(session_id) or self._questions.get(session_id)
             line = self._ended.line(session_id)
-            if known is None and session_id not in self._ended:
+            is_over = session_id in self._ended or self._heard_out.get(session_id) == sender
+            if known is None and not is_over:
                 known = self._greeting(sender, session_id)
         if known is None:  # of interest only where the other end needs an answer to hear what was said last
             if line is not None and line.peer == sender:
@@ -565,8 +568,6 @@ class Agent:
                 return
             try:
                 said = messages.decode(heard[0])
-                if isinstance(said, Open):
-                    self._hear_no_more(said.after[-OVER_OF_A_GUEST:], greeting.peer)
                 answer = self._answer(greeting, said)
                 if isinstance(said, Open) and answer is None:
                     greeting.session = self._open(greeting, said, heard)
@@ -615,14 +616,12 @@ class Agent:
                 self._ended.add(session_id, greeting.line, self.host.monotonic())
 
     def _hear_no_more(self, over: tuple[str, ...], peer: str) -> None:
-        """Calls of these sessions that come late are not answered: they would be taken for a newer migration's."""
-        with self._lock:
-            for session_id in over:
-                greeting = self._greetings.get(session_id)
-                if greeting is not None and greeting.peer == peer:
-                    self._hang_up(session_id)
-                elif greeting is None and session_id not in self._sessions and session_id not in self._ended:
-                    self._ended.add(session_id, None, self.host.monotonic())
+        """Calls of the peer in these sessions that come late are not answered: they would be a newer migration's."""
+        for session_id in filter(_is_uuid, over[-OVER_OF_A_GUEST:]):
+            greeting = self._greetings.get(session_id)
+            if greeting is not None and greeting.peer == peer:
+                self._hang_up(session_id)
+            _remember(self._heard_out, session_id, peer, MOST_OVER)
 
     def sessions(self) -> list[Session]:
         """Those under way, oldest first."""
@@ -806,8 +805,7 @@ class Agent:
         has_job = self._has_job(guest, has_token=has_token)
         scopes = self._ports_of(guest)
         with self._lock:
-            if greeting.id in self._ended:  # see _hear_no_more
-                raise NotAuthorised(f"a newer session of {guest} has come before this one")
+            self._refuse_who_was_overtaken(greeting, guest)
             outgoing = self._outgoing.get(guest)
             left = next((one for one in self._sessions_of(guest, SourceSession) if one.has_left), None)
             if left is not None and not left.may_be_fetched_by(sender, said.token):
@@ -820,6 +818,7 @@ class Agent:
                 self._outgoing.pop(guest)  # its job ended without a word
                 outgoing = None
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)
+            self._hear_no_more(said.after, sender)
             self._make_room(guest)
             if outgoing is not None and scopes:
                 outgoing = replace(outgoing, scopes=scopes)
@@ -834,6 +833,7 @@ class Agent:
     def _continue(self, greeting: _Greeting, said: Open, guest: str, heard: list[bytes]) -> Session | None:
         """The session that goes on with another one, if that is the caller's and the flows are still to be had."""
         with self._lock:
+            self._refuse_who_was_overtaken(greeting, guest)
             older = [
                 one
                 for one in self._sessions_of(guest, SourceSession)
@@ -843,6 +843,11 @@ class Agent:
             if not older and left is None:
                 return None
             return self._take_over(greeting, said, older[0] if older else left, heard)
+
+    def _refuse_who_was_overtaken(self, greeting: _Greeting, guest: str) -> None:
+        """:raises NotAuthorised: the caller has begun another session with the guest since, and was heard in it."""
+        if self._heard_out.get(greeting.id) == greeting.peer:
+            raise NotAuthorised(f"a newer session of {guest} has come before this one")
 
     def _take_over(self, greeting: _Greeting, said: Open, older: Older | None, heard: list[bytes]) -> Session:
         """The session that goes on with that one, for the caller."""

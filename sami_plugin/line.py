@@ -158,9 +158,9 @@ class Ended:
     def line(self, session: str) -> Line | None:
         return self._lines.get(session)
 
-    def add(self, session: str, line: Line | None, now: float) -> None:
+    def add(self, session: str, line: Line, now: float) -> None:
         """Closes what has had its time, and forgets the oldest of too many."""
-        self._lines[session] = None if line is None or line.is_closed else line
+        self._lines[session] = None if line.is_closed else line
         self._until.append((now + self._seconds, session))
         while self._until[0][0] <= now:
             self._shut(self._until.popleft()[1])

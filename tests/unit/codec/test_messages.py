@@ -33,7 +33,7 @@ from sami_plugin.model.migration import (
 
 EVERY = (
     Open("guest", "host-b", (1, 2), ("tcp-ipv4",), ("zstd", "zlib"), None),
-    Open("guest", "host-b", (), (), (), 0),
+    Open("guest", "host-b", (), (), (), 0, after=("session", "another")),
     Offer(2, 2, ("tcp-ipv4", "udp-ipv6"), (3, 0), ("marks",)),
     Answer(4, 600, ("tcp-ipv4",), ("there was no free place for it",), (2,), "proceed"),
     Room(3, "traffic"),

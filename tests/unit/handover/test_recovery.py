@@ -164,7 +164,7 @@ def test_what_a_former_agent_was_asked_and_is_asked_again_late_ends_no_later_mig
         asked_again.peer = "host-a"
         hosts.agents["host-b"]._ended.add(first.id, asked_again, first.host.monotonic())
         asked_again.say(messages.encode(Open(guest, "host-b", VERSIONS, ("tcp-ipv4",), ("zlib",), None)))
-        until(lambda: asked_again._channel is not None and not asked_again._channel._unacknowledged)
+        until(lambda: asked_again._sender is not None and asked_again._sender.is_idle)  # its call was taken
         finish(hosts, guest)
         until_idle(hosts)
         assert (held(hosts, "host-a"), ports(hosts, "host-b")) == (set(), ALL)

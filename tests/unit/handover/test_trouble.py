@@ -607,6 +607,18 @@ def test_a_call_of_a_migration_that_is_over_comes_too_late_to_end_the_next_one(t
         assert [one.id for one in agent.sessions()] == [session]
 
 
+def test_host_that_says_what_is_over_silences_no_other_host(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts, Stranger(hosts, "stranger") as stranger:
+        guest, others = guest_with_flows(hosts), str(uuid.uuid4())
+        said = Open(guest, "stranger", (1,), (), ("zlib",), None, after=(others, "no session"))
+        agent = hosts.agents["host-a"]
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="stranger")
+        stranger.say("host-a", str(uuid.uuid4()), said)
+        until(lambda: is_given_flows(stranger))
+        assert agent._heard_out == {others: "stranger"}
+        assert agent._greeting("host-b", others).id == others
+
+
 def test_a_host_that_the_guest_does_not_move_to_is_refused(tmp_path: Path) -> None:
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)
