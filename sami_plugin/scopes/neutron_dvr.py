@@ -38,8 +38,8 @@ ZONES = {ZoneRole.DNAT: 0}
 """A router's own: Neutron gives its packets no other."""
 NAT_RULES = ("iptables-save", "-t", "nat")
 
-_DNAT = re.compile(r"^-A \S+-PREROUTING -d (\S+)(?: -i \S+)? -j DNAT --to-destination (\S+)$", re.MULTILINE)
-_SNAT = re.compile(r"^-A \S+-float-snat -s (\S+) -j SNAT --to-source (\S+)(?: --random-fully)?$", re.MULTILINE)
+# Other routers have the same rules without the device, and go on translating for a guest that has left.
+_DNAT = re.compile(r"^-A \S+-PREROUTING -d (\S+) -i rfp-\S+ -j DNAT --to-destination (\S+)$", re.MULTILINE)
 
 
 class NeutronDvrScopes(RoutedScopes, OvsScopes):
@@ -75,13 +75,8 @@ class NeutronDvrScopes(RoutedScopes, OvsScopes):
 def floating_ips_of(rules: str) -> FloatingIps:
     """By a port's own address, the floating ones that it is translated to and from, of what iptables-save wrote."""
     floating = defaultdict[netaddr.IPAddress, dict[netaddr.IPAddress, None]](dict)
-    for own, one in _pairs(rules):
+    for one, own in _DNAT.findall(rules):
         own_address, address = host_address(own), host_address(one)
         if own_address is not None and address is not None:
             floating[own_address][address] = None
     return {own: tuple(some) for own, some in floating.items()}
-
-
-def _pairs(rules: str) -> Iterator[tuple[str, str]]:
-    yield from ((own, one) for one, own in _DNAT.findall(rules))
-    yield from _SNAT.findall(rules)

@@ -17,8 +17,8 @@ its flows, on the host that translates it. For a distributed floating IP that is
 
     table=65, priority=100,reg15=0x2,metadata=0x1 actions=clone(ct_clear,...,set_field:0x2->reg11,
         set_field:0x4->reg12,set_field:0x2->metadata,...)
-    table=15, priority=100,ip,reg14=0x2,metadata=0x2,nw_dst=198.51.100.7
-        actions=ct(commit,table=16,zone=NXM_NX_REG11[0..15],nat(dst=192.0.2.7))
+    table=45, priority=161,ip,reg15=0x2,metadata=0x2,nw_src=192.0.2.7
+        actions=set_field:fa:16:3e:00:03:07->eth_src,ct(commit,table=46,zone=NXM_NX_REG11[0..15],nat(src=198.51.100.7))
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ BLOCKED_MARK = 0x1
 """ct_mark.blocked (OVN 22.03 and later): the rule that admitted the flow has gone, and its packets are dropped."""
 
 _ASKED = frozenset({"ip", "ipv6", "reg14", "metadata", "dl_src", "nw_src", "ipv6_src"})
-_NAT = re.compile(r"ct\(commit,[^()]*zone=NXM_NX_REG1[12]\[0\.\.15\],nat\((src|dst)=([0-9a-f.:]+)\)", re.ASCII)
+# Where a router on another host translates, it does so without the floating IP's own hardware address; it goes on with
+# that when the guest has left.
+_NAT = re.compile(
+    r"(?:->eth_src|mod_dl_src:[0-9a-f:]+|->NXM_OF_ETH_SRC\[\]),.*ct\(commit,[^()]*zone=NXM_NX_REG1[12]\[0\.\.15\],"
+    r"nat\(src=([0-9a-f.:]+)\)",
+    re.ASCII,
+)
 _ZONE = re.compile("[1-9][0-9]{0,4}", re.ASCII)
 _BINDINGS = {"Port_Binding": ("logical_port", "mac", "port_security")}
 
@@ -243,11 +249,10 @@ def floating_ips_of(flows: Iterable[Flow]) -> FloatingIps:
     """By a port's own address, those that a router translates it to and from, of the router's flows."""
     floating = defaultdict[netaddr.IPAddress, dict[netaddr.IPAddress, None]](dict)
     for flow in flows:
-        for direction, word in _NAT.findall(flow.actions):
-            asked = flow.match.get(f"nw_{direction}") or flow.match.get(f"ipv6_{direction}") or ""
-            before, behind = host_address(asked), host_address(word)
-            if before is not None and behind is not None:
-                own, one = (behind, before) if direction == "dst" else (before, behind)
+        for word in _NAT.findall(flow.actions):
+            own = host_address(flow.match.get("nw_src") or flow.match.get("ipv6_src") or "")
+            one = host_address(word)
+            if own is not None and one is not None:
                 floating[own][one] = None
     return {own: tuple(sorted(some)) for own, some in floating.items()}
 

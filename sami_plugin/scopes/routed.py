@@ -5,14 +5,18 @@ tracks what it translates for the guest.
 from __future__ import annotations
 
 import abc
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import netaddr
 
+from sami_plugin.errors import NotAvailable
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.learned import LearnedScopes
+
+LOG = logging.getLogger(__name__)
 
 FloatingIps = Mapping[netaddr.IPAddress, Addresses]
 """By a port's own address, those that it is translated to and from."""
@@ -33,7 +37,7 @@ class RoutedScopes(LearnedScopes):
     """A finder that notes at each look which routers there are."""
 
     _routers: tuple[Router, ...] = ()
-    _floating: Mapping[str, FloatingIps] = {}
+    _floating: dict[str, FloatingIps]
     """By name, of the routers that were asked since they were noted."""
 
     @abc.abstractmethod
@@ -55,10 +59,10 @@ class RoutedScopes(LearnedScopes):
         for router in self._routers:
             if port.zones[ZoneRole.PORT] not in router.networks:
                 continue
-            floating = self._floating.get(router.name)
-            if floating is None:
-                floating = self._floating_ips(router)
-                self._floating = {**self._floating, router.name: floating}
+            with self._looking:
+                floating = self._floating.get(router.name)
+                if floating is None:
+                    floating = self._floating[router.name] = self._asked(router)
             translations = tuple(one for address in port.addresses for one in floating.get(address, ()))
             if translations:  # else nothing that the router tracks of the port makes a difference to its packets
                 yield Scope(
@@ -71,10 +75,19 @@ class RoutedScopes(LearnedScopes):
                     translations=translations,
                 )
 
+    def _asked(self, router: Router) -> FloatingIps:
+        try:
+            return self._floating_ips(router)
+        except NotAvailable as error:  # it has gone since the look; its ports are here all the same
+            LOG.info("router %s: %s", router.name, error)
+            return {}
+
     def neighbours(self, scope: Scope) -> Addresses:
-        if ZoneRole.PORT in scope.zones:
+        if scope.is_port:
             return super().neighbours(scope)
         self._knowledge()
         device, _, name = scope.port.partition("@")
-        networks = next((router.networks for router in self._routers if router.name == name), frozenset[int]())
-        return self._others_in(networks, device, scope.addresses)
+        for router in self._routers:  # by its zones: they may be another's by now
+            if (router.namespace, dict(router.zones)) == (scope.namespace, dict(scope.zones)):
+                return self._others_in(router.networks, device, scope.addresses)
+        raise NotAvailable(f"router {name} is not on this host any more")

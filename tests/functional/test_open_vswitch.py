@@ -437,3 +437,13 @@ def test_port_with_a_distributed_floating_ip_has_the_zones_of_its_router(ovn: Ov
     assert ovn_finder.neighbours(port) == ()
     ovn.nbctl("lr-nat-del", "neutron-r", "dnat_and_snat", FLOATING)
     scopes_when(ovn_finder, 1)
+    # One that its gateway translates, be it this host: it goes on with that when the guest has left.
+    ovn.nbctl("lrp-set-gateway-chassis", "lrp-out", "host-a", "2")
+    ovn.nbctl("lr-nat-add", "neutron-r", "dnat_and_snat", FLOATING, INSIDE)
+
+    def is_translated() -> bool:
+        flows = ovn.run("ovs-ofctl", "dump-flows", f"unix:{ovn.folder}/br-int.mgmt")
+        return f"nat(dst={INSIDE})" in flows and f"nat(src={FLOATING})" in flows
+
+    wait_until(is_translated, "OVN to translate here", SECONDS, poll_seconds=0.1)
+    scopes_when(ovn_finder, 1)

@@ -96,6 +96,9 @@ OVN_ROUTER = """\
  table=65, priority=0 actions=drop
  table=12, priority=100,ip,reg10=0/0x1,reg14=0x2,metadata=0x2,nw_dst=198.51.100.7 actions=ct(table=13,zone=NXM_NX_REG11[0..15],nat)
  table=15, priority=100,ip,reg14=0x2,metadata=0x2,nw_dst=198.51.100.7 actions=ct(commit,table=16,zone=NXM_NX_REG11[0..15],nat(dst=192.0.2.7))
+ table=45, priority=161,ip,reg15=0x2,metadata=0x2,nw_src=192.0.2.7 actions=set_field:fa:16:3e:00:03:07->eth_src,ct(commit,table=46,zone=NXM_NX_REG11[0..15],nat(src=198.51.100.7))
+ table=45, priority=161,ip,reg15=0x2,metadata=0x2,nw_src=192.0.2.6 actions=ct(commit,table=46,zone=NXM_NX_REG12[0..15],nat(src=198.51.100.6))
+ table=45, priority=161,ipv6,reg15=0x2,metadata=0x2,ipv6_src=2001:db8::7 actions=mod_dl_src:fa:16:3e:00:03:07,ct(commit,table=46,zone=NXM_NX_REG11[0..15],nat(src=2001:db8:f::7))
  table=45, priority=161,ip,reg15=0x2,metadata=0x2,nw_src=192.0.2.8 actions=set_field:fa:16:3e:00:03:08->eth_src,ct(commit,table=46,zone=NXM_NX_REG11[0..15],nat(src=198.51.100.8))
  table=15, priority=100,ipv6,reg14=0x2,metadata=0x2,ipv6_dst=2001:db8:f::7 actions=ct(commit,table=16,zone=NXM_NX_REG11[0..15],nat(dst=2001:db8::7))
  table=45, priority=25,ip,reg15=0x2,metadata=0x2,nw_src=192.0.2.0/24 actions=ct(commit,table=46,zone=NXM_NX_REG12[0..15],nat(src=198.51.100.1))

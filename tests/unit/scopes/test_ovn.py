@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sami_plugin.errors import ConfigurationError
+from sami_plugin.errors import ConfigurationError, NotAvailable
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.scope import Scope
@@ -204,6 +204,14 @@ def test_router_is_where_the_flows_lead_to_with_what_it_translates() -> None:
     )
 
 
+def test_router_that_has_gone_has_no_neighbours_but_an_error() -> None:
+    finder = Told(ROUTED, OVN_PHYSICAL, OVN_PORT_SECURITY, OVN_ROUTER)
+    _, routed = finder.find("g")
+    assert finder.neighbours(routed) == ()
+    with pytest.raises(NotAvailable, match="router r is not on this host any more"):
+        finder.neighbours(replace(routed, zones={ZoneRole.DNAT: 3, ZoneRole.SNAT: 4}))
+
+
 @pytest.mark.parametrize(
     "external_ids",
     [
@@ -220,7 +228,7 @@ def test_router_is_not_here_before_ovn_has_emptied_its_zones(external_ids: dict[
 
 
 def test_router_that_translates_nothing_for_the_port_is_none_of_its() -> None:
-    flows = "\n".join(line for line in OVN_ROUTER.splitlines() if "nat(dst" not in line)
+    flows = "\n".join(line for line in OVN_ROUTER.splitlines() if "nat(src" not in line)
     assert len(Told(ROUTED, OVN_PHYSICAL, OVN_PORT_SECURITY, flows).find("g")) == 1
 
 
