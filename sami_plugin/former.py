@@ -13,7 +13,7 @@ from typing import Any
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.domain import Domain
-from sami_plugin.model.flows import Batch, has_end_in
+from sami_plugin.model.flows import Batch
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
@@ -93,7 +93,7 @@ def _tables(batches: Iterable[Batch], scopes: list[Scope]) -> list[FlowTable]:
     tables = [FlowTable() for _ in scopes]
     for batch in batches if scopes else ():
         for scope, table in zip(scopes[1:], tables[1:], strict=True):
-            is_its = has_end_in(batch, scope.addresses)
+            is_its = scope.owns(batch)
             _tell(table, batch.take(is_its))
             batch = batch.take(~is_its)
         _tell(tables[0], batch)

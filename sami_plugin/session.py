@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import Capabilities, FlowDriver
-from sami_plugin.errors import Busy, IllegalMessage, JournalError, RepresentationError, SamiError
+from sami_plugin.errors import Busy, IllegalMessage, JournalError, NotAvailable, RepresentationError, SamiError
 from sami_plugin.former import FlowsByPort, Former
 from sami_plugin.journal.journal import Journal
 from sami_plugin.line import Line
@@ -669,6 +670,17 @@ class Session(abc.ABC):
         self.has_verdict.set()
         self.has_caught_up.set()
         self._ended(self)
+
+    @contextmanager
+    def _unless_gone(self, scope: Scope) -> Iterator[None]:
+        """What a router tracked has gone with it, or is emptied by who has it: there is nothing of the guest's left."""
+        try:
+            yield
+        except NotAvailable as error:
+            has_gone = not Path(scope.namespace).exists() if scope.namespace is not None else not scope.is_port
+            if not has_gone:
+                raise
+            self.report.remark(f"{scope.port} is not here any more: {error}")
 
     def note(self, step: str) -> None:
         """Puts a step on the report's time line."""

@@ -226,8 +226,8 @@ MIGRATION_OPTIONS = [
         "zone_seconds",
         default=_LIMITS.zone_seconds,
         min=0.1,
-        help="Seconds that the destination waits for the port's zone after the guest's start there. Raise it where "
-        "the network's agent is slow.",
+        help="Seconds that the destination waits for the port's zone after the guest's start there, and for the router "
+        "that translates for it where the source had one. Raise it where the network's agent is slow.",
     ),
     cfg.FloatOpt(
         "arrival_limit",

@@ -97,6 +97,8 @@ class DestinationSession(Session):
         self._ports: list[Arriving] = []
         self._unfilled: list[Arriving] = []
         """Of these ports, those for which not all that waits has gone in."""
+        self._is_homeless = self._awaits_router = False
+        """Of what came, something belongs to nothing that is known here; that is, of an address that is known."""
         self._waiting: list[bytes] = []
         """Payloads that may hold flows of ports that are not known yet."""
         self._unverified: list[Unverified] = []
@@ -255,12 +257,18 @@ class DestinationSession(Session):
         self._unfilled += fresh
         if fresh:
             self.note_knowledge()  # before anything is put in, or a later start could not find it
-        is_all = action.is_last or len(self._ports) >= (self._known.ports or 0)
-        if self._unfilled or is_all:
+        if self._unfilled:
+            self._is_homeless = self._awaits_router = False
             for payload in self._waiting:
-                self._apply(payload, self._unfilled, is_final=is_all)
+                self._apply(payload, self._unfilled, is_final=False)
             self._unfilled = []  # only now: a device that fails is tried again, with all that came
+        # Routers are waited for where something has come for them, which is known when all has come.
+        has_ports = sum(port.scope.is_port for port in self._ports) >= (self._known.ports or 0)
+        is_all = action.is_last or (has_ports and self._known.in_sync and not self._awaits_router)
         if is_all:
+            if self._is_homeless or not self._ports:
+                for payload in self._waiting:
+                    self._apply(payload, [], is_final=True)
             self._waiting = []
             self.note("scope known")
             self._note_last()
@@ -309,18 +317,22 @@ class DestinationSession(Session):
         for one in arrived:
             if not one.batch.template.is_identity:
                 self._put_in(one.batch, ports, one.came)
-                if is_final:
-                    self._refuse_homeless(one.batch)
+                self._note_homeless(one.batch, is_final=is_final)
 
-    def _refuse_homeless(self, batch: Batch) -> None:
-        is_owned = np.zeros(len(batch), bool)
+    def _note_homeless(self, batch: Batch, *, is_final: bool) -> None:
+        """What is no known port's nor router's, which is refused when there will be no more of them."""
+        is_homeless = np.ones(len(batch), bool)
         for port in self._ports:
-            is_owned |= port.scope.owns(batch)
-        if not is_owned.all():
+            is_homeless &= ~port.scope.owns(batch)
+        if is_homeless.any():
             everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
             is_foreign = ~has_end_in(batch, everywhere)
-            self._findings.refuse(batch.take(is_foreign), Reason.FOREIGN_ADDRESS)
-            self._findings.refuse(batch.take(~is_owned & ~is_foreign), Reason.NO_ZONE)
+            is_routed = is_homeless & ~is_foreign
+            self._is_homeless = True
+            self._awaits_router |= bool(is_routed.any())
+            if is_final:
+                self._findings.refuse(batch.take(is_foreign), Reason.FOREIGN_ADDRESS)
+                self._findings.refuse(batch.take(is_routed), Reason.NO_ZONE)
 
     def _named_here(self, came: Batch, ports: list[Arriving], domain: Domain) -> Carried:
         """What came from another domain as it is called here, but what is not to be told from something else."""
@@ -336,9 +348,9 @@ class DestinationSession(Session):
     def _take_out(self, gone: Batch, ports: list[Arriving]) -> None:
         """What the source lost goes here too, if it was this session that put it in."""
         self._settle()  # what was put in a moment ago is among what is held only then
+        self._findings.forget(gone)
         for port in ports:
             here = gone.take(has_end_in(gone, port.scope.addresses))
-            self._findings.forget(here)
             known, ids = port.held.find(here)
             ids[~known] = 0  # of what a former session put in the id is not known
             known |= port.former.find(here)[0]
@@ -502,7 +514,7 @@ class DestinationSession(Session):
             part.port.former.put(part.batch.take(came_out(part.made, Outcome.IMPORTED)))
         self._unverified = []
         for port in self._ports:
-            with self.host.deciding(port.scope):
+            with self._unless_gone(port.scope), self.host.deciding(port.scope):
                 # A guest at the other end may have come to stay meanwhile, and its session be over: the flow is its.
                 now = self._with_arrived(port.scope)
                 for batch in port.held.batches():

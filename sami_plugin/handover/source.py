@@ -222,7 +222,7 @@ class SourceSession(Session):
         if not self._ports:
             self.report.remark("this host knows no port of the guest, so nothing was carried")
         self._pieces = self._export()
-        return Done("StartExport", len(self._ports))
+        return Done("StartExport", sum(port.scope.is_port for port in self._ports))
 
     def _say_offer(self, action: SayOffer) -> None:
         """All is exported before, to know how much it is."""
@@ -432,7 +432,7 @@ class SourceSession(Session):
                 return Done("Purge", refused=self._exported_count())
             self._note_unsent(self._unsent)
             for port in self._ports:
-                with self.host.lock:
+                with self._unless_gone(port.scope), self.host.lock:
                     stay = self._neighbours(port.scope)
                     victims: list[Batch] = []
                     for batch in chain(*(table.batches() for table in (port.exported, *port.untold()))):
@@ -464,7 +464,7 @@ class SourceSession(Session):
         """
         with self.host.purging(self.guest) as is_allowed:
             for port in self._ports if is_allowed else ():
-                with self.host.lock:
+                with self._unless_gone(port.scope), self.host.lock:
                     stay = self._neighbours(port.scope)
                     if stay and not port.scope.is_shared:  # of what passes there now the guest is no measure
                         self.report.remark(f"the zone of {port.scope.port} is another guest's, and was not watched")

@@ -37,6 +37,11 @@ class Scope:
     """Bits of an entry's mark by which this host's firewall says that it drops the flow's packets, although the entry
     is there: a rule that admitted it has gone. Such an entry is not told, and none is put in."""
 
+    @property
+    def is_port(self) -> bool:
+        """Whether it is the port's own, and not a router's that translates for the port."""
+        return ZoneRole.PORT in self.zones
+
     def owns(self, batch: Batch) -> npt.NDArray[np.bool_]:
         """Which flows belong to the port here: in a zone of their role, with an end in its addresses."""
         roles = batch.rows["zoneRole"]

@@ -11,9 +11,10 @@ import netaddr
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.errors import NotAvailable
 from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
 from sami_plugin.model.migration import Phase
-from sami_plugin.model.results import WORDS, Outcome, Reason
+from sami_plugin.model.results import WORDS, Outcome, Reason, Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 from sami_plugin.testing.conformance import flows
@@ -30,6 +31,7 @@ from tests.unit.handover.memory import (
     hosts_in,
     limited,
     tcp_flows,
+    until,
     until_idle,
     wait_for_step,
     zone_scope,
@@ -134,6 +136,92 @@ def test_what_a_router_tracks_is_refused_by_name_where_there_is_no_router(hosts:
     assert {reason: told["count"] for reason, told in report["named"].items()} == {
         f"refused: {WORDS[Reason.NO_ZONE]}": len(routed)
     }
+
+
+def test_port_that_comes_after_a_router_has_its_flows(hosts: Hosts) -> None:
+    """Which the source does not know: there another host translates, or its agent is an older one."""
+    guest = guest_with_flows(hosts)
+    second, zones = "192.0.2.8", {"host-a": 4100, "host-b": 5300}
+    hosts.plug("host-a", guest, zones["host-a"], second)
+    scope = hosts.agents["host-a"].host.scopes.find(guest)[1]
+    hosts.drivers["host-a"].insert(scope, tcp_flows(10, second, first_port=5000))
+    before = held(hosts, "host-a", zones["host-a"])
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+    hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+    hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
+    hosts.say("host-b", Phase.STARTED, guest)
+    until(lambda: len(held(hosts, "host-b")) == 100)
+    hosts.plug("host-b", guest, zones["host-b"], second)
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-b", zones["host-b"]) == before
+    assert hosts.reports("host-b", guest)[0]["named"] == {}
+
+
+def test_flows_that_end_while_their_router_is_waited_for_are_not_refused(hosts: Hosts) -> None:
+    guest, _ = routed_guest(hosts)
+    begin(hosts, guest)
+    driver = hosts.drivers["host-a"]
+    _, routed = hosts.agents["host-a"].host.scopes.find(guest)
+    ended = tcp_flows(7, first_port=7000)
+    ended.rows["zoneRole"] = ZoneRole.DNAT
+    driver.remove(routed, ended.identities)
+    finish(hosts, guest)
+    hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
+    until_idle(hosts)
+    assert hosts.reports("host-b", guest)[0]["named"] == {}
+    assert held(hosts, "host-b", ROUTERS["host-b"]) == set()
+
+
+class GoneDriver(MemoryDriver):
+    """Of a host whose router ends with its last guest."""
+
+    def remove(self, scope: Scope, identities: Batch) -> Results:
+        if not scope.is_port:
+            raise NotAvailable("there is no network namespace at /run/netns/qrouter-1")
+        return super().remove(scope, identities)
+
+
+def test_router_that_ends_when_the_guest_has_left_takes_its_flows_along(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=lambda name: GoneDriver(MemoryDevice(name))) as hosts:
+        guest, routed = routed_guest(hosts)
+        hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-b", ROUTERS["host-b"]) == routed
+        for host in ("host-a", "host-b"):
+            (report,) = hosts.reports(host, guest)
+            assert (report["outcome"], report["reason"]) == ("moved", "")
+        (report,) = hosts.reports("host-a", guest)
+        assert any("is not here any more: there is no network namespace" in one for one in report["remarks"])
+
+
+@pytest.mark.parametrize("is_router_first", [False, True])
+def test_new_start_of_the_destination_s_agent_knows_the_port_s_flows_from_the_router_s(
+    hosts: Hosts, is_router_first: bool
+) -> None:
+    guest, _ = routed_guest(hosts)
+
+    def plug_router() -> None:
+        hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
+
+    if is_router_first:
+        plug_router()
+    begin(hosts, guest)
+    if not is_router_first:
+        plug_router()
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    until(lambda: len(held(hosts, "host-b", ROUTERS["host-b"])) == 7)
+    hosts.kill("host-b")
+    hosts.start("host-b")
+    hosts.say("host-b", Phase.STARTED, guest)
+    hosts.say("host-a", Phase.ROLLBACK, guest)
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert held(hosts, "host-b") == held(hosts, "host-b", ROUTERS["host-b"]) == set()
+    assert hosts.reports("host-b", guest)[0]["flows"]["discarded"] == 107
 
 
 def test_abort_while_copying_leaves_nothing_at_the_destination(hosts: Hosts, guest: str) -> None:
