@@ -97,8 +97,8 @@ class DestinationSession(Session):
         self._ports: list[Arriving] = []
         self._unfilled: list[Arriving] = []
         """Of these ports, those for which not all that waits has gone in."""
-        self._is_homeless = self._awaits_router = False
-        """Of what came, something belongs to nothing that is known here; that is, of an address that is known."""
+        self._awaits_router = False
+        """Something has come of an address that is known, in a zone that is not."""
         self._waiting: list[bytes] = []
         """Payloads that may hold flows of ports that are not known yet."""
         self._unverified: list[Unverified] = []
@@ -235,10 +235,14 @@ class DestinationSession(Session):
     def _import(self, action: Import) -> Done:
         self.keep_payload(action.payload)
         # The ports that are known take theirs at once; the rest waits for those that are not.
+        before, self._awaits_router = self._awaits_router, False
         if not self._known.has_scope:
             self._waiting.append(action.payload)
         if self._ports or self._known.has_scope:
-            self._apply(action.payload, self._ports, is_final=self._known.has_scope)
+            self._apply(action.payload, self._ports, is_last=self._known.has_scope)
+        if self._waiting and self._has_ports and not self._awaits_router:
+            self._waiting.pop()
+        self._awaits_router |= before
         self._note_last()
         self._settle(until_all=False)
         return Done("Import")
@@ -258,21 +262,26 @@ class DestinationSession(Session):
         if fresh:
             self.note_knowledge()  # before anything is put in, or a later start could not find it
         if self._unfilled:
-            self._is_homeless = self._awaits_router = False
+            self._awaits_router = False
             for payload in self._waiting:
-                self._apply(payload, self._unfilled, is_final=False)
+                self._apply(payload, self._unfilled, is_last=False)
             self._unfilled = []  # only now: a device that fails is tried again, with all that came
+            if self._has_ports and not self._awaits_router:
+                self._waiting = []
         # Routers are waited for where something has come for them, which is known when all has come.
-        has_ports = sum(port.scope.is_port for port in self._ports) >= (self._known.ports or 0)
-        is_all = action.is_last or (has_ports and self._known.in_sync and not self._awaits_router)
+        is_all = action.is_last or (self._has_ports and self._known.in_sync and not self._awaits_router)
         if is_all:
-            if self._is_homeless or not self._ports:
-                for payload in self._waiting:
-                    self._apply(payload, [], is_final=True)
+            for payload in self._waiting:
+                self._apply(payload, [], is_last=True)
             self._waiting = []
             self.note("scope known")
             self._note_last()
         return Done("FindScope", len(self._ports), is_all=is_all)
+
+    @property
+    def _has_ports(self) -> bool:
+        """Whether all ports are known that the source has; of routers it may have others."""
+        return sum(port.scope.is_port for port in self._ports) >= (self._known.ports or 0)
 
     def _begun_by_peers(self, scope: Scope) -> Iterator[Batch]:
         for piece in self.host.driver.export(scope):
@@ -299,8 +308,8 @@ class DestinationSession(Session):
                     self.report.name(UNADMITTED_REMOVED if is_removing else UNADMITTED, len(left), names(left))
             port.unadmitted = []
 
-    def _apply(self, payload: bytes, ports: list[Arriving], *, is_final: bool) -> None:
-        """Takes out and puts in what the payload says of these ports. When final, refuses what is no port's at all."""
+    def _apply(self, payload: bytes, ports: list[Arriving], *, is_last: bool) -> None:
+        """Takes out and puts in what the payload says of these ports; at last, refuses what is nobody's."""
         settings = self.host.settings
         octets = compression.decompress(payload, settings.bounds.unpacked_octets)
         carried = ipfix.decode(octets, enterprise=settings.enterprise)
@@ -317,9 +326,9 @@ class DestinationSession(Session):
         for one in arrived:
             if not one.batch.template.is_identity:
                 self._put_in(one.batch, ports, one.came)
-                self._note_homeless(one.batch, is_final=is_final)
+                self._note_homeless(one.batch, is_last=is_last)
 
-    def _note_homeless(self, batch: Batch, *, is_final: bool) -> None:
+    def _note_homeless(self, batch: Batch, *, is_last: bool) -> None:
         """What is no known port's nor router's, which is refused when there will be no more of them."""
         is_homeless = np.ones(len(batch), bool)
         for port in self._ports:
@@ -328,10 +337,10 @@ class DestinationSession(Session):
             everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
             is_foreign = ~has_end_in(batch, everywhere)
             is_routed = is_homeless & ~is_foreign
-            self._is_homeless = True
             self._awaits_router |= bool(is_routed.any())
-            if is_final:
+            if is_last or self._has_ports:
                 self._findings.refuse(batch.take(is_foreign), Reason.FOREIGN_ADDRESS)
+            if is_last:
                 self._findings.refuse(batch.take(is_routed), Reason.NO_ZONE)
 
     def _named_here(self, came: Batch, ports: list[Arriving], domain: Domain) -> Carried:

@@ -31,7 +31,8 @@ from sami_plugin.errors import Busy, Malformed, SamiError
 from sami_plugin.handover import destination
 from sami_plugin.migration import source
 from sami_plugin.migration.decision import Purge, TimePassed
-from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
+from sami_plugin.model import scope as scope_module
+from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole, has_end_in
 from sami_plugin.model.migration import (
     Arrived,
     Complete,
@@ -395,13 +396,18 @@ def test_source_that_sends_flows_of_a_foreign_address(hosts: Hosts, monkeypatch:
         return ports(hosts, "host-b") >= {4000, 4001, 4002}
 
     def take_out() -> None:
-        for module in (destination, memory_driver):
+        for module in (destination, memory_driver, scope_module):
             monkeypatch.setattr(module, "has_end_in", lambda batch, addresses: np.full(len(batch), bool(addresses)))
 
     both(monkeypatch, attack, take_out)
 
 
 def test_source_that_names_a_zone_of_another_role(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What could be a router's is waited for that long.
+    host = hosts.agents["host-b"].host
+    limits = replace(host.settings.limits, zone_seconds=0.5)
+    monkeypatch.setattr(host, "settings", replace(host.settings, limits=limits))
+
     def attack() -> bool:
         flows = tcp_flows(3, first_port=5000)
         flows.rows["zoneRole"] = ZoneRole.SNAT
@@ -411,6 +417,7 @@ def test_source_that_names_a_zone_of_another_role(hosts: Hosts, monkeypatch: pyt
     def take_out() -> None:
         # As if each role named the port's own zone.
         real = memory_driver.MemoryDriver.insert
+        monkeypatch.setattr(Scope, "owns", lambda self, batch: has_end_in(batch, self.addresses))
 
         def insert(self: MemoryDriver, scope: Scope, batch: Batch) -> Any:
             batch = Batch(batch.template, batch.rows.copy())

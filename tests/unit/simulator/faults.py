@@ -284,7 +284,7 @@ def a_new_start_forgets_who_is_on_the_way() -> Any:
     return mock.patch.object(OutgoingGuests, "read", nothing)
 
 
-@fault(500, crash=1.0, moves=3, is_described=1.0, no_hook=1.0, flows=2, abort=0.0)
+@fault(1000, crash=1.0, moves=3, is_described=1.0, no_hook=1.0, flows=2, abort=0.0)
 def the_record_is_taken_back_before_the_session_is_there() -> Any:
     real = Agent._has_gone
 
