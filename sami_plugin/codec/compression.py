@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 import zlib
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
 
 from sami_plugin.errors import Malformed
 
@@ -19,15 +20,24 @@ ZLIB_LEVEL = 1
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-class _Zstd(threading.local):
-    """Made once per thread: to make them takes longer than most payloads do."""
+class _Zstd:
+    """To make these takes longer than most payloads do. Not thread-safe: who uses one takes it and brings it back."""
+
+    idle: ClassVar[deque[_Zstd]] = deque()
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
         self.decompressor = zstandard.ZstdDecompressor()
 
-
-_zstd = functools.cache(_Zstd)
+    @classmethod
+    @contextmanager
+    def taken(cls) -> Iterator[_Zstd]:
+        try:
+            one = cls.idle.pop()
+        except IndexError:
+            one = cls()
+        yield one
+        cls.idle.append(one)
 
 
 def available() -> tuple[str, ...]:
@@ -44,7 +54,8 @@ def choose(offered: Iterable[str]) -> str:
 def compress(octets: bytes, how: str) -> bytes:
     """Smaller bytes, by the way that `choose` gave."""
     if how == "zstd":
-        packed: bytes = _zstd().compressor.compress(octets)
+        with _Zstd.taken() as one:
+            packed: bytes = one.compressor.compress(octets)
         return packed
     return zlib.compress(octets, ZLIB_LEVEL)
 
@@ -60,7 +71,8 @@ def decompress(octets: bytes, most: int) -> bytes:
         try:
             if not 0 <= zstandard.frame_content_size(octets) <= most:
                 raise Malformed(f"unpacks to more than {most} octets or does not say to how many", "octet 4")
-            plain: bytes = _zstd().decompressor.decompress(octets, max_output_size=most)
+            with _Zstd.taken() as one:
+                plain: bytes = one.decompressor.decompress(octets, max_output_size=most)
         except zstandard.ZstdError as error:
             raise Malformed(f"zstd: {error}", "octet 0") from error
         return plain
