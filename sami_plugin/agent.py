@@ -140,8 +140,8 @@ class Agent:
         guest comes all the same, and the agent asks for what it left."""
         self._missed: set[str] = set()
         """Guests that were leaving, or had left, when the agent of before ended: they may be here again."""
-        self._over: OrderedDict[str, tuple[str, ...]] = OrderedDict()
-        """By guest that was to come here, the newest of the sessions that are over."""
+        self._begun: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        """By guest that was to come here, the newest of its sessions, newest last."""
         self._heard_out: OrderedDict[str, str] = OrderedDict()
         """By session that another host says is over, and has not called in, that host."""
         self._lock = threading.RLock()
@@ -183,7 +183,7 @@ class Agent:
                         host, host.new_id(), guest, peer, self._forget, is_outgoing=True, is_recovered=True
                     )
                 else:
-                    session = self._goes_on(guest, peer)
+                    session = self._arriving(guest, peer)
                 report = Report(name, guest, former.role, host.name, peer, Outcome.CONTINUED.value)
                 report.reason = f"the agent was started anew; session {session.id} goes on with it"
                 go_on(session, former, report.as_dict())
@@ -207,15 +207,19 @@ class Agent:
                     self.host.arrived_guests.add(row["guest"])
             newest.add(row["guest"])
 
-    def _goes_on(self, guest: str, peer: str, *, is_held: bool = False) -> DestinationSession:
-        """A session that will go on with another one."""
-        return DestinationSession(
+    def _arriving(self, guest: str, peer: str, *, is_held: bool = False) -> DestinationSession:
+        """A session of a guest that comes here: all those before it are over, or will be."""
+        session = DestinationSession(
             self.host, self.host.new_id(), guest, peer, self._forget, is_held=is_held, again=self._again
         )
+        with self._lock:
+            session.after = self._begun.get(guest, ())
+            _remember(self._begun, guest, (*session.after, session.id)[-OVER_OF_A_GUEST:], MOST_OVER)
+        return session
 
     def _again(self, former: DestinationSession) -> DestinationSession:
         """The source cannot go on with this session. Whoever waits for it waits for the next one."""
-        session = self._goes_on(former.guest, former.peer, is_held=former.is_held_up)
+        session = self._arriving(former.guest, former.peer, is_held=former.is_held_up)
         session.token, session.times_asked = former.token, former.times_asked + 1
         session.report.request_id = former.report.request_id
         session.has_verdict, former.has_verdict = former.has_verdict, threading.Event()
@@ -694,12 +698,8 @@ class Agent:
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
                 is_held = event.phase is Phase.PREPARE
-                session = DestinationSession(
-                    self.host, self.host.new_id(), event.guest, source, self._forget, is_held=is_held, again=self._again
-                )
+                session = self._arriving(event.guest, source, is_held=is_held)
                 session.token = token
-                before = [one.id for one in reversed(self._sessions_of(event.guest, DestinationSession))]
-                session.after = (*self._over.get(event.guest, ()), *before)[-OVER_OF_A_GUEST:]
                 session.report.request_id = announced.request_id if announced is not None else ""
                 self._add(session)
             else:
@@ -758,7 +758,7 @@ class Agent:
         if row["outcome"] != Outcome.MOVED.value or self.host.journal.newest(row["guest"]) != row["session"]:
             return GivesUp("there is no such session here any more")
         former = formers.read(self.host.journal, row, self.host.settings, self.host.peers.way_to(peer).domain)
-        session = self._goes_on(row["guest"], peer)
+        session = self._arriving(row["guest"], peer)
         go_on(session, replace(former, state=destination.State.ARRIVED.value), json.loads(row["report"]))
         self._add(session)
         return None
@@ -959,9 +959,6 @@ class Agent:
         leaves_again = has_stayed and session.role == "source" and self._is_leaving(session.guest)
         with self._idle:
             self._sessions.pop(session.id, None)
-            if session.role == "destination":
-                over = (*self._over.get(session.guest, ()), session.id)[-OVER_OF_A_GUEST:]
-                _remember(self._over, session.guest, over, MOST_OVER)
             is_last = all(one.guest != session.guest for one in self._sessions.values())
             if is_last and has_stayed:
                 outgoing = None if leaves_again else self._outgoing.pop(session.guest)

@@ -294,10 +294,7 @@ class MemoryDriver(FlowDriver):
         made = results(len(batch))
         if batch.template.name not in self._templates:
             return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
-        is_zoned = np.zeros(len(batch), bool)
-        for role in scope.zones:
-            is_zoned |= batch.rows["zoneRole"] == int(role)
-        _refuse(made, ~is_zoned, Reason.INVALID)
+        _refuse(made, ~scope.has_zone_of(batch), Reason.INVALID)
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
         return made
 

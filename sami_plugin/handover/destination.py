@@ -97,10 +97,8 @@ class DestinationSession(Session):
         self._ports: list[Arriving] = []
         self._unfilled: list[Arriving] = []
         """Of these ports, those for which not all that waits has gone in."""
-        self._awaits_router = False
-        """Something has come of an address that is known, in a zone that is not."""
         self._waiting: list[bytes] = []
-        """Payloads that may hold flows of ports that are not known yet."""
+        """Payloads that may hold flows of ports that are not known yet, or do of a router that is not."""
         self._unverified: list[Unverified] = []
         self._looker = host.looker(session)
         self._findings = Findings()
@@ -235,14 +233,9 @@ class DestinationSession(Session):
     def _import(self, action: Import) -> Done:
         self.keep_payload(action.payload)
         # The ports that are known take theirs at once; the rest waits for those that are not.
-        before, self._awaits_router = self._awaits_router, False
-        if not self._known.has_scope:
+        is_awaited = self._apply(action.payload, self._ports, is_last=self._known.has_scope)
+        if not self._known.has_scope and (is_awaited or not self._has_ports):
             self._waiting.append(action.payload)
-        if self._ports or self._known.has_scope:
-            self._apply(action.payload, self._ports, is_last=self._known.has_scope)
-        if self._waiting and self._has_ports and not self._awaits_router:
-            self._waiting.pop()
-        self._awaits_router |= before
         self._note_last()
         self._settle(until_all=False)
         return Done("Import")
@@ -262,14 +255,12 @@ class DestinationSession(Session):
         if fresh:
             self.note_knowledge()  # before anything is put in, or a later start could not find it
         if self._unfilled:
-            self._awaits_router = False
-            for payload in self._waiting:
-                self._apply(payload, self._unfilled, is_last=False)
+            awaited = [payload for payload in self._waiting if self._apply(payload, self._unfilled, is_last=False)]
             self._unfilled = []  # only now: a device that fails is tried again, with all that came
-            if self._has_ports and not self._awaits_router:
-                self._waiting = []
-        # Routers are waited for where something has come for them, which is known when all has come.
-        is_all = action.is_last or (self._has_ports and self._known.in_sync and not self._awaits_router)
+            if self._has_ports:
+                self._waiting = awaited
+        # What waits when all ports are known is a router's, and whether something does is known when all has come.
+        is_all = action.is_last or (self._has_ports and self._known.in_sync and not self._waiting)
         if is_all:
             for payload in self._waiting:
                 self._apply(payload, [], is_last=True)
@@ -308,8 +299,13 @@ class DestinationSession(Session):
                     self.report.name(UNADMITTED_REMOVED if is_removing else UNADMITTED, len(left), names(left))
             port.unadmitted = []
 
-    def _apply(self, payload: bytes, ports: list[Arriving], *, is_last: bool) -> None:
-        """Takes out and puts in what the payload says of these ports; at last, refuses what is nobody's."""
+    def _apply(self, payload: bytes, ports: list[Arriving], *, is_last: bool) -> bool:
+        """Takes out and puts in what the payload says of these ports; at last, refuses what is nobody's.
+
+        :returns: whether some of it is in a zone that is not known here, and will have to be applied again for that.
+        """
+        if not ports and not is_last:
+            return False
         settings = self.host.settings
         octets = compression.decompress(payload, settings.bounds.unpacked_octets)
         carried = ipfix.decode(octets, enterprise=settings.enterprise)
@@ -323,25 +319,29 @@ class DestinationSession(Session):
         for one in arrived:
             if one.batch.template.is_identity:
                 self._take_out(one.batch, ports)
+        is_awaited = False
         for one in arrived:
             if not one.batch.template.is_identity:
-                self._put_in(one.batch, ports, one.came)
-                self._note_homeless(one.batch, is_last=is_last)
+                homeless = self._put_in(one.batch, ports, one.came)
+                is_awaited |= self._refuse_homeless(one.batch.take(homeless), is_last=is_last)
+        return is_awaited
 
-    def _note_homeless(self, batch: Batch, *, is_last: bool) -> None:
-        """What is no known port's nor router's, which is refused when there will be no more of them."""
-        is_homeless = np.ones(len(batch), bool)
-        for port in self._ports:
-            is_homeless &= ~port.scope.owns(batch)
-        if is_homeless.any():
-            everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
-            is_foreign = ~has_end_in(batch, everywhere)
-            is_routed = is_homeless & ~is_foreign
-            self._awaits_router |= bool(is_routed.any())
-            if is_last or self._has_ports:
-                self._findings.refuse(batch.take(is_foreign), Reason.FOREIGN_ADDRESS)
-            if is_last:
-                self._findings.refuse(batch.take(is_routed), Reason.NO_ZONE)
+    def _refuse_homeless(self, batch: Batch, *, is_last: bool) -> bool:
+        """Of what was not put in now, what is no known port's nor router's, once there will be no more of them.
+
+        :returns: whether there may be a router for some of it.
+        """
+        for port in self._ports if len(batch) else ():
+            batch = batch.take(~port.scope.owns(batch))
+        if not len(batch):
+            return False
+        everywhere = tuple(address for port in self._ports for address in port.scope.addresses)
+        is_foreign = ~has_end_in(batch, everywhere)
+        if is_last or self._has_ports:
+            self._findings.refuse(batch.take(is_foreign), Reason.FOREIGN_ADDRESS)
+        if is_last:
+            self._findings.refuse(batch.take(~is_foreign), Reason.NO_ZONE)
+        return not is_foreign.all()
 
     def _named_here(self, came: Batch, ports: list[Arriving], domain: Domain) -> Carried:
         """What came from another domain as it is called here, but what is not to be told from something else."""
@@ -372,8 +372,11 @@ class DestinationSession(Session):
             for table in (port.held, port.former):
                 table.discard(here)
 
-    def _put_in(self, batch: Batch, ports: list[Arriving], came: Batch) -> None:
-        """`came` are the same flows as the source calls them."""
+    def _put_in(self, batch: Batch, ports: list[Arriving], came: Batch) -> npt.NDArray[np.bool_]:
+        """`came` are the same flows as the source calls them.
+
+        :returns: which of the flows are none of these ports'.
+        """
         # Nothing tells this host that traffic renews the source's timeout: what is held here must not run out before
         # the guest comes. What the source lets expire arrives as a removal.
         hold = self.host.settings.limits.hold_seconds
@@ -402,6 +405,7 @@ class DestinationSession(Session):
                     self._claim(scope, mine, made)
             look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
             self._unverified.append(Unverified(port, scope, mine, made, look))
+        return homeless
 
     def _claim(self, scope: Scope, mine: Batch, made: Results) -> None:
         """What another session put in counts as put in here as well: it goes with the last of those that want it."""

@@ -50,11 +50,10 @@ class Report:
 
     def spans(self) -> dict[str, float]:
         """Milliseconds between the steps of `SPANS`, of those that happened."""
-        at = self.steps
         return {
-            f"{since} to {until}": round((at[until][1] - at[since][1]) * 1000, 3)
+            f"{since} to {until}": round(taken, 3)
             for since, until in SPANS[self.role]
-            if since in at and until in at
+            if (taken := self.milliseconds(since, until)) is not None
         }
 
     def remark(self, words: str) -> None:

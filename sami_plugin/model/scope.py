@@ -44,11 +44,14 @@ class Scope:
 
     def owns(self, batch: Batch) -> npt.NDArray[np.bool_]:
         """Which flows belong to the port here: in a zone of their role, with an end in its addresses."""
-        roles = batch.rows["zoneRole"]
-        is_zoned = np.zeros(len(batch), bool)
+        return self.has_zone_of(batch) & has_end_in(batch, self.addresses)
+
+    def has_zone_of(self, batch: Batch) -> npt.NDArray[np.bool_]:
+        """Which flows are of a role that has a zone here."""
+        has_zone = np.zeros(len(batch), bool)
         for role in self.zones:
-            is_zoned |= roles == int(role)
-        return is_zoned & has_end_in(batch, self.addresses)
+            has_zone |= batch.rows["zoneRole"] == int(role)
+        return has_zone
 
     def as_dict(self) -> dict[str, Any]:
         """For the journal, which only this host reads; without the neighbours, who come and go."""

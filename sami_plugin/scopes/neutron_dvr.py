@@ -16,11 +16,8 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-
-import netaddr
 
 from sami_plugin import privileged
 from sami_plugin.errors import NotAvailable
@@ -29,8 +26,8 @@ from sami_plugin.scopes.bridge_iptables import PACKAGE
 from sami_plugin.scopes.command import output_of
 from sami_plugin.scopes.open_vswitch import Integration
 from sami_plugin.scopes.ovs import OvsScopes
-from sami_plugin.scopes.routed import FloatingIps, RoutedScopes, Router
-from sami_plugin.scopes.rules import Knowledge, host_address
+from sami_plugin.scopes.routed import FloatingIps, RoutedScopes, Router, floating_ips
+from sami_plugin.scopes.rules import Knowledge
 
 NAMESPACES = Path("/run/netns")
 ROUTERS = "qrouter-*"
@@ -74,9 +71,4 @@ class NeutronDvrScopes(RoutedScopes, OvsScopes):
 
 def floating_ips_of(rules: str) -> FloatingIps:
     """By a port's own address, the floating ones that it is translated to and from, of what iptables-save wrote."""
-    floating = defaultdict[netaddr.IPAddress, dict[netaddr.IPAddress, None]](dict)
-    for one, own in _DNAT.findall(rules):
-        own_address, address = host_address(own), host_address(one)
-        if own_address is not None and address is not None:
-            floating[own_address][address] = None
-    return {own: tuple(some) for own, some in floating.items()}
+    return floating_ips((own, one) for one, own in _DNAT.findall(rules))

@@ -34,7 +34,7 @@ from sami_plugin.errors import ConfigurationError
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.scopes.open_vswitch import Bridge, Flow, Integration, loaded, number_of
 from sami_plugin.scopes.ovsdb import Copy, Credentials, Tables
-from sami_plugin.scopes.routed import FloatingIps, RoutedScopes, Router
+from sami_plugin.scopes.routed import FloatingIps, RoutedScopes, Router, floating_ips
 from sami_plugin.scopes.rules import Knowledge, host_address
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class OvnScopes(RoutedScopes):
         numbers = numbers_of(self._integration.flows(f"table={PHYSICAL_TABLE}"))
         addresses = addresses_of(self._integration.flows(f"table={PORT_SECURITY_TABLE}"))
         known = knowledge_of(bridge, numbers, addresses, self._bound(bridge))
-        neighbours = neighbours_of(self._integration.flows(f"table={TO_PHYSICAL_TABLE}"))
-        routers = routers_of(bridge, numbers, neighbours, known)
+        adjacent = adjacent_of(self._integration.flows(f"table={TO_PHYSICAL_TABLE}"))
+        routers = routers_of(bridge, numbers, adjacent, known)
         self._datapaths = {router.name: datapath for datapath, router in routers.items()}
         self._note_routers(routers.values())
         return known
@@ -199,7 +199,7 @@ def addresses_of(flows: Iterable[Flow]) -> dict[tuple[int, int], Addresses]:
 Zones = Mapping[ZoneRole, int]
 
 
-def neighbours_of(flows: Iterable[Flow]) -> dict[int, dict[int, Zones]]:
+def adjacent_of(flows: Iterable[Flow]) -> dict[int, dict[int, Zones]]:
     """By number of a datapath, those that its packets go on to, with the zones in which these translate."""
     found = defaultdict[int, dict[int, Zones]](dict)
     for flow in flows:
@@ -216,7 +216,7 @@ def neighbours_of(flows: Iterable[Flow]) -> dict[int, dict[int, Zones]]:
 def routers_of(
     bridge: Bridge,
     numbers: Mapping[int, tuple[int, int]],
-    neighbours: Mapping[int, Mapping[int, Zones]],
+    adjacent: Mapping[int, Mapping[int, Zones]],
     known: Knowledge,
 ) -> dict[int, Router]:
     """By number of its datapath, the routers that ports of this host are behind, once their zones have been emptied."""
@@ -224,7 +224,7 @@ def routers_of(
     zones: dict[int, Zones] = {}
     for one in bridge.interfaces.values():
         datapath, _ = numbers.get(one.number, (None, None))
-        for router, its_zones in neighbours.get(datapath, {}).items() if datapath is not None else ():
+        for router, its_zones in adjacent.get(datapath, {}).items() if datapath is not None else ():
             networks[router] |= known.zones.get(one.name, frozenset())
             zones[router] = its_zones
     names = {router: _name(bridge, its_zones) for router, its_zones in zones.items()}
@@ -247,14 +247,11 @@ def _name(bridge: Bridge, zones: Zones) -> str | None:
 
 def floating_ips_of(flows: Iterable[Flow]) -> FloatingIps:
     """By a port's own address, those that a router translates it to and from, of the router's flows."""
-    floating = defaultdict[netaddr.IPAddress, dict[netaddr.IPAddress, None]](dict)
-    for flow in flows:
-        for word in _NAT.findall(flow.actions):
-            own = host_address(flow.match.get("nw_src") or flow.match.get("ipv6_src") or "")
-            one = host_address(word)
-            if own is not None and one is not None:
-                floating[own][one] = None
-    return {own: tuple(sorted(some)) for own, some in floating.items()}
+    return floating_ips(
+        (flow.match.get("nw_src") or flow.match.get("ipv6_src") or "", one)
+        for flow in flows
+        for one in _NAT.findall(flow.actions)
+    )
 
 
 def bound_of(tables: Tables) -> Ports:

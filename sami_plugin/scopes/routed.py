@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import abc
 import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,11 +16,21 @@ from sami_plugin.errors import NotAvailable
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.learned import LearnedScopes
+from sami_plugin.scopes.rules import host_address
 
 LOG = logging.getLogger(__name__)
 
 FloatingIps = Mapping[netaddr.IPAddress, Addresses]
 """By a port's own address, those that it is translated to and from."""
+
+
+def floating_ips(pairs: Iterable[tuple[str, str]]) -> FloatingIps:
+    """Of a port's own address and a floating one, in each pair; what is no address of one host is skipped."""
+    found = defaultdict[netaddr.IPAddress, set[netaddr.IPAddress]](set)
+    for own, floating in ((host_address(own), host_address(one)) for own, one in pairs):
+        if own is not None and floating is not None:
+            found[own].add(floating)
+    return {own: tuple(sorted(some)) for own, some in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,5 +89,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    print(Appliance(int(sys.argv[1])).url, flush=True)
+    print(Appliance(int(sys.argv[1]) if sys.argv[1:] else 8089).url, flush=True)
     threading.Event().wait()

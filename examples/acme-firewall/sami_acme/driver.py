@@ -64,7 +64,7 @@ class AcmeDriver(FlowDriver):
         if batch.template.name not in KINDS:
             return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
         made = results(len(batch))
-        is_zoned = np.isin(batch.rows["zoneRole"], [int(role) for role in scope.zones])
+        is_zoned = scope.has_zone_of(batch)
         is_barred = batch.rows["flowMark"] & np.uint32(scope.barred_marks) != 0
         is_theirs = has_end_in(batch, scope.neighbours) & scope.is_shared
         for reason, which in (

@@ -22,10 +22,10 @@ from sami_plugin.scopes.open_vswitch import Bridge, Interface, flows_of
 from sami_plugin.scopes.ovn import (
     OvnScopes,
     addresses_of,
+    adjacent_of,
     bound_of,
     floating_ips_of,
     knowledge_of,
-    neighbours_of,
     numbers_of,
     southbound_of,
 )
@@ -234,7 +234,7 @@ def test_router_that_translates_nothing_for_the_port_is_none_of_its() -> None:
 
 def test_datapaths_that_packets_go_on_to_are_told_with_their_zones() -> None:
     switch, router = {ZoneRole.DNAT: 7, ZoneRole.SNAT: 5}, {ZoneRole.DNAT: 2, ZoneRole.SNAT: 4}
-    assert neighbours_of(flows_of(OVN_ROUTER)) == {1: {2: router}, 2: {1: switch}, 3: {2: router}}
+    assert adjacent_of(flows_of(OVN_ROUTER)) == {1: {2: router}, 2: {1: switch}, 3: {2: router}}
 
 
 def test_floating_ips_are_those_of_single_addresses() -> None:
@@ -247,4 +247,4 @@ def test_floating_ips_are_those_of_single_addresses() -> None:
 def test_actions_of_noise_are_no_router_s(noise: str) -> None:
     line = f" table=65, priority=1,reg15=0x2,metadata=0x1 actions={noise}"
     floating_ips_of(flows_of(line))
-    neighbours_of(flows_of(line))
+    adjacent_of(flows_of(line))
