@@ -9,9 +9,9 @@ PATCH /zones/ZONE  {ID: N}    gives flows N seconds to live
 DELETE /zones/ZONE [ID...]    takes flows out; says which were there
 """
 
+import argparse
 import itertools
 import json
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,5 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    print(Appliance(int(sys.argv[1]) if sys.argv[1:] else 8089).url, flush=True)
+    parser = argparse.ArgumentParser(prog="python -m sami_acme.device", description="Serves an appliance.")
+    parser.add_argument("port", type=int, nargs="?", default=8089, help="on 127.0.0.1 (8089)")
+    print(Appliance(parser.parse_args().port).url, flush=True)
     threading.Event().wait()
