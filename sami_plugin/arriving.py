@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import chain
@@ -60,6 +60,8 @@ class Unverified:
     made: Results
     look: Future[tuple[Batch, npt.NDArray[np.bool_]]]
     """Rows and presence of each flow of `batch`."""
+    left_out: Mapping[str, npt.NDArray[np.bool_]]
+    """By field that the device has no room for, which of the flows had something in it."""
 
     def has(self, wanted: Batch) -> npt.NDArray[np.bool_]:
         """Which of these flows are among those that the device says it took."""
@@ -106,10 +108,12 @@ class Findings:
         self._present.put(batch.take(came_out(made, Outcome.PRESENT)))
         for code in sorted({*made["reason"][came_out(made, Outcome.REFUSED)].tolist()}):
             self.refuse(batch.take(made["reason"] == code), Reason(code))
+        lost = dict(part.left_out)
         for position, state_field in enumerate(batch.template.state if made["lost"].any() else ()):
-            is_lost = (made["lost"] >> position) & 1 == 1
-            if is_lost.any():
-                self._degraded.setdefault(state_field[0], FlowTable()).put(batch.take(is_lost))
+            lost[state_field[0]] = (made["lost"] >> position) & 1 == 1
+        for name, is_lost in lost.items():
+            if (is_lost & is_ours).any():
+                self._degraded.setdefault(name, FlowTable()).put(batch.take(is_lost & is_ours))
 
     def refuse(self, batch: Batch, reason: Reason) -> None:
         """Files flows that are not in the device."""

@@ -209,7 +209,11 @@ def _optional(kept: frozenset[str] | None) -> Iterator[Check]:
         f"{protocol.label} flows": ({f"{protocol.kind}-{family}" for family in protocol.families}, option)
         for protocol, option in OPTIONAL.items()
     }
-    translated = {each.name for each in TEMPLATES.values() if each.is_translated and each.protocol not in OPTIONAL}
+    translated = {
+        each.name
+        for each in TEMPLATES.values()
+        if each.is_translated and not each.is_extended and each.protocol not in OPTIONAL
+    }
     for name, (templates, option) in {**wanted, "flows with a NAT": (translated, "CONFIG_NF_NAT")}.items():
         if kept is None:
             yield Check(name, Result.LIMITED, "it could not be tried whether the kernel tracks them", _RUN_PRIVILEGED)

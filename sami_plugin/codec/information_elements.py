@@ -52,6 +52,7 @@ class DataType(enum.IntEnum):
 
 
 OCTETS: dict[DataType, int] = {
+    DataType.OCTET_ARRAY: 16,
     DataType.UNSIGNED8: 1,
     DataType.UNSIGNED16: 2,
     DataType.UNSIGNED32: 4,
@@ -59,7 +60,8 @@ OCTETS: dict[DataType, int] = {
     DataType.IPV4_ADDRESS: 4,
     DataType.IPV6_ADDRESS: 16,
 }
-"""Octets of a value in full. Only the unsigned types may be written shorter (RFC 7011 section 6.2)."""
+"""Octets of a value in full. Only the unsigned types may be written shorter (RFC 7011 section 6.2); the length of an
+octetArray is its template's business, and ours all have one."""
 
 
 class Semantics(enum.IntEnum):
@@ -167,7 +169,7 @@ def reversed_element(element: InformationElement) -> InformationElement:
 
 
 _U8, _U16, _U32, _U64 = DataType.UNSIGNED8, DataType.UNSIGNED16, DataType.UNSIGNED32, DataType.UNSIGNED64
-_IPV4, _IPV6 = DataType.IPV4_ADDRESS, DataType.IPV6_ADDRESS
+_IPV4, _IPV6, _OCTETS = DataType.IPV4_ADDRESS, DataType.IPV6_ADDRESS, DataType.OCTET_ARRAY
 _DEFAULT, _QUANTITY = Semantics.DEFAULT, Semantics.QUANTITY
 _IDENTIFIER, _FLAGS = Semantics.IDENTIFIER, Semantics.FLAGS
 
@@ -201,6 +203,28 @@ _GRE_KEY = _sami(
     _IDENTIFIER,
     "The key of GRE packets of this direction (RFC 2890; in PPTP the call ID of RFC 2637), which tells tunnels apart; "
     "0 where the firewall does not look at it. Critical: it is a part of the key.",
+)
+_CORRECTION_POSITION = _sami(
+    "tcpCorrectionPosition",
+    24,
+    _U32,
+    _DEFAULT,
+    "The sequence number of this direction behind which a NAT's last change of the payload's length counts; 0, as the "
+    "offsets are, where it changed none.",
+)
+_OFFSET_BEFORE = _sami(
+    "tcpOffsetBefore",
+    25,
+    _U32,
+    _QUANTITY,
+    "What the firewall adds to sequence numbers of this direction up to tcpCorrectionPosition, modulo 2**32.",
+)
+_OFFSET_AFTER = _sami(
+    "tcpOffsetAfter",
+    26,
+    _U32,
+    _QUANTITY,
+    "What the firewall adds to sequence numbers of this direction behind tcpCorrectionPosition, modulo 2**32.",
 )
 _ALL = (
     _iana("protocolIdentifier", 4, _U8, _IDENTIFIER, "The protocol number of the IP header."),
@@ -299,6 +323,65 @@ _ALL = (
         _U16,
         _IDENTIFIER,
         "The icmpIdentifier behind the translation. Critical: answers carry it.",
+    ),
+    _sami(
+        "conntrackHelper",
+        20,
+        _OCTETS,
+        _DEFAULT,
+        "The name of what reads the flow's payload and expects other flows for it, such as ftp, in ASCII, filled up "
+        "with zeros; zeros alone where nothing does.",
+    ),
+    _sami(
+        "conntrackLabels",
+        21,
+        _OCTETS,
+        _FLAGS,
+        "The flow's labels: two 64-bit numbers, of which label 0 is the lowest bit of the first.",
+    ),
+    _sami(
+        "masterProtocolIdentifier",
+        22,
+        _U8,
+        _IDENTIFIER,
+        "The protocol of the flow that this one was expected for, its master; 0 where there is none, and in all else "
+        "that is told of the master.",
+    ),
+    *(
+        _sami(f"master{end}{kind}", number, data_type, semantics, f"The {end.lower()} {what} of the flow's master.")
+        for kind, data_type, semantics, what, first in (
+            ("IPv4Address", _IPV4, _DEFAULT, "address", 27),
+            ("IPv6Address", _IPV6, _DEFAULT, "address", 29),
+            ("TransportPort", _U16, _IDENTIFIER, "port", 31),
+        )
+        for number, end in enumerate(("Source", "Destination"), first)
+    ),
+    _CORRECTION_POSITION,
+    reversed_element(_CORRECTION_POSITION),
+    _OFFSET_BEFORE,
+    reversed_element(_OFFSET_BEFORE),
+    _OFFSET_AFTER,
+    reversed_element(_OFFSET_AFTER),
+    _sami(
+        "synproxySequenceNumber",
+        33,
+        _U32,
+        _DEFAULT,
+        "The sequence number with which the firewall answered the client's SYN on the server's behalf (SYN proxy).",
+    ),
+    _sami(
+        "synproxyTimestamp",
+        34,
+        _U32,
+        _DEFAULT,
+        "The TCP timestamp of that SYN (RFC 7323), which holds what the client had offered.",
+    ),
+    _sami(
+        "synproxyTimestampOffset",
+        35,
+        _U32,
+        _QUANTITY,
+        "What the firewall takes from the server's TCP timestamps, modulo 2**32, for the client has seen its own.",
     ),
 )
 

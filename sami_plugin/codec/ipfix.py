@@ -69,10 +69,7 @@ class _Kind:
 
 def _plain(template: Template) -> Template:
     """What `template` is on the wire: names of translated flows are those of any others."""
-    if not template.is_identity:
-        return template
-    flows = template.name.removesuffix("-identity").replace("-nat-", "-")
-    return TEMPLATES[flows].identity
+    return template.plain if template.is_identity else template
 
 
 def _kinds() -> tuple[_Kind, ...]:

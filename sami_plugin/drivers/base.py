@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from sami_plugin.model.flows import Batch, Omitted
 from sami_plugin.model.results import Results
-from sami_plugin.model.risk import HELPERS, MARKS
+from sami_plugin.model.risk import FUNCTIONS
 from sami_plugin.model.scope import Scope
 
 
@@ -39,7 +39,7 @@ class Capabilities:
     """Flows that it holds now."""
     device: str
     """Identity of the device. Equal on two hosts means that they share it, and nothing has to move."""
-    functions: frozenset[str] = frozenset({MARKS, HELPERS})
+    functions: frozenset[str] = FUNCTIONS
     """What it keeps of what not each firewall does (`model.risk`)."""
     notes: tuple[str, ...] = field(default=())
     """For the operator: what the device lacks, each with the mend."""

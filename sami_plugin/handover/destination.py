@@ -43,7 +43,7 @@ from sami_plugin.model.flows import (
     is_translated_elsewhere,
     names,
 )
-from sami_plugin.model.keys import FlowTable
+from sami_plugin.model.keys import FlowTable, KeyIndex
 from sami_plugin.model.migration import (
     VERSIONS,
     Arrived,
@@ -381,6 +381,7 @@ class DestinationSession(Session):
         # the guest comes. What the source lets expire arrives as a removal.
         hold = self.host.settings.limits.hold_seconds
         batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
+        sent, batch = batch, batch.under(batch.template.taken_by(self._declared))
         homeless = np.ones(len(batch), bool)
         for port in ports:
             here = port.scope.owns(batch) & homeless
@@ -404,7 +405,7 @@ class DestinationSession(Session):
                 if scope.is_shared:
                     self._claim(scope, mine, made)
             look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
-            self._unverified.append(Unverified(port, scope, mine, made, look))
+            self._unverified.append(Unverified(port, scope, mine, made, look, _left_out(sent, mine)))
         return homeless
 
     def _claim(self, scope: Scope, mine: Batch, made: Results) -> None:
@@ -652,6 +653,15 @@ class DestinationSession(Session):
                 self.host.arriving.release(self.id, port.scope)
         self.host.arriving_guests.pop(self.id, None)
         self.host.release_places(self.id)
+
+
+def _left_out(sent: Batch, mine: Batch) -> dict[str, npt.NDArray[np.bool_]]:
+    """By field of `sent` that `mine`, some of the same flows, has no room for: which of these had something in it."""
+    if sent.template == mine.template:
+        return {}
+    had = sent.take(KeyIndex(sent).find(mine))
+    fields = (name for name, *_ in sent.template.state if name not in (mine.rows.dtype.names or ()))
+    return {name: np.asarray(had.rows[name].reshape(len(had), -1).any(axis=1)) for name in fields}
 
 
 _SAID_TO_DESTINATION: Mapping[type[Message], str] = {

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from sami_plugin.model.flows import TEMPLATES
 from sami_plugin.model.migration import Check, Offer
 from sami_plugin.model.results import WORDS, Reason
 
@@ -61,7 +62,7 @@ def weigh(
     losses: Counter[Reason] = Counter()
     taken: Counter[str] = Counter()
     for kind, count in demand.counts.items():
-        if kind not in declared:
+        if kind not in TEMPLATES or TEMPLATES[kind].taken_by(declared).name not in declared:
             losses[Reason.NOT_DECLARED] += count
         elif not admitted(kind):
             losses[Reason.NOT_ADMITTED] += count

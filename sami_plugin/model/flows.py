@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import netaddr
@@ -74,9 +74,13 @@ class Template:
     key_octets: int = field(init=False, compare=False, repr=False)
     address_fields: tuple[str, ...] = field(init=False, compare=False, repr=False)
     """Wherever an address stands."""
+    end_fields: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    """Of these, the flow's own ends, before and behind a translation."""
     is_ipv6: bool = field(init=False, compare=False, repr=False)
     is_translated: bool = field(init=False, compare=False, repr=False)
     """Whether it has room for a NAT."""
+    is_extended: bool = field(init=False, compare=False, repr=False)
+    """Whether it has room for what few flows have."""
     is_identity: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,8 +89,10 @@ class Template:
             ("dtype", _dtype(self.key + self.state)),
             ("key_octets", _dtype(self.key).itemsize),
             ("address_fields", tuple(one for one in names if one.endswith("Address"))),
+            ("end_fields", tuple(one for one in names if one.endswith("Address") and not one.startswith("master"))),
             ("is_ipv6", "sourceIPv6Address" in names),
             ("is_translated", any(one.startswith("postNAT") for one in names)),
+            ("is_extended", "conntrackHelper" in names),
             ("is_identity", self.state == _IDENTITY),
         ):
             object.__setattr__(self, name, value)
@@ -95,6 +101,23 @@ class Template:
     def protocol(self) -> Protocol:
         """That of its flows."""
         return protocols.of_template(self.name, "ipv6" if self.is_ipv6 else "ipv4")
+
+    @property
+    def plain(self) -> Template:
+        """That of the same flows without a NAT and without what few have; of names, that of the names of these."""
+        flows = self.variant()
+        return flows.identity if self.is_identity else flows
+
+    def variant(self, *, is_translated: bool = False, is_extended: bool = False) -> Template:
+        """The template of flows of the same protocol and family with room for these, or without."""
+        words = ("-nat" if is_translated else "") + ("-extended" if is_extended else "")
+        return TEMPLATES[f"{self.protocol.kind}{words}-{'ipv6' if self.is_ipv6 else 'ipv4'}"]
+
+    def taken_by(self, declared: Collection[str]) -> Template:
+        """That under which a device which declares these templates takes such flows: it may have no room for what few
+        have, and then they come without."""
+        lacks_room = self.is_extended and self.name not in declared
+        return self.variant(is_translated=self.is_translated) if lacks_room else self
 
     @property
     def identity(self) -> Template:
@@ -133,9 +156,36 @@ _NAT_ADDRESSES: dict[str, tuple[Field, ...]] = {
     "ipv4": (("postNATSourceIPv4Address", ">u4"), ("postNATDestinationIPv4Address", ">u4")),
     "ipv6": (("postNATSourceIPv6Address", ">u8", (2,)), ("postNATDestinationIPv6Address", ">u8", (2,))),
 }
+_MASTERS_ADDRESSES: dict[str, tuple[Field, ...]] = {
+    "ipv4": (("masterSourceIPv4Address", ">u4"), ("masterDestinationIPv4Address", ">u4")),
+    "ipv6": (("masterSourceIPv6Address", ">u8", (2,)), ("masterDestinationIPv6Address", ">u8", (2,))),
+}
+_EXTENSION: dict[str, tuple[Field, ...]] = {
+    family: (
+        # The 16 octets of its name.
+        ("conntrackHelper", ">u8", (2,)),
+        # Label 0 is the lowest bit of the first of the two.
+        ("conntrackLabels", ">u8", (2,)),
+        ("masterProtocolIdentifier", "u1"),
+        *addresses,
+        ("masterSourceTransportPort", ">u2"),
+        ("masterDestinationTransportPort", ">u2"),
+    )
+    for family, addresses in _MASTERS_ADDRESSES.items()
+}
+"""What a firewall keeps of few flows: zeros where there is no helper, label, master, or adjustment."""
 
 
 def _templates() -> Iterator[Template]:
+    usual = list(_usual_templates())
+    yield from usual
+    for one in usual:
+        family = "ipv6" if one.is_ipv6 else "ipv4"
+        name = one.name.replace(f"-{family}", f"-extended-{family}")
+        yield Template(name, one.key, one.state + _EXTENSION[family] + one.protocol.extension)
+
+
+def _usual_templates() -> Iterator[Template]:
     for plain, translated in protocols.GENERATIONS:
         for family, addresses in _ADDRESSES.items():
             for word, some in (("", plain), ("nat-", translated)):
@@ -148,7 +198,8 @@ def _templates() -> Iterator[Template]:
 
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _templates()}
-"""All flow templates by name. A flow of which the reply is not simply the original turned round is in a `nat` one."""
+"""All flow templates by name. A flow of which the reply is not simply the original turned round is in a `nat` one, and
+one that has something that few flows have in an `extended` one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +226,16 @@ class Batch:
 
     def take(self, which: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Batch:
         return Batch(self.template, self.rows[which])
+
+    def under(self, template: Template) -> Batch:
+        """The same flows under another template of their protocol and family, without what it has no room for."""
+        if template == self.template:
+            return self
+        rows = template.empty(len(self))
+        for name in rows.dtype.names or ():
+            if name in (self.rows.dtype.names or ()):
+                rows[name] = self.rows[name]
+        return Batch(template, rows)
 
     @property
     def identities(self) -> Batch:
@@ -244,7 +305,7 @@ def has_end_in(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
     found = np.zeros(len(batch), bool)
     is_ipv6 = batch.template.is_ipv6
     for number in _numbers(addresses, is_ipv6):
-        for name in batch.address_fields:
+        for name in batch.template.end_fields:
             found |= _holds(batch.rows[name], is_ipv6, number)
     return found
 
@@ -252,7 +313,7 @@ def has_end_in(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
 def is_translated_elsewhere(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
     """Which flows have an end translated from or to an address that is none of `addresses`."""
     elsewhere = np.zeros(len(batch), bool)
-    behind = [field for field in batch.address_fields if field.startswith("postNAT")]
+    behind = [field for field in batch.template.end_fields if field.startswith("postNAT")]
     for before, after in zip((batch.source_field, batch.destination_field), behind, strict=False):
         differs = batch.rows[before] != batch.rows[after]
         is_translated = differs if differs.ndim == 1 else differs.any(axis=1)
@@ -269,6 +330,12 @@ def are_anothers(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
     used = int(FlowStatus.SEEN_REPLY | FlowStatus.SRC_NAT | FlowStatus.DST_NAT)
     is_used: npt.NDArray[np.bool_] = batch.rows["conntrackStatus"] & used != 0
     return is_used & ~has_end_in(batch, addresses)
+
+
+def helper_octets(name: str) -> tuple[int, int]:
+    """The value of `conntrackHelper` for a helper of that name, in ASCII and of at most 16 characters."""
+    octets = name.encode("ascii").ljust(16, b"\0")
+    return int.from_bytes(octets[:8], "big"), int.from_bytes(octets[8:16], "big")
 
 
 def importance(batch: Batch) -> npt.NDArray[np.int64]:
@@ -306,7 +373,7 @@ def _address(value: np.void) -> str:
 
 def answers(batch: Batch) -> Batch:
     """The keys of what these flows' peers send, where it comes from outside a NAT; the state fields are zero."""
-    template = TEMPLATES[batch.template.name.replace("-nat-", "-")]
+    template = batch.template.plain
     identifiers, rows = template.protocol.identifiers, template.empty(len(batch))
     behind = _behind(batch.template)
     pairs = {batch.source_field: batch.destination_field, batch.destination_field: batch.source_field}
@@ -324,7 +391,7 @@ def _behind(template: Template) -> dict[str, str]:
     """By field of the key, that of what it is behind a NAT; empty where there is none."""
     if not template.is_translated:
         return {}
-    ends = {name: f"postNAT{name[0].upper()}{name[1:]}" for name in template.address_fields if "NAT" not in name}
+    ends = {name: f"postNAT{name[0].upper()}{name[1:]}" for name in template.end_fields if "NAT" not in name}
     return ends | template.protocol.identifiers.behind
 
 

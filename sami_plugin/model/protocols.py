@@ -132,6 +132,8 @@ class Protocol:
     families: tuple[str, ...] = ("ipv4", "ipv6")
     state: tuple[Field, ...] = ()
     """What a firewall keeps of its flows beside what it keeps of every flow."""
+    extension: tuple[Field, ...] = ()
+    """What it keeps of few of them, beside what it may keep of a few flows of any protocol."""
     states: type[enum.IntEnum] | None = None
     """The values of `state_field`; ESTABLISHED is one of them."""
     state_field: str | None = None
@@ -161,6 +163,17 @@ TCP = Protocol(
         ("reverseTcpWindowScale", "u1"),
         ("tcpTrackingFlags", "u1"),
         ("reverseTcpTrackingFlags", "u1"),
+    ),
+    extension=(
+        ("tcpCorrectionPosition", ">u4"),
+        ("tcpOffsetBefore", ">u4"),
+        ("tcpOffsetAfter", ">u4"),
+        ("reverseTcpCorrectionPosition", ">u4"),
+        ("reverseTcpOffsetBefore", ">u4"),
+        ("reverseTcpOffsetAfter", ">u4"),
+        ("synproxySequenceNumber", ">u4"),
+        ("synproxyTimestamp", ">u4"),
+        ("synproxyTimestampOffset", ">u4"),
     ),
     states=TcpState,
     state_field="tcpConnectionState",

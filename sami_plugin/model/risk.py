@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sami_plugin.model.flows import Batch, FlowStatus
+from sami_plugin.model.flows import Batch
 from sami_plugin.model.migration import Answer
 from sami_plugin.model.verdict import Verdict
 
-MARKS, HELPERS = "marks", "helpers"
+MARKS, HELPERS, LABELS, MASTERS = "marks", "helpers", "labels", "masters"
+SEQUENCE_ADJUSTMENT, SYNPROXY = "sequence adjustment", "synproxy"
 """Functions of a firewall that not each one has, and that not each flow needs."""
+FUNCTIONS = frozenset({MARKS, HELPERS, LABELS, MASTERS, SEQUENCE_ADJUSTMENT, SYNPROXY})
+
+FUNCTION_OF: dict[str, str] = {
+    "flowMark": MARKS,
+    "conntrackHelper": HELPERS,
+    "conntrackLabels": LABELS,
+    "masterProtocolIdentifier": MASTERS,
+    "tcpOffsetBefore": SEQUENCE_ADJUSTMENT,
+    "tcpOffsetAfter": SEQUENCE_ADJUSTMENT,
+    "reverseTcpOffsetBefore": SEQUENCE_ADJUSTMENT,
+    "reverseTcpOffsetAfter": SEQUENCE_ADJUSTMENT,
+    "synproxySequenceNumber": SYNPROXY,
+}
+"""By field, what a flow needs in which it is not 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +75,5 @@ class Risk:
 
 def functions_of(batch: Batch) -> set[str]:
     """The functions that any of these flows uses."""
-    found = set()
-    if batch.rows["flowMark"].any():
-        found.add(MARKS)
-    if (batch.rows["conntrackStatus"] & int(FlowStatus.HELPER)).any():
-        found.add(HELPERS)
-    return found
+    there = batch.rows.dtype.names or ()
+    return {function for name, function in FUNCTION_OF.items() if name in there and batch.rows[name].any()}

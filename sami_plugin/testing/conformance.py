@@ -35,6 +35,7 @@ from sami_plugin.model.flows import (
     Omitted,
     Template,
     ZoneRole,
+    helper_octets,
     names,
     turned_round,
 )
@@ -59,6 +60,8 @@ NO_TEMPLATE = Template(
 _REPLIED = FlowStatus.SEEN_REPLY | FlowStatus.ASSURED | FlowStatus.CONFIRMED
 _TRANSLATED = FlowStatus.SRC_NAT | FlowStatus.SRC_NAT_DONE | FlowStatus.DST_NAT_DONE
 TIMEOUT_SECONDS = 600
+HELPERS = {"tcp": "ftp", "udp": "tftp"}
+"""Those of extended flows, by protocol."""
 _BARRING = 0x4
 """Of five flows with the marks 1 to 5, two have it."""
 
@@ -73,7 +76,8 @@ def flows(
 ) -> Batch:
     """`count` flows as a guest has them: established, answered, with ten minutes to live, no two with one key.
 
-    The translated ones hide the source behind `TRANSLATED_ADDRESSES`, on the port that they had. `first` sets batches
+    The extended ones have labels, and a helper and what else there is for their protocol, but no master. The translated
+    ones hide the source behind `TRANSLATED_ADDRESSES`, on the port that they had. `first` sets batches
     apart: those from 0 and those from 1000 share no key as long as neither has more than 1000.
     """
     family = "IPv6" if template.is_ipv6 else "IPv4"
@@ -110,6 +114,14 @@ def flows(
         rows[f"postNATDestination{family}Address"] = rows[f"destination{family}Address"]
         for name, behind in identifiers.behind.items():
             rows[behind] = rows[name]
+    if template.is_extended:
+        rows["conntrackLabels"] = [(1 + number, 1 << 63) for number in numbers]
+        if template.protocol.name in HELPERS:
+            rows["conntrackHelper"] = helper_octets(HELPERS[template.protocol.name])
+            rows["conntrackStatus"] |= np.uint32(FlowStatus.HELPER)
+        for position, (name, *_) in enumerate(protocol.extension, 1):
+            rows[name] = (position << 24) + numbers
+            rows["conntrackStatus"] |= np.uint32(FlowStatus.SEQ_ADJUST)
     return Batch(template, rows)
 
 
@@ -485,7 +497,7 @@ class FlowDriverConformance:
     def test_flow_with_a_neighbour_is_the_neighbours(self) -> None:
         driver, mine, theirs = self._shared()
         for template in self._declared(driver, mine):
-            if "-nat-" in template.name:
+            if template.is_translated:
                 continue
             between = flows(template, 2, destination=NEIGHBOUR_ADDRESSES)
             made = driver.insert(mine, between)

@@ -39,6 +39,7 @@ from sami_plugin.model.flows import (
 from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.protocols import Protocol, SctpState, TcpState
 from sami_plugin.model.results import Outcome, Reason, Results, lost_fields
+from sami_plugin.model.risk import FUNCTIONS
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import (
     NEIGHBOUR_ADDRESSES,
@@ -57,6 +58,19 @@ def places() -> Iterator[list[str]]:
     """Two fresh network namespaces, by path."""
     with namespaces() as paths:
         yield paths
+
+
+@pytest.fixture
+def labelled(places: list[str]) -> None:
+    """The namespaces keep labels: the kernel does where a rule looks at them."""
+    for namespace in places:
+        nft(namespace, "add table inet sami_test")
+        nft(namespace, "add chain inet sami_test looks { type filter hook input priority 0; }")
+        nft(namespace, "add rule inet sami_test looks ct label 5 counter")
+
+
+def nft(namespace: str, command: str) -> None:
+    subprocess.run(["nsenter", f"--net={namespace}", "nft", command], check=True)
 
 
 @pytest.fixture
@@ -110,7 +124,7 @@ class TestConformance(FlowDriverConformance):
     """What every driver promises."""
 
     @pytest.fixture(autouse=True)
-    def _places(self, places: list[str], driver: LinuxConntrackDriver) -> Iterator[None]:
+    def _places(self, places: list[str], labelled: None, driver: LinuxConntrackDriver) -> Iterator[None]:
         # As the agent does: an entry made before anybody listens may never tell an event.
         self.namespace, self.driver = places[0], driver
         self.kept_on = keep_events_on(places[0])
@@ -173,13 +187,14 @@ NOT_KEPT = {
 @pytest.mark.parametrize("zone", [0, 9])
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_a_move_keeps_every_field_but_those_named_here(
-    places: list[str], driver: LinuxConntrackDriver, name: str, zone: int
+    places: list[str], labelled: None, driver: LinuxConntrackDriver, name: str, zone: int
 ) -> None:
     template = TEMPLATES[name]
     source, destination = scope_of(places[0], 5), scope_of(places[1], zone)
     state_field = template.protocol.state_field
     kinds = list(itertools.product(STATUSES, (0, 0xDEADBEEF), states_of(template.protocol)))
     sent = flows(template, len(kinds))
+    added_to_extended = sent.rows["conntrackStatus"][0] & np.uint32(FlowStatus.HELPER | FlowStatus.SEQ_ADJUST)
     sent.rows["conntrackStatus"] = [int(status) for status, _, _ in kinds]
     sent.rows["flowMark"] = [mark for _, mark, _ in kinds]
     if state_field is not None:
@@ -211,6 +226,8 @@ def test_a_move_keeps_every_field_but_those_named_here(
                 want |= nl.FLAG_BE_LIBERAL  # added to every flow: without it the flow dies
             if field == "conntrackStatus" and template.protocol is protocols.GRE:
                 want |= np.uint32(FlowStatus.FIXED_TIMEOUT)  # for the same reason
+            if field == "conntrackStatus" and template.is_extended:  # so it does of these
+                want |= added_to_extended
             if field == "conntrackStatus" and template.is_translated:  # the kernel says itself what it translates
                 want |= np.uint32(FlowStatus.SRC_NAT | FlowStatus.SRC_NAT_DONE | FlowStatus.DST_NAT_DONE)
             assert np.array_equal(found[number], want), (field, kinds[number])
@@ -773,7 +790,7 @@ def test_probe_agrees_with_what_this_kernel_does(places: list[str], driver: Linu
     came = sum(len(messages) for messages in connection.dump(dump_request(6)))
     connection.close()
     assert probe.features().filters_dump_by_zone == (came == 0)
-    assert probe.features().keeps_marks
+    assert probe.features().functions == FUNCTIONS
     assert probe.features().keeps_zones
 
 
@@ -832,13 +849,17 @@ def test_answers_that_are_said_to_fit_do_fit(places: list[str], driver: LinuxCon
         small.close()
 
 
-def test_recorded_shapes_are_what_the_kernel_sends(places: list[str], driver: LinuxConntrackDriver) -> None:
+def test_recorded_shapes_are_what_the_kernel_sends(
+    places: list[str], labelled: None, driver: LinuxConntrackDriver
+) -> None:
     """Entries of all kinds at once, in one dump: mixed lengths, marks, families."""
     declared = driver.capabilities(scope_of(places[0])).templates
     # Those with a NAT go to another peer: no flow is of two templates.
     peers = {False: OUTSIDE_ADDRESSES, True: NEIGHBOUR_ADDRESSES}
     sent = {
-        name: flows(TEMPLATES[name], 100, destination=peers[TEMPLATES[name].is_translated]) for name in sorted(declared)
+        name: flows(one, 100, destination=peers[one.is_translated], first=1000 * one.is_extended)
+        for name in sorted(declared)
+        for one in (TEMPLATES[name],)
     }
     for batch in sent.values():
         batch.rows["flowMark"][::2] = 0

@@ -47,6 +47,7 @@ TUPLE_ORIG = 1
 TUPLE_REPLY = 2
 STATUS = 3  # on create CONFIRMED is needed; EXPECTED or DYING give EBUSY; others are set, ignored, never cleared
 PROTOINFO = 4  # of DESTROY events only the TCP state, in UPDATE events when changed, not for offloaded entries
+HELP = 5  # taken at create only; EOPNOTSUPP where the kernel has no such helper
 TIMEOUT = 7  # seconds; EINVAL without at create; not dumped for offloaded entries
 # Taken at create only, beside a reply that is not translated; where one of the two is there, without the other the
 # kernel translates nothing on that side. EEXIST: what answers are sent to is another entry's.
@@ -56,7 +57,15 @@ MARK = 8  # dumped only when not 0
 # entry lives, but an entry made again at once often gets the same place and the same id.
 ID = 12
 NAT_DST = 13
+# At create. ENOENT unless the master is in the same zone; sets EXPECTED. Dumped for as long as the entry lives, also
+# without its master.
+TUPLE_MASTER = 14
+SEQ_ADJUST_ORIG, SEQ_ADJUST_REPLY = 15, 16
 ZONE = 18  # dumped only when not 0. In a dump request a filter since 6.8, where 0 means any; ignored before
+# Taken where something in the namespace looks at labels (nft's "ct label", xt_connlabel, act_ct, Open vSwitch), ignored
+# anywhere else. An entry that can have some tells them, however many are set.
+LABELS = 22
+SYNPROXY = 24  # every entry that ctnetlink made tells one, of zeros
 # --- inside a tuple
 TUPLE_IP = 1
 TUPLE_PROTO = 2
@@ -79,6 +88,13 @@ TCP_FLAGS_ORIGINAL, TCP_FLAGS_REPLY = 4, 5  # one octet of flags, one of mask: w
 # DATA and SACK are INVALID.
 SCTP_STATE = 1
 SCTP_TAG_ORIGINAL, SCTP_TAG_REPLY = 2, 3
+# --- inside help: the name, with a zero behind it
+HELP_NAME = 1
+HELPER_OCTETS = 16
+# --- inside a sequence adjustment. All three are needed
+SEQ_ADJUST_POSITION, SEQ_ADJUST_BEFORE, SEQ_ADJUST_AFTER = 1, 2, 3
+# --- inside synproxy
+SYNPROXY_SEQUENCE, SYNPROXY_TIMESTAMP, SYNPROXY_OFFSET = 1, 2, 3
 # --- of GET_STATS
 STATS_GLOBAL_ENTRIES, STATS_GLOBAL_MAX_ENTRIES = 1, 2
 
@@ -119,6 +135,12 @@ IDENTIFIERS: dict[protocols.Identifiers, tuple[Part, ...]] = {
 }
 """What `protocols.Identifiers` are in a tuple, in the order in which they are sent."""
 MOST_GRE_KEY = 0xFFFF
+
+ADJUSTMENT = ("tcpCorrectionPosition", "tcpOffsetBefore", "tcpOffsetAfter")
+"""Fields of a row, in the order of SEQ_ADJUST_POSITION and what follows it."""
+REPLYS_ADJUSTMENT = ("reverseTcpCorrectionPosition", "reverseTcpOffsetBefore", "reverseTcpOffsetAfter")
+OF_SYNPROXY = ("synproxySequenceNumber", "synproxyTimestamp", "synproxyTimestampOffset")
+"""In the order of SYNPROXY_SEQUENCE and what follows it."""
 
 OPTIONAL: dict[protocols.Protocol, str] = {
     protocols.SCTP: "CONFIG_NF_CT_PROTO_SCTP",

@@ -8,6 +8,7 @@ attribute headers. Where it fits, each field is a column at a fixed offset. What
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ Mask = npt.NDArray[np.bool_]
 
 # Attributes that are read: by type, a name and the payload's octets, or what is nested in it.
 _Known = Mapping[int, "tuple[str, int] | _Known"]
+_HELPER = "helper"  # the only payload that may have fewer
 _TUPLE: _Known = {
     nl.TUPLE_IP: {
         nl.IP_V4_SRC: ("source4", 4),
@@ -52,6 +54,17 @@ _ENTRY: _Known = {
     nl.MARK: ("mark", 4),
     nl.ID: ("id", 4),
     nl.ZONE: ("zone", 2),
+    nl.TUPLE_MASTER: _TUPLE,
+    nl.LABELS: ("labels", 16),
+    nl.HELP: {nl.HELP_NAME: (_HELPER, nl.HELPER_OCTETS)},
+    **{
+        kind: {number: (name, 4) for number, name in enumerate(names, 1)}
+        for kind, names in (
+            (nl.SEQ_ADJUST_ORIG, nl.ADJUSTMENT),
+            (nl.SEQ_ADJUST_REPLY, nl.REPLYS_ADJUSTMENT),
+            (nl.SYNPROXY, nl.OF_SYNPROXY),
+        )
+    },
     nl.PROTOINFO: {
         nl.PROTOINFO_TCP: {
             nl.TCP_STATE: ("tcp_state", 1),
@@ -67,7 +80,7 @@ _ENTRY: _Known = {
         },
     },
 }
-_DIRECTIONS = {nl.TUPLE_ORIG: "orig.", nl.TUPLE_REPLY: "reply."}
+_DIRECTIONS = {nl.TUPLE_ORIG: "orig.", nl.TUPLE_REPLY: "reply.", nl.TUPLE_MASTER: "master."}
 _BODY = HEADER_OCTETS + GENERIC_OCTETS
 _MOST_SHAPES = 256
 
@@ -94,6 +107,8 @@ class Shape:
     words: npt.NDArray[np.uint32]
     masks: npt.NDArray[np.uint32]
     """their values, and which bits of them count."""
+    helper_octets: int
+    """Of the helper's name, where there is one."""
     template: Template | None = field(default=None)
     """Of a flow that is not translated; None for what no template holds."""
 
@@ -177,17 +192,15 @@ class Decoder:
         if shape.template is None:
             yield _omit(_why_no_template(shape), columns, len(here))
             return
-        is_plain = columns.is_plain()
-        if is_plain.all():
+        is_plain, is_extended = columns.is_plain(), columns.is_extended()
+        if is_plain.all() and not is_extended.any():
             yield Decoded(self._rows(shape.template, columns, role), numbers)
             return
-        is_carried = columns.is_translated_as_carried()
-        for which, template in (
-            (is_plain, shape.template),
-            (~is_plain & is_carried, TEMPLATES[shape.template.name.replace("-", "-nat-")]),
-        ):
-            at = np.flatnonzero(which)
+        is_carried = is_plain | columns.is_translated_as_carried()
+        for translated, extended in itertools.product((False, True), repeat=2):
+            at = np.flatnonzero(is_carried & (is_plain != translated) & (is_extended == extended))
             if len(at):
+                template = shape.template.variant(is_translated=translated, is_extended=extended)
                 yield Decoded(self._rows(template, columns.take(at), role[at]), numbers[at])
         at = np.flatnonzero(~is_carried)
         if len(at):
@@ -228,6 +241,16 @@ class Decoder:
                 other = identifiers.other(part.field)
                 if other in identifiers.behind:
                     rows[identifiers.behind[other]] = columns.part(f"reply.{part.name}", part)
+        if template.is_extended:
+            rows["conntrackHelper"] = columns.helper().view(">u8")
+            rows["conntrackLabels"] = columns.labels().view(np.uint64)
+            if "master.protocol" in shape.fields:
+                rows["masterProtocolIdentifier"] = columns.u1("master.protocol")
+                for end in ("source", "destination"):
+                    rows[f"master{end.capitalize()}{family}Address"] = columns.address(f"master.{end}")
+                    rows[f"master{end.capitalize()}TransportPort"] = columns.u2(f"master.{end}_port")
+            for name, *_ in template.protocol.extension:
+                rows[name] = columns.u4(name)
         return Batch(template, rows)
 
     def _complete_offloaded(self, rows: npt.NDArray[np.void], template: Template) -> None:
@@ -277,6 +300,36 @@ class _Columns:
         words = self._octets[: len(self._octets) & ~3].view(np.uint32)
         halves: npt.NDArray[Any] = words[at[:, None] + np.arange(4)].view(">u8")
         return halves
+
+    def helper(self) -> npt.NDArray[np.uint8]:
+        """The names of helpers, filled up with zeros: shape (n, HELPER_OCTETS)."""
+        names = np.zeros((len(self), nl.HELPER_OCTETS), np.uint8)
+        at = self.shape.fields.get(_HELPER)
+        if at is not None:
+            octets = self.shape.helper_octets
+            names[:, :octets] = self._octets[self._starts[:, None] + np.arange(at, at + octets)]
+        return names
+
+    def labels(self) -> npt.NDArray[np.uint8]:
+        """As two of the machine's 64-bit numbers lie in memory: shape (n, 16)."""
+        at = self.shape.fields.get("labels")
+        if at is None:
+            return np.zeros((len(self), 16), np.uint8)
+        found: npt.NDArray[np.uint8] = self._octets[self._starts[:, None] + np.arange(at, at + 16)]
+        return found
+
+    def is_extended(self) -> Mask:
+        """Which entries have something that few have."""
+        fields, found = self.shape.fields, np.zeros(len(self), bool)
+        if _HELPER in fields or "master.protocol" in fields:
+            return ~found
+        if "labels" in fields:
+            found |= self.labels().any(axis=1)
+        assert self.shape.template is not None, "nobody knows what else such an entry may have"
+        for name, *_ in self.shape.template.protocol.extension:
+            if name in fields:
+                found |= self.u4(name) != 0
+        return found
 
     def has_end_in(self, addresses: Addresses) -> Mask:
         """Which entries have one of `addresses` at an end, before or behind a translation."""
@@ -343,7 +396,7 @@ def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
             meaning = known.get(kind)
             if isinstance(meaning, tuple):
                 name, octets_ = meaning
-                if size != 4 + octets_:
+                if not (size == 4 + octets_ or (name == _HELPER and size < 4 + octets_)):
                     raise errors.Malformed(
                         f"attribute {prefix}{name} has {size - 4} octets instead of {octets_}", f"octet {start + at}"
                     )
@@ -369,9 +422,11 @@ def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
     places.extend(at >> 2 for at in extra)
     masks = np.concatenate([masks, np.full(len(extra), first_octet, np.uint32)])
     at = np.array(places, np.int64)
-    return Shape(
-        length, family, protocol, fields, at, words[at] & masks, masks, _template(family, protocol, fields, raw, start)
-    )
+    helper_octets = 0
+    if _HELPER in fields:
+        helper_octets = int.from_bytes(raw[fields[_HELPER] - 4 : fields[_HELPER] - 2], sys.byteorder) - 4
+    template = _template(family, protocol, fields, raw, start)
+    return Shape(length, family, protocol, fields, at, words[at] & masks, masks, helper_octets, template)
 
 
 def _template(family: int, number: int, fields: Mapping[str, int], raw: bytes, start: int) -> Template | None:
@@ -387,6 +442,8 @@ def _template(family: int, number: int, fields: Mapping[str, int], raw: bytes, s
     for direction in ("orig.", "reply."):
         needed |= {f"{direction}source{version}", f"{direction}destination{version}"}
         needed |= {f"{direction}{part.name}" for part in parts}
+    if any(name.startswith("master.") for name in fields):
+        needed |= {f"master.source{version}", f"master.destination{version}", "master.protocol"}
     missing = needed - fields.keys()
     if missing:
         raise errors.Malformed(f"an entry lacks {', '.join(sorted(missing))}", f"octet {start}")

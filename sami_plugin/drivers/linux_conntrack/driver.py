@@ -15,7 +15,7 @@ from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack import encode, probe
 from sami_plugin.drivers.linux_conntrack.connections import Connections, identity_of, sysctl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
-from sami_plugin.drivers.linux_conntrack.encode import Request
+from sami_plugin.drivers.linux_conntrack.encode import Extra, Request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Offsets, Torn, failure
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
 from sami_plugin.model.flows import (
@@ -29,12 +29,13 @@ from sami_plugin.model.flows import (
     answers,
     are_anothers,
     has_end_in,
+    holds_any,
     names,
 )
 from sami_plugin.model.keys import KeyIndex, key_words
 from sami_plugin.model.protocols import GRE, PROTOCOLS
 from sami_plugin.model.results import Outcome, Reason, Results, came_out, results
-from sami_plugin.model.risk import MARKS
+from sami_plugin.model.risk import HELPERS, MARKS
 from sami_plugin.model.scope import Scope
 
 Mask = npt.NDArray[np.bool_]
@@ -107,12 +108,12 @@ class LinuxConntrackDriver(FlowDriver):
         can_watch = privileged.in_namespace(namespace, lambda: sysctl("nf_conntrack_events")) != 0
         found = probe.features()
         return Capabilities(
-            templates=TEMPLATES_OF_EVERY_KERNEL | (found.optional or frozenset()),
+            templates=frozenset(name for name, template in TEMPLATES.items() if _is_carried(template)),
             can_watch=can_watch,
             capacity=min(limits, default=None),
             in_use=in_use,
             device=_device(namespace),
-            functions=frozenset() if found.keeps_marks is False else frozenset({MARKS}),
+            functions=found.functions,
             notes=tuple(_notes(found, can_watch, receive_octets)),
         )
 
@@ -121,18 +122,28 @@ class LinuxConntrackDriver(FlowDriver):
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
         for _ in range(_MOST_DUMPS):
             omitted: dict[str, Omitted] = {}
+            expected: list[Batch] = []
             try:
                 for part in self._dump(scope, scope.addresses if scope.is_shared else None):
                     if isinstance(part, Omitted):
                         _merge(omitted, part)
                         continue
-                    is_barred = _is_barred(scope, part.batch)
+                    batch = part.batch
+                    is_barred = _is_barred(scope, batch)
                     if is_barred.any():
-                        _merge(omitted, _omitted(part.batch.take(is_barred)))
-                    if not is_barred.all():
-                        yield part.batch.take(~is_barred) if is_barred.any() else part.batch
+                        _merge(omitted, _omitted(batch.take(is_barred)))
+                        batch = batch.take(~is_barred)
+                    if batch.template.is_extended:
+                        has_master = batch.rows["masterProtocolIdentifier"] != 0
+                        expected.append(batch.take(has_master))
+                        batch = batch.take(~has_master)
+                    if len(batch):
+                        yield batch
             except Torn:
                 continue
+            yield from (
+                batch for batch in expected if len(batch)
+            )  # behind their masters, without which nobody can put them in
             yield from omitted.values()
             return
         raise errors.DeviceFailed(f"the conntrack table changed under {_MOST_DUMPS} dumps, so none is complete")
@@ -167,6 +178,7 @@ class LinuxConntrackDriver(FlowDriver):
     # --- what changes it
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
+        # The kernel would say nothing: an insert of a protocol that it does not know succeeds without the ports.
         if not _is_carried(batch.template):
             return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
         made = results(len(batch))
@@ -179,6 +191,8 @@ class LinuxConntrackDriver(FlowDriver):
         state = batch.template.protocol.state_field
         if state is not None:
             _refuse(made, nl.STATES_TO_KERNEL[state][batch.rows[state]] == nl.NO_STATE, Reason.INVALID)
+        if batch.template.is_extended:
+            batch = _with_own_masters(scope, batch)
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, batch, made)
             _refuse(made, came_out(made, Outcome.ABSENT), Reason.LOCAL_PORTS_OWN)
@@ -186,10 +200,12 @@ class LinuxConntrackDriver(FlowDriver):
             for attempt in range(_MOST_INSERTS):
                 codes = _ask(connection, Request.INSERT, *_named(scope, batch, left))[0]
                 _record(made, left, codes, connection)
-                left = left[codes == errno.EEXIST]
-                if not len(left) or attempt == _MOST_INSERTS - 1:
+                is_taken = codes == errno.EEXIST
+                is_less = _take_less(batch, left, codes)
+                if not (is_taken | is_less).any() or attempt == _MOST_INSERTS - 1:
                     break
-                self._make_way(connection, scope, batch.take(left))
+                self._make_way(connection, scope, batch.take(left[is_taken]))
+                left = left[is_taken | is_less]
                 made[left] = results(1)
         if batch.template.is_translated:
             made["reason"][made["reason"] == Reason.EXISTS] = Reason.TRANSLATION_TAKEN
@@ -311,8 +327,40 @@ class LinuxConntrackDriver(FlowDriver):
 
 
 def _is_carried(template: Template) -> bool:
-    # The kernel would say nothing: an insert of a protocol that it does not know succeeds without the ports.
-    return template.name in TEMPLATES_OF_EVERY_KERNEL or template.name in (probe.features().optional or ())
+    if template.name not in TEMPLATES:
+        return False
+    # What few flows have may be left out, so it is no question of the template.
+    usual = template.variant(is_translated=template.is_translated).name
+    return usual in TEMPLATES_OF_EVERY_KERNEL or usual in (probe.features().optional or ())
+
+
+def _with_own_masters(scope: Scope, batch: Batch) -> Batch:
+    """A copy in which none has a master that is not the port's: nobody may tie a flow to another guest's."""
+    made = Batch(batch.template, batch.rows.copy())
+    is_own = np.zeros(len(made), bool)
+    for name in made.address_fields:
+        if name.startswith("master"):
+            is_own |= holds_any(made.rows[name], made.template.is_ipv6, scope.addresses)
+    made.rows["masterProtocolIdentifier"][~is_own] = 0
+    return made
+
+
+def _take_less(batch: Batch, which: Numbers, codes: npt.NDArray[np.int32]) -> Mask:
+    """Leaves out a helper that this kernel does not have and a master that is not here, for the flow lives without.
+
+    :returns: for which of the rows it did; what is read back tells what they lack.
+    """
+    did = np.zeros(len(which), bool)
+    if batch.template.is_extended:
+        extras = encode.extras_of(batch)[which]
+        for code, extra, name in (
+            (errno.EOPNOTSUPP, Extra.HELPER, "conntrackHelper"),
+            (errno.ENOENT, Extra.MASTER, "masterProtocolIdentifier"),
+        ):
+            is_less = (codes == code) & (extras & int(extra) != 0)
+            batch.rows[name][which[is_less]] = 0
+            did |= is_less
+    return did
 
 
 def _ask(
@@ -321,14 +369,34 @@ def _ask(
     """As `Connection.ask`, for any number of rows."""
     codes = np.zeros(len(batch), np.int32)
     answers: list[tuple[Messages, Offsets]] = []
-    octets = len(encode.layout(request, batch.template, True).model)
+    if request is Request.INSERT and batch.template.is_extended:  # which has no answers but codes
+        extras = encode.extras_of(batch)
+        for some in np.unique(extras):
+            alike = np.flatnonzero(extras == some)
+            codes[alike] = _ask_alike(connection, request, batch.take(alike), zones[alike], int(some), answers)
+    else:
+        codes[:] = _ask_alike(connection, request, batch, zones, 0, answers)
+    return codes, answers
+
+
+def _ask_alike(
+    connection: Connection,
+    request: Request,
+    batch: Batch,
+    zones: npt.NDArray[np.uint16],
+    extras: int,
+    answers: list[tuple[Messages, Offsets]],
+) -> npt.NDArray[np.int32]:
+    """Of flows that all have the same of `encode.Extra`; the answers come behind those that are there."""
+    codes = np.zeros(len(batch), np.int32)
+    octets = len(encode.layout(request, batch.template, True, extras).model)
     step = max(1, min(connection.answers_that_fit, _OCTETS_AT_ONCE // octets))
     for begin in range(0, len(batch), step):
         part = slice(begin, begin + step)
-        made = encode.requests(request, Batch(batch.template, batch.rows[part]), zones[part])
+        made = encode.requests(request, Batch(batch.template, batch.rows[part]), zones[part], extras)
         codes[part], entries = connection.ask(made)
         answers += [(messages, numbers + begin) for messages, numbers in entries]
-    return codes, answers
+    return codes
 
 
 def _named(scope: Scope, batch: Batch, which: Numbers) -> tuple[Batch, npt.NDArray[np.uint16]]:
@@ -497,8 +565,10 @@ def _notes(found: probe.Features, can_watch: bool, receive_octets: int) -> Itera
                 yield f"the kernel does not track {protocol.label}, so such flows are left behind; it needs {option}"
         if not any(TEMPLATES[name].is_translated for name in found.optional):
             yield "the kernel makes no NAT, so translated flows are left behind; it needs CONFIG_NF_NAT"
-    if found.keeps_marks is False:
+    if MARKS not in found.functions:
         yield "the kernel keeps no conntrack marks; it needs CONFIG_NF_CONNTRACK_MARK"
+    if HELPERS not in found.functions:
+        yield "the kernel has no helper for FTP; flows with one lose it; it needs the module nf_conntrack_ftp"
     if found.filters_dump_by_zone is False:
         yield "the kernel dumps all zones when asked for one, so exports take longer; kernels from 6.8 on do better"
     if not can_watch:

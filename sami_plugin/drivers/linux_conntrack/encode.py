@@ -44,6 +44,42 @@ _KINDS = {
 }
 
 
+class Extra(enum.IntFlag):
+    """What few flows have, and what a request to insert one tells only where it has it."""
+
+    LABELS = 1
+    HELPER = 2
+    SYNPROXY = 4
+    ADJUSTMENT = 8
+    REPLYS_ADJUSTMENT = 16
+    MASTER = 32
+    """The highest: what is expected goes in behind what it may be expected for."""
+
+
+def extras_of(batch: Batch) -> npt.NDArray[np.uint8]:
+    """Per flow, what it has of `Extra`."""
+    extras = np.zeros(len(batch), np.uint8)
+    names = batch.rows.dtype.names or ()
+    for extra, fields in _EXTRA_FIELDS.items():
+        has = np.zeros(len(batch), bool)
+        for name in fields:
+            if name in names:
+                column = batch.rows[name]
+                has |= column.any(axis=1) if column.ndim > 1 else column != 0
+        extras |= np.where(has, np.uint8(extra), np.uint8(0))
+    return extras
+
+
+_EXTRA_FIELDS: dict[Extra, tuple[str, ...]] = {
+    Extra.LABELS: ("conntrackLabels",),
+    Extra.HELPER: ("conntrackHelper",),
+    Extra.SYNPROXY: nl.OF_SYNPROXY,
+    Extra.ADJUSTMENT: nl.ADJUSTMENT,
+    Extra.REPLYS_ADJUSTMENT: nl.REPLYS_ADJUSTMENT,
+    Extra.MASTER: ("masterProtocolIdentifier",),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One kind of request: the octets that all have in common, and where the fields go."""
@@ -52,14 +88,14 @@ class Layout:
     dtype: np.dtype[np.void]
 
 
-def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> Octets:
+def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16], extras: int = 0) -> Octets:
     """One message per row, shape (n, octets); `zones` has the conntrack zone of each row.
 
     Length and sequence number are left to the connection. INSERT takes flows, the others take identities as well;
     RENEW needs `remainingTimeoutSeconds`, DELETE_WITH_ID an id. The kernel has to have room for what tells the flows
-    apart (MOST_GRE_KEY).
+    apart (MOST_GRE_KEY). `extras`, of INSERT, is what each of the flows has of `Extra`.
     """
-    made = layout(request, batch.template, bool(zones.any()))
+    made = layout(request, batch.template, bool(zones.any()), extras)
     octets = np.empty((len(batch), len(made.model)), np.uint8)
     octets[:] = made.model
     fields = octets.view(made.dtype)[:, 0]
@@ -102,6 +138,12 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16]) -> O
             fields["reply_flags"] = rows["reverseTcpTrackingFlags"] | np.uint8(nl.FLAG_BE_LIBERAL)
         if "sctp_state" in names:
             fields["sctp_state"] = nl.SCTP_STATE_TO_KERNEL[rows["sctpAssociationState"]]
+        if extras & Extra.MASTER:
+            family = "IPv6" if batch.template.is_ipv6 else "IPv4"
+            fields["master.protocol"] = rows["masterProtocolIdentifier"]
+            for end in ("source", "destination"):
+                fields[f"master.{end}"] = rows[f"master{end.capitalize()}{family}Address"]
+                fields[f"master.{end}_port"] = rows[f"master{end.capitalize()}TransportPort"]
     return octets
 
 
@@ -122,11 +164,14 @@ _ROW_FIELDS = {
     "reply_scale": "reverseTcpWindowScale",
     "tag": "sctpVerificationTag",
     "reply_tag": "reverseSctpVerificationTag",
+    "helper": "conntrackHelper",
+    "labels": "conntrackLabels",
+    **{name: name for name in (*nl.ADJUSTMENT, *nl.REPLYS_ADJUSTMENT, *nl.OF_SYNPROXY)},
 }
 
 
 @functools.cache
-def layout(request: Request, template: Template, has_zone: bool) -> Layout:
+def layout(request: Request, template: Template, has_zone: bool, extras: int = 0) -> Layout:
     """Where the fields of such requests go."""
     attributes: list[Any] = [(nl.TUPLE_ORIG, _tuple(template, "orig"), None)]
     if request is Request.INSERT:
@@ -139,6 +184,7 @@ def layout(request: Request, template: Template, has_zone: bool) -> Layout:
             ]
         if template.protocol in _PROTOINFO:
             attributes.append((nl.PROTOINFO, [_PROTOINFO[template.protocol]], None))
+        attributes += [made for extra, made in _extras(template).items() if extras & extra]
     if request is Request.RENEW:
         attributes.append((nl.TIMEOUT, "timeout", ">u4"))
     if request is Request.DELETE_WITH_ID:
@@ -147,6 +193,22 @@ def layout(request: Request, template: Template, has_zone: bool) -> Layout:
     if has_zone:
         attributes.append((nl.ZONE, "zone", ">u2"))
     return _lay_out(*_KINDS[request], nl.AF_OF_FAMILY["ipv6" if template.is_ipv6 else "ipv4"], attributes)
+
+
+def _extras(template: Template) -> dict[Extra, Any]:
+    def numbers(fields: Sequence[str]) -> list[Any]:
+        return [(number, name, ">u4") for number, name in enumerate(fields, 1)]
+
+    ports = [(nl.PROTO_SRC_PORT, "master.source_port", ">u2"), (nl.PROTO_DST_PORT, "master.destination_port", ">u2")]
+    return {
+        # As two of the machine's own numbers.
+        Extra.LABELS: (nl.LABELS, "labels", "2u8"),
+        Extra.HELPER: (nl.HELP, [(nl.HELP_NAME, "helper", ">2u8")], None),
+        Extra.SYNPROXY: (nl.SYNPROXY, numbers(nl.OF_SYNPROXY), None),
+        Extra.ADJUSTMENT: (nl.SEQ_ADJUST_ORIG, numbers(nl.ADJUSTMENT), None),
+        Extra.REPLYS_ADJUSTMENT: (nl.SEQ_ADJUST_REPLY, numbers(nl.REPLYS_ADJUSTMENT), None),
+        Extra.MASTER: (nl.TUPLE_MASTER, _tuple_of(template.is_ipv6, "master", ports), None),
+    }
 
 
 def dump_request(zone: int | None) -> Octets:
@@ -201,13 +263,17 @@ def _of_side(template: Template, side: str) -> list[str]:
 
 
 def _tuple(template: Template, direction: str) -> list[Any]:
-    if template.is_ipv6:
+    parts = nl.IDENTIFIERS[template.protocol.identifiers]
+    identifiers = [(part.number, f"{direction}.{part.name}", part.form) for part in parts]
+    return _tuple_of(template.is_ipv6, direction, identifiers)
+
+
+def _tuple_of(is_ipv6: bool, direction: str, identifiers: Sequence[Any]) -> list[Any]:
+    if is_ipv6:
         source, destination, address = nl.IP_V6_SRC, nl.IP_V6_DST, ">2u8"
     else:
         source, destination, address = nl.IP_V4_SRC, nl.IP_V4_DST, ">u4"
-    protocol: list[Any] = [(nl.PROTO_NUM, f"{direction}.protocol", "u1")]
-    for part in nl.IDENTIFIERS[template.protocol.identifiers]:
-        protocol.append((part.number, f"{direction}.{part.name}", part.form))
+    protocol: list[Any] = [(nl.PROTO_NUM, f"{direction}.protocol", "u1"), *identifiers]
     addresses = [(source, f"{direction}.source", address), (destination, f"{direction}.destination", address)]
     return [(nl.TUPLE_IP, addresses, None), (nl.TUPLE_PROTO, protocol, None)]
 

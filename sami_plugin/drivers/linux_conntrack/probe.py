@@ -10,11 +10,12 @@ import numpy as np
 from sami_plugin import errors, privileged
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
-from sami_plugin.drivers.linux_conntrack.encode import Request, dump_request, requests
+from sami_plugin.drivers.linux_conntrack.encode import Request, dump_request, extras_of, requests
 from sami_plugin.drivers.linux_conntrack.netlink import Connection
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Template, ZoneRole
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Template, ZoneRole, helper_octets
 from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.results import lost_fields
+from sami_plugin.model.risk import FUNCTION_OF, FUNCTIONS, HELPERS, LABELS, MASTERS, functions_of
 
 _LOCK = threading.Lock()
 _FOUND: list[Features] = []
@@ -26,7 +27,9 @@ class Features:
 
     filters_dump_by_zone: bool | None = None
     keeps_zones: bool | None = None
-    keeps_marks: bool | None = None
+    functions: frozenset[str] = FUNCTIONS
+    """What it keeps of `risk.FUNCTIONS`. Labels always are among them: they are kept where something in the namespace
+    looks at them, and a namespace of ours cannot tell."""
     optional: frozenset[str] | None = None
     """Templates of protocols that not every kernel tracks (`attributes.OPTIONAL`) and this one does, and of those with
     a NAT that it makes."""
@@ -55,7 +58,12 @@ def _try() -> Features:
         codes, _ = connection.ask(requests(Request.INSERT, batch, np.array([7, 8], np.uint16)))
         if codes.any():
             # Without zones the kernel refuses the attribute; there is no more to learn of zones then.
-            return Features(filters_dump_by_zone=False, keeps_zones=False, optional=_optional(connection))
+            return Features(
+                filters_dump_by_zone=False,
+                keeps_zones=False,
+                functions=_functions(connection),
+                optional=_optional(connection),
+            )
         came, found = 0, []
         for messages in connection.dump(dump_request(8)):
             came += len(messages)
@@ -64,16 +72,49 @@ def _try() -> Features:
         return Features(
             filters_dump_by_zone=came == 1,
             keeps_zones=bool((kept["zoneRole"] == ZoneRole.SNAT).any()),
-            keeps_marks=bool(len(kept) and (kept["flowMark"] == 1).all()),
+            functions=_functions(connection),
             optional=_optional(connection),
         )
     finally:
         connection.close()
 
 
+def _functions(connection: Connection) -> frozenset[str]:
+    """What the kernel keeps of flows each of which needs one function, all of them in zone 0."""
+    master, template = _flow(TEMPLATES["tcp-ipv4"]), TEMPLATES["tcp-extended-ipv4"]
+    tried = sorted(FUNCTIONS - {LABELS})
+    sent = Batch.joined(template, [_flow(template).rows] * len(tried))
+    sent.rows["flowMark"] = 0
+    sent.rows["sourceTransportPort"] += np.arange(1, 1 + len(sent), dtype=np.uint16)
+    connection.ask(requests(Request.INSERT, master, np.zeros(1, np.uint16)))
+    for position, function in enumerate(tried):
+        one = Batch(template, sent.rows[position : position + 1])
+        for name in (name for name, needs in FUNCTION_OF.items() if needs == function):
+            one.rows[name] = helper_octets("ftp") if function == HELPERS else 1
+        if function == MASTERS:
+            for name in master.template.dtype.names or ():
+                field = f"master{name[0].upper()}{name[1:]}"
+                if field in (template.dtype.names or ()):
+                    one.rows[field] = master.rows[name]
+        connection.ask(requests(Request.INSERT, one, np.zeros(1, np.uint16), int(extras_of(one)[0])))
+    kept = {LABELS}
+    decoder = Decoder({ZoneRole.PORT: 0})
+    for messages in connection.dump(dump_request(None)):
+        for part in decoder.decode(messages):
+            if isinstance(part, Decoded) and part.batch.template in (template, master.template):
+                at = KeyIndex(sent).find(part.batch)
+                for number in np.flatnonzero(at >= 0):
+                    kept |= functions_of(part.batch.take(np.array([number]))) & {tried[int(at[number])]}
+    return frozenset(kept)
+
+
 def _optional(connection: Connection) -> frozenset[str]:
     """The templates that not every kernel carries of which this one keeps a flow as it was sent."""
-    templates = [each for each in TEMPLATES.values() if each.is_translated or each.protocol in nl.OPTIONAL]
+    templates = [
+        each
+        for each in TEMPLATES.values()
+        if (each.is_translated or each.protocol in nl.OPTIONAL) and not each.is_extended
+    ]
     for template in templates:
         connection.ask(requests(Request.INSERT, _flow(template), np.zeros(1, np.uint16)))
     kept = set()
@@ -86,7 +127,7 @@ def _optional(connection: Connection) -> frozenset[str]:
                 if at[0] >= 0 and not _lost(sent, part.batch.take(at)):
                     kept.add(part.batch.template.name)
     missing = {each.name for each in templates if each.name not in kept}
-    return frozenset(name for name in kept if name.replace("-nat-", "-") not in missing)
+    return frozenset(name for name in kept if TEMPLATES[name].plain.name not in missing)
 
 
 def _lost(sent: Batch, kept: Batch) -> set[str]:
@@ -100,7 +141,7 @@ def _flow(template: Template) -> Batch:
     """A flow of which no field is 0."""
     rows, protocol = template.empty(1), template.protocol
     identifiers = protocol.identifiers
-    for number, name in enumerate(template.address_fields, 1):
+    for number, name in enumerate(template.end_fields, 1):
         rows[name] = (0x20010DB8 << 32, number) if template.is_ipv6 else 0xC0000200 + number
     for number, field in enumerate(protocol.state, 9):
         rows[field[0]] = number

@@ -46,9 +46,9 @@ class ConntrackWatch(Watch):
         for messages in chunks:
             for part in self._decoder.decode(messages):
                 if isinstance(part, Decoded):
-                    # A translated flow has the key of an untranslated one, so both are looked up as one kind.
+                    # Flows of all templates of a protocol have one key, so they are looked up as one kind.
                     names = part.batch.identities
-                    touched.setdefault(_plain(names.template), []).append(names.rows)
+                    touched.setdefault(names.template.plain, []).append(names.rows)
         removals: list[Batch] = []
         upserts: list[Batch] = []
         for template, rows in touched.items():
@@ -136,11 +136,3 @@ def zone_filter(zones: Iterable[int]) -> bytes:
 
 def _program(*instructions: tuple[int, int, int, int]) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
-
-
-def _plain(identity: Template) -> Template:
-    return identity if "-nat-" not in identity.name else _plain_of(identity)
-
-
-def _plain_of(identity: Template) -> Template:
-    return Template(identity.name.replace("-nat-", "-"), identity.key, identity.state)

@@ -11,8 +11,8 @@ from sami_plugin.model.protocols import SctpState, TcpState
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmpv6": 58, "sctp": 132, "udplite": 136, "gre": 47}
 
 FLOW_TEMPLATES = tuple(TEMPLATES.values())
-# Names of translated flows are on the wire what names of others are, and come back as those.
-NAME_TEMPLATES = tuple(each.identity for each in FLOW_TEMPLATES if "-nat-" not in each.name)
+# Names of flows of other templates are on the wire what those of plain ones are, and come back as those.
+NAME_TEMPLATES = tuple(each.identity for each in FLOW_TEMPLATES if each == each.plain)
 
 
 def protocol_of(template: Template) -> int:

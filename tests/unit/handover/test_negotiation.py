@@ -18,10 +18,10 @@ import pytest
 from sami_plugin.agent import Agent
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import OperatorError, PeerUnreachable, Veto
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus
+from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, helper_octets, names
 from sami_plugin.model.migration import MigrationEvent, Offer, Phase
-from sami_plugin.model.results import WORDS, Reason
-from sami_plugin.model.risk import Risk
+from sami_plugin.model.results import WORDS, Reason, lost_fields
+from sami_plugin.model.risk import LABELS, Risk
 from sami_plugin.model.verdict import Verdict
 from sami_plugin.policies.base import Policy
 from sami_plugin.policies.chosen import Policies
@@ -365,6 +365,31 @@ def test_marks_that_are_not_kept_there_are_a_risk(tmp_path: Path) -> None:
         found = hosts.agents["host-a"].check(guest, "host-b")
         assert (found["verdict"], found["carried"]) == ("veto", 2)
         assert list(found["losses"]) == ["the driver of that host does not keep marks, which some of them use"]
+
+
+def test_what_few_flows_have_is_left_out_by_name_where_the_device_has_no_room_for_it(tmp_path: Path) -> None:
+    with six_against_four(tmp_path) as (hosts, guest):
+        scope = hosts.scope("host-a", guest)
+        hosts.drivers["host-a"].remove(scope, tcp_flows(6).identities)
+        usual = tcp_flows(2)
+        sent = usual.under(TEMPLATES["tcp-extended-ipv4"])
+        sent.rows["conntrackHelper"][0] = helper_octets("ftp")
+        sent.rows["conntrackLabels"][1, 1] = 1
+        hosts.drivers["host-a"].insert(scope, sent)
+        hosts.drivers["host-b"]._templates = frozenset({"tcp-ipv4"})  # type: ignore[attr-defined]
+        hosts.drivers["host-b"].functions = frozenset({LABELS})  # type: ignore[attr-defined]
+        found = hosts.agents["host-a"].check(guest, "host-b")
+        assert (found["flows"], found["carried"]) == (2, 2)
+        assert found["losses"] == {"the driver of that host does not keep helpers, which some of them use": 2}
+        move(hosts, guest)
+        there, is_there = hosts.drivers["host-b"].read_back(hosts.scope("host-b", guest), usual)
+        assert is_there.all()
+        assert not lost_fields(usual, there.rows).any()
+        _, destination = reports(hosts, guest)
+        assert (destination["flows"]["imported"], destination["flows"]["degraded"]) == (2, 2)
+        for field, one in (("conntrackHelper", 0), ("conntrackLabels", 1)):
+            told = destination["named"][f"degraded: {field} was not kept"]
+            assert (told["count"], tuple(told["flows"])) == (1, names(usual.take(np.array([one]))))
 
 
 # --- reservations

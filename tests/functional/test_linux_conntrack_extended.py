@@ -1,0 +1,238 @@
+"""What few flows have, through a firewall for which it decides: helpers, masters, labels.
+
+As in `test_linux_conntrack_traffic`: what is tracked is taken away and put in again, once without what few flows have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from lab.deadline import STRETCH
+from lab.namespace import Namespace
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
+from sami_plugin.model.flows import Batch, FlowStatus, helper_octets
+from sami_plugin.model.results import Outcome, lost_fields
+from sami_plugin.model.scope import Scope
+from tests.two_sides import HERE, HERE6, THERE, THERE6, scope_of, two_sides
+
+SECONDS = 0.4 * STRETCH
+"""Longer than a packet takes, and short enough to wait for one that does not come."""
+MASQUERADE = "10.9.0.100"
+NAT = f"""table ip nat {{
+  chain post {{ type nat hook postrouting priority srcnat; ip saddr {HERE} tcp dport 21 snat to {MASQUERADE}; }}
+}}
+"""
+RULES = """table inet more {
+  ct helper files { type "ftp" protocol tcp; }
+  chain out {
+    type filter hook output priority filter;
+    tcp dport 21 ct helper set "files";
+    udp dport 5000 ct label set 5;
+  }
+  chain guard {
+    type filter hook input priority filter + 1; policy accept;
+    udp sport 5000 ct label != 5 drop;
+  }
+}
+add rule inet firewall guard ct state related accept
+"""
+
+
+@pytest.fixture
+def sides() -> Iterator[tuple[Namespace, Namespace]]:
+    with two_sides() as made:
+        made[0].run(["nft", "-f", "-"], RULES)
+        yield made
+
+
+@pytest.fixture
+def driver() -> Iterator[LinuxConntrackDriver]:
+    made = LinuxConntrackDriver()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def scope(sides: tuple[Namespace, Namespace]) -> Scope:
+    return scope_of(sides[0])
+
+
+def taken_away(driver: LinuxConntrackDriver, scope: Scope) -> list[Batch]:
+    """All flows of the scope, as they were before they were removed by name."""
+    flows = [part for part in driver.export(scope) if isinstance(part, Batch) and "icmp" not in part.template.name]
+    for batch in flows:
+        assert set(driver.remove(scope, batch.identities)["outcome"]) == {Outcome.REMOVED}
+    return flows
+
+
+def put_in(driver: LinuxConntrackDriver, scope: Scope, flows: list[Batch]) -> None:
+    """With all that they have; checked field by field."""
+    for batch in flows:
+        assert set(driver.insert(scope, batch)["outcome"]) == {Outcome.IMPORTED}
+        kept, is_there = driver.read_back(scope, batch)
+        assert is_there.all()
+        assert not lost_fields(batch, kept.rows).any()
+
+
+def usual(flows: list[Batch]) -> list[Batch]:
+    """The same flows without what few have."""
+    return [batch.under(batch.template.plain) for batch in flows]
+
+
+def is_masters(name: str, batch: Batch) -> bool:
+    """Whether the field tells of the flows' master."""
+    return name.startswith("master") and bool(batch.rows[name].any())
+
+
+class Transfer:
+    """The control connection of a transfer (RFC 959) that `HERE` has begun, and data connections to it."""
+
+    def __init__(self, sides: tuple[Namespace, Namespace], is_ipv6: bool, undo: contextlib.ExitStack) -> None:
+        self._sides, self._undo = sides, undo
+        self._here, self._there = (HERE6, THERE6) if is_ipv6 else (HERE, THERE)
+        self._family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
+        with self._socket(1) as waiting:
+            waiting.bind((self._there, 21))
+            waiting.listen()
+            self._client = undo.enter_context(self._socket(0))
+            self._client.connect((self._there, 21))
+            self._server = undo.enter_context(waiting.accept()[0])
+        self._server.settimeout(SECONDS)
+        assert self.says("USER guest\r\n")  # the helper looks for a line behind one that it has seen the end of
+
+    def says(self, line: str) -> bool:
+        """Whether what the client says comes to the server."""
+        self._client.sendall(line.encode())
+        with contextlib.suppress(TimeoutError):
+            return self._server.recv(100) == line.encode()
+        return False
+
+    def _socket(self, side: int) -> socket.socket:
+        with self._sides[side].inside():
+            made = socket.socket(self._family, socket.SOCK_STREAM)
+        made.settimeout(SECONDS)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return made
+
+    def ask(self, port: int, sees: str | None = None) -> None:
+        """Says where the server's data connection is to come to (RFC 959, RFC 2428), and what the server `sees`."""
+        self._client.sendall(self._asking(self._here, port))
+        assert self._server.recv(100) == self._asking(sees or self._here, port)
+
+    def _asking(self, address: str, port: int) -> bytes:
+        if self._family == socket.AF_INET6:
+            return f"EPRT |2|{address}|{port}|\r\n".encode()
+        return f"PORT {address.replace('.', ',')},{port >> 8},{port & 0xFF}\r\n".encode()
+
+    def data_comes(self, port: int) -> bool:
+        """Whether the server's connection to that port is let in."""
+        with self._socket(0) as waiting, contextlib.suppress(TimeoutError):
+            waiting.bind((self._here, port))
+            waiting.listen()
+            data = self._undo.enter_context(self._socket(1))
+            data.connect((self._here, port))
+            return True
+        return False
+
+
+@pytest.fixture(params=[False, True], ids=["ipv4", "ipv6"])
+def transfer(request: pytest.FixtureRequest, sides: tuple[Namespace, Namespace]) -> Iterator[Transfer]:
+    with contextlib.ExitStack() as undo:
+        yield Transfer(sides, request.param, undo)
+
+
+def test_helper_goes_along_and_admits_what_the_guest_asks_for(
+    transfer: Transfer, scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    transfer.ask(5001)
+    assert transfer.data_comes(5001), "the firewall does not admit what its helper expects"
+    flows = taken_away(driver, scope)
+    control = [batch.take((batch.rows["conntrackHelper"] == helper_octets("ftp")).all(axis=1)) for batch in flows]
+    (control,) = [batch for batch in control if len(batch)]
+    put_in(driver, scope, usual([control]))
+    transfer.ask(5002)
+    assert not transfer.data_comes(5002), "without its helper"
+    taken_away(driver, scope)
+    put_in(driver, scope, [control])
+    transfer.ask(5003)
+    assert transfer.data_comes(5003)
+
+
+def test_what_was_expected_keeps_its_master(transfer: Transfer, scope: Scope, driver: LinuxConntrackDriver) -> None:
+    transfer.ask(5001)
+    assert transfer.data_comes(5001)
+    parts = taken_away(driver, scope)
+    flows = Batch.joined(parts[0].template, [part.rows for part in parts])
+    is_expected = flows.rows["conntrackStatus"] & int(FlowStatus.EXPECTED) != 0
+    assert is_expected.tolist().count(True) == 1
+    assert flows.rows["masterDestinationTransportPort"][is_expected].tolist() == [21]
+    last_first = flows.take(np.argsort(~is_expected, kind="stable"))
+    put_in(driver, scope, [last_first])
+    # Without its master the flow comes in, and says so.
+    taken_away(driver, scope)
+    alone = flows.take(is_expected)
+    assert driver.insert(scope, alone)["outcome"].tolist() == [Outcome.IMPORTED]
+    kept, is_there = driver.read_back(scope, alone)
+    assert is_there.all()
+    (lost,) = lost_fields(alone, kept.rows)
+    names = {name for bit, (name, *_) in enumerate(alone.template.state) if lost >> bit & 1}
+    assert names == {"conntrackStatus", *(name for name in alone.rows.dtype.names or () if is_masters(name, alone))}
+
+
+def test_sequence_numbers_that_a_nat_has_moved_stay_moved(
+    sides: tuple[Namespace, Namespace], scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    """The NAT's address is longer than the guest's, so all that follows it in the stream is two octets further on."""
+    near, _ = sides
+    near.ip(f"address add {MASQUERADE}/24 dev eth0")
+    near.run(["nft", "-f", "-"], NAT)
+    with contextlib.ExitStack() as undo:
+        transfer = Transfer(sides, False, undo)
+        transfer.ask(5001, sees=MASQUERADE)
+        assert transfer.says("NOOP\r\n")
+        (control,) = [batch for batch in taken_away(driver, scope) if batch.rows["tcpOffsetAfter"].any()]
+        assert control.template.name == "tcp-nat-extended-ipv4"
+        assert control.rows["tcpOffsetAfter"].tolist() == [len(MASQUERADE) - len(HERE)]
+        put_in(driver, scope, [control])
+        assert transfer.says("NOOP\r\n")
+        without = Batch(control.template, control.rows.copy())
+        for name in ("tcpCorrectionPosition", "tcpOffsetBefore", "tcpOffsetAfter"):
+            without.rows[name] = 0
+        without.rows["conntrackStatus"] &= np.uint32(~FlowStatus.SEQ_ADJUST & 0xFFFF)
+        taken_away(driver, scope)
+        put_in(driver, scope, [without])
+        assert not transfer.says("NOOP\r\n"), "without what the NAT knows of the stream"
+
+
+def test_labels_go_along(sides: tuple[Namespace, Namespace], scope: Scope, driver: LinuxConntrackDriver) -> None:
+    with contextlib.ExitStack() as undo:
+        ends = []
+        for namespace, address, port in zip(sides, (HERE, THERE), (4000, 5000), strict=True):
+            with namespace.inside():
+                end = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            end.bind((address, port))
+            end.settimeout(SECONDS)
+            ends.append(end)
+        here, there = ends
+
+        def comes() -> bool:
+            there.sendto(b"back", (HERE, 4000))
+            with contextlib.suppress(TimeoutError):
+                return here.recv(100) == b"back"
+            return False
+
+        here.sendto(b"forth", (THERE, 5000))
+        assert there.recv(100) == b"forth"
+        assert comes()
+        flows = taken_away(driver, scope)
+        assert [batch.rows["conntrackLabels"].tolist() for batch in flows] == [[[1 << 5, 0]]]
+        put_in(driver, scope, usual(flows))
+        assert not comes(), "without its label"
+        taken_away(driver, scope)
+        put_in(driver, scope, flows)
+        assert comes()
