@@ -31,7 +31,7 @@ def _row(batch: Batch, row: np.void) -> tuple[Any, ...]:
     family = "IPv6" if batch.template.is_ipv6 else "IPv4"
     protocol = batch.template.protocol
     has_ports = protocol.identifiers is PORTS
-    detail = protocol.identifiers.said(row)
+    details = [protocol.identifiers.said(row)]
     if batch.template.is_translated:
         behind = "translated to " + " > ".join(
             _end(row[f"postNAT{end}{family}Address"], row[f"postNAPT{end}TransportPort"] if has_ports else None)
@@ -39,8 +39,10 @@ def _row(batch: Batch, row: np.void) -> tuple[Any, ...]:
         )
         if "postNATIcmpIdentifier" in fields:
             behind += f" id {row['postNATIcmpIdentifier']}"
-        detail = f"{detail}, {behind}" if detail else behind
-    state = ""
+        details.append(behind)
+    if batch.template.is_extended or batch.template.is_expectation:
+        details += _what_few_have(row, family)
+    state = "EXPECTED" if batch.template.is_expectation else ""
     if protocol.states is not None and protocol.state_field in fields:
         state = _name(protocol.states, row[protocol.state_field])
     return (
@@ -52,8 +54,26 @@ def _row(batch: Batch, row: np.void) -> tuple[Any, ...]:
         _bits(int(row["conntrackStatus"])),
         int(row["flowMark"]),
         _name(ZoneRole, row["zoneRole"]),
-        detail,
+        ", ".join(one for one in details if one),
     )
+
+
+def _what_few_have(row: np.void, family: str) -> Iterator[str]:
+    if row["conntrackHelper"].any():
+        yield f"helper {row['conntrackHelper'].tobytes().rstrip(bytes(1)).decode('ascii', 'replace')}"
+    if row["masterProtocolIdentifier"]:
+        ends = (_end(row[f"master{end}{family}Address"], row[f"master{end}TransportPort"]) for end in _ENDS)
+        yield f"expected by {name_of(int(row['masterProtocolIdentifier']))} {' > '.join(ends)}"
+    fields = row.dtype.names or ()
+    if "conntrackLabels" in fields and row["conntrackLabels"].any():
+        first, second = row["conntrackLabels"].tolist()
+        labels = (str(number) for number in range(128) if (second << 64 | first) >> number & 1)
+        yield f"labels {' '.join(labels)}"
+    if any(row[name] for name in fields if "Offset" in name):
+        yield "sequence numbers adjusted"
+
+
+_ENDS = ("Source", "Destination")
 
 
 def _end(value: Any, port: Any) -> str:

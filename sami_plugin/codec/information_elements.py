@@ -383,6 +383,55 @@ _ALL = (
         _QUANTITY,
         "What the firewall takes from the server's TCP timestamps, modulo 2**32, for the client has seen its own.",
     ),
+    _sami(
+        "expectationSourceIPv4Mask",
+        36 | CRITICAL,
+        _U32,
+        _FLAGS,
+        "Which bits of the source address an expected flow has to have; of its destination it has to have all. "
+        "Critical: with others, other flows would be let in.",
+    ),
+    _sami("expectationSourceIPv6Mask", 37 | CRITICAL, _OCTETS, _FLAGS, "As expectationSourceIPv4Mask."),
+    _sami(
+        "expectationSourceTransportPortMask",
+        38 | CRITICAL,
+        _U16,
+        _FLAGS,
+        "Which bits of the source port an expected flow has to have; of its destination port it has to have all.",
+    ),
+    _sami(
+        "expectationFlags",
+        39,
+        _U32,
+        _FLAGS,
+        "Linux's NF_CT_EXPECT_* bits (nf_conntrack_common.h): 1 is not in force yet, 2 stays when a flow has come.",
+    ),
+    _sami(
+        "expectationClass",
+        40,
+        _U32,
+        _IDENTIFIER,
+        "Which of its kinds of expectation it is to the helper, by the helper's own numbers: the first has 0.",
+    ),
+    _sami(
+        "expectationFunction",
+        41,
+        _U8,
+        _IDENTIFIER,
+        "What is done with the flow when it comes. 0: nothing; 1: it is translated as its master (nat-follow-master); "
+        "2: as SIP's NAT does (sip); 3, 4: as H.323's does (Q.931, callforwarding).",
+    ),
+    _sami(
+        "expectationNatDirection",
+        42,
+        _U8,
+        _IDENTIFIER,
+        "Where the translation of the flow is to be made. 0: there is none; 1: in the direction in which the master "
+        "was begun; 2: in the other.",
+    ),
+    _sami("expectationNatIPv4Address", 43, _IPV4, _DEFAULT, "The address to which the flow is to be translated."),
+    _sami("expectationNatIPv6Address", 44, _IPV6, _DEFAULT, "The address to which the flow is to be translated."),
+    _sami("expectationNatTransportPort", 45, _U16, _IDENTIFIER, "The port to which the flow is to be translated."),
 )
 
 ELEMENTS: dict[str, InformationElement] = {element.name: element for element in _ALL}

@@ -39,6 +39,7 @@ from sami_plugin.model.scope import Scope
 
 Tuple = bytes
 """Protocol, addresses and ports (or ICMP type, code and identifier), as they stand in a row's key."""
+_OF_FLOWS = frozenset(name for name, template in TEMPLATES.items() if not template.is_expectation)
 Place = tuple[str | None, int]
 """Namespace and zone."""
 
@@ -179,7 +180,7 @@ class MemoryDevice:
 class MemoryDriver(FlowDriver):
     """A way to a `MemoryDevice`.
 
-    :param templates: names of the templates that it declares; all by default.
+    :param templates: names of the templates that it declares; by default all of flows: it has no helpers, which expect.
     :param can_watch: whether it declares that it can watch.
     """
 
@@ -191,7 +192,7 @@ class MemoryDriver(FlowDriver):
         can_watch: bool = True,
     ) -> None:
         self.device = device or MemoryDevice()
-        self._templates = frozenset(TEMPLATES) if templates is None else templates
+        self._templates = _OF_FLOWS if templates is None else templates
         self._can_watch = can_watch
         self.functions = FUNCTIONS
 

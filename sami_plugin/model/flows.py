@@ -75,24 +75,31 @@ class Template:
     address_fields: tuple[str, ...] = field(init=False, compare=False, repr=False)
     """Wherever an address stands."""
     end_fields: tuple[str, ...] = field(init=False, compare=False, repr=False)
-    """Of these, the flow's own ends, before and behind a translation."""
+    """Of these, the flow's own ends, before and behind a translation; of what is expected, those of its master."""
     is_ipv6: bool = field(init=False, compare=False, repr=False)
     is_translated: bool = field(init=False, compare=False, repr=False)
     """Whether it has room for a NAT."""
     is_extended: bool = field(init=False, compare=False, repr=False)
     """Whether it has room for what few flows have."""
+    is_expectation: bool = field(init=False, compare=False, repr=False)
+    """Whether it is of flows that a helper expects and that nobody has begun yet."""
     is_identity: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [one[0] for one in self.key + self.state]
+        is_expectation = any(one[0].startswith("master") for one in self.key)
         for name, value in (
             ("dtype", _dtype(self.key + self.state)),
             ("key_octets", _dtype(self.key).itemsize),
             ("address_fields", tuple(one for one in names if one.endswith("Address"))),
-            ("end_fields", tuple(one for one in names if one.endswith("Address") and not one.startswith("master"))),
+            (
+                "end_fields",
+                tuple(one for one in names if one.endswith("Address") and one.startswith("master") == is_expectation),
+            ),
             ("is_ipv6", "sourceIPv6Address" in names),
             ("is_translated", any(one.startswith("postNAT") for one in names)),
-            ("is_extended", "conntrackHelper" in names),
+            ("is_extended", "conntrackLabels" in names),
+            ("is_expectation", is_expectation),
             ("is_identity", self.state == _IDENTITY),
         ):
             object.__setattr__(self, name, value)
@@ -105,6 +112,8 @@ class Template:
     @property
     def plain(self) -> Template:
         """That of the same flows without a NAT and without what few have; of names, that of the names of these."""
+        if self.is_expectation:
+            return self
         flows = self.variant()
         return flows.identity if self.is_identity else flows
 
@@ -174,6 +183,23 @@ _EXTENSION: dict[str, tuple[Field, ...]] = {
     for family, addresses in _MASTERS_ADDRESSES.items()
 }
 """What a firewall keeps of few flows: zeros where there is no helper, label, master, or adjustment."""
+_EXPECTED: dict[str, tuple[Field, ...]] = {
+    family: (
+        ("conntrackHelper", ">u8", (2,)),
+        (f"expectationSource{mask}Mask", *form),
+        ("expectationSourceTransportPortMask", ">u2"),
+        ("expectationFlags", ">u4"),
+        ("expectationClass", ">u4"),
+        ("expectationFunction", "u1"),
+        ("expectationNatDirection", "u1"),
+        (f"expectationNat{mask}Address", *form),
+        ("expectationNatTransportPort", ">u2"),
+    )
+    for family, mask, form in (("ipv4", "IPv4", (">u4",)), ("ipv6", "IPv6", (">u8", (2,))))
+}
+"""What a firewall keeps of flows that it expects, beside what it keeps of every flow."""
+_OF_MASTER = slice(2, 7)
+"""The fields of `_EXTENSION` that tell of the master."""
 
 
 def _templates() -> Iterator[Template]:
@@ -183,6 +209,11 @@ def _templates() -> Iterator[Template]:
         family = "ipv6" if one.is_ipv6 else "ipv4"
         name = one.name.replace(f"-{family}", f"-extended-{family}")
         yield Template(name, one.key, one.state + _EXTENSION[family] + one.protocol.extension)
+    for one in usual:
+        if one.protocol in (protocols.TCP, protocols.UDP) and not one.is_translated:
+            family = "ipv6" if one.is_ipv6 else "ipv4"
+            name = one.name.replace(f"-{family}", f"-expectation-{family}")
+            yield Template(name, one.key + _EXTENSION[family][_OF_MASTER], _COMMON_STATE + _EXPECTED[family])
 
 
 def _usual_templates() -> Iterator[Template]:
@@ -199,7 +230,7 @@ def _usual_templates() -> Iterator[Template]:
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _templates()}
 """All flow templates by name. A flow of which the reply is not simply the original turned round is in a `nat` one, and
-one that has something that few flows have in an `extended` one."""
+one that has something that few flows have in an `extended` one. What is in an `expectation` one is no flow yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +393,9 @@ def _name(batch: Batch, row: np.void) -> str:
         source += f":{row['sourceTransportPort']}"
         destination += f":{row['destinationTransportPort']}"
     detail = identifiers.said(row)
-    return f"{protocols.name_of(int(row['protocolIdentifier']))} {source} > {destination}{detail and ' ' + detail}"
+    expected = "expected " if batch.template.is_expectation else ""
+    protocol = protocols.name_of(int(row["protocolIdentifier"]))
+    return f"{expected}{protocol} {source} > {destination}{detail and ' ' + detail}"
 
 
 def _address(value: np.void) -> str:

@@ -114,6 +114,12 @@ def flows(
         rows[f"postNATDestination{family}Address"] = rows[f"destination{family}Address"]
         for name, behind in identifiers.behind.items():
             rows[behind] = rows[name]
+    if template.is_expectation:
+        rows["conntrackStatus"], rows["flowMark"] = 0, 0
+        rows["conntrackHelper"], rows["masterProtocolIdentifier"] = helper_octets("ftp"), 6
+        rows[f"masterSource{family}Address"] = rows[f"source{family}Address"]
+        rows[f"masterDestination{family}Address"] = rows[f"destination{family}Address"]
+        rows["masterSourceTransportPort"], rows["masterDestinationTransportPort"] = 20000, 21
     if template.is_extended:
         rows["conntrackLabels"] = [(1 + number, 1 << 63) for number in numbers]
         if template.protocol.name in HELPERS:
@@ -667,7 +673,9 @@ class FlowDriverConformance:
     # What the tests are made of.
 
     def _declared(self, driver: FlowDriver, scope: Scope) -> list[Template]:
-        return [TEMPLATES[name] for name in sorted(driver.capabilities(scope).templates)]
+        """Those of flows; what is expected takes a master, and a helper of the device's own."""
+        declared = [TEMPLATES[name] for name in sorted(driver.capabilities(scope).templates)]
+        return [template for template in declared if not template.is_expectation]
 
     def _each_template(self) -> Iterable[tuple[Template, FlowDriver, Scope]]:
         driver, scope = self.make_driver(), self.make_scope()

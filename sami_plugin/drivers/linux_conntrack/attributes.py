@@ -42,6 +42,15 @@ CT_DELETE = CTNETLINK << 8 | 2  # without any tuple this is a flush: never send 
 CT_GET_STATS = CTNETLINK << 8 | 5
 GROUP_NEW, GROUP_UPDATE, GROUP_DESTROY = 1, 2, 3
 
+# --- the subsystem of what helpers expect
+EXPECTATIONS = 2
+EXP_NEW = (
+    EXPECTATIONS << 8 | 0
+)  # of one that is there changes the timeout and the flags; creating gives the helper's own
+EXP_GET = EXPECTATIONS << 8 | 1  # a dump may be of one master's alone, in one zone
+EXP_DELETE = EXPECTATIONS << 8 | 2  # without a tuple and a helper this is a flush: never send it so
+EXPECTATION_GROUPS = 4, 5, 6
+
 # --- attributes of an entry
 TUPLE_ORIG = 1
 TUPLE_REPLY = 2
@@ -95,6 +104,15 @@ HELPER_OCTETS = 16
 SEQ_ADJUST_POSITION, SEQ_ADJUST_BEFORE, SEQ_ADJUST_AFTER = 1, 2, 3
 # --- inside synproxy
 SYNPROXY_SEQUENCE, SYNPROXY_TIMESTAMP, SYNPROXY_OFFSET = 1, 2, 3
+# --- attributes of an expectation
+EXPECT_MASTER, EXPECT_TUPLE, EXPECT_MASK = 1, 2, 3
+EXPECT_TIMEOUT = 4
+EXPECT_ID = 5
+# Told is the master's. What is sent becomes that of the flow that comes, and says whose classes the class is of.
+EXPECT_HELPER = 6
+EXPECT_ZONE = 7  # never told
+EXPECT_FLAGS, EXPECT_CLASS, EXPECT_NAT, EXPECT_FUNCTION = 8, 9, 10, 11
+EXPECT_NAT_DIRECTION, EXPECT_NAT_TUPLE = 1, 2
 # --- of GET_STATS
 STATS_GLOBAL_ENTRIES, STATS_GLOBAL_MAX_ENTRIES = 1, 2
 

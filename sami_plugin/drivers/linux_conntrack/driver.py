@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,7 @@ import numpy.typing as npt
 from sami_plugin import errors, privileged
 from sami_plugin.drivers.base import Capabilities, FlowDriver, Watch
 from sami_plugin.drivers.linux_conntrack import attributes as nl
-from sami_plugin.drivers.linux_conntrack import encode, probe
+from sami_plugin.drivers.linux_conntrack import encode, expectations, probe
 from sami_plugin.drivers.linux_conntrack.connections import Connections, identity_of, sysctl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Extra, Request
@@ -141,9 +143,10 @@ class LinuxConntrackDriver(FlowDriver):
                         yield batch
             except Torn:
                 continue
-            yield from (
-                batch for batch in expected if len(batch)
-            )  # behind their masters, without which nobody can put them in
+            # Behind their masters, without which nobody can put them in.
+            yield from (batch for batch in expected if len(batch))
+            with self._connections.lend(scope.namespace) as connection:
+                yield from expectations.exported(connection, scope)
             yield from omitted.values()
             return
         raise errors.DeviceFailed(f"the conntrack table changed under {_MOST_DUMPS} dumps, so none is complete")
@@ -160,14 +163,21 @@ class LinuxConntrackDriver(FlowDriver):
             admitted = (_without(part, _is_barred(scope, part.batch)) for part in found)
             return [part for part in admitted if len(part.batch)]
 
-        connection = Connection(scope.namespace, self._watch_receive_octets)
-        try:
-            return ConntrackWatch(connection, scope.zones.values(), decoder, look)
-        except BaseException:
-            connection.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            connection = Connection(scope.namespace, self._watch_receive_octets)
+            undo.callback(connection.close)
+            beside = Connection(scope.namespace, self._watch_receive_octets // 8)
+            undo.callback(beside.close)
+            lend = functools.partial(self._connections.lend, scope.namespace)
+            expected = expectations.ExpectationEvents(beside, scope, lend)
+            watch = ConntrackWatch(connection, scope.zones.values(), decoder, look, expected)
+            undo.pop_all()
+            return watch
 
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, Mask]:
+        if batch.template.is_expectation:
+            with self._connections.lend(scope.namespace) as connection:
+                return expectations.read_back(connection, scope, batch)
         found = list(self._find(scope, batch))
         rows = _in_order(batch.template, len(batch), found)
         present = np.zeros(len(batch), bool)
@@ -184,6 +194,9 @@ class LinuxConntrackDriver(FlowDriver):
         made = results(len(batch))
         _refuse(made, ~_has_zone(scope, batch), Reason.NOT_DECLARED)
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
+        if batch.template.is_expectation:
+            _refuse(made, batch.rows["expectationFunction"] >= len(expectations.FUNCTIONS), Reason.NOT_SUPPORTED)
+            return self._ask_of_expected(expectations.insert, scope, batch, made)
         _refuse(made, _is_barred(scope, batch), Reason.BARRED)
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)
         if batch.template.protocol is GRE:
@@ -216,6 +229,8 @@ class LinuxConntrackDriver(FlowDriver):
         # timeout where one is fixed, as in all that was inserted of GRE (`encode.requests`): those are PRESENT.
         made = results(len(batch))
         _absent(made, ~_may_be_there(scope, batch))
+        if batch.template.is_expectation:
+            return self._ask_of_expected(expectations.renew, scope, batch, made, {errno.ENOENT: Outcome.ABSENT})
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)  # 0 would remove it
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, batch, made)
@@ -228,6 +243,8 @@ class LinuxConntrackDriver(FlowDriver):
         identities = identities.identities
         made = results(len(identities), Outcome.REMOVED)
         _absent(made, ~_may_be_there(scope, identities))
+        if identities.template.is_expectation:
+            return self._ask_of_expected(expectations.remove, scope, identities, made, {errno.ENOENT: Outcome.ABSENT})
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, identities, made)
             # Without an id the kernel would also delete an entry that is this flow turned round, so ask for the id.
@@ -244,6 +261,20 @@ class LinuxConntrackDriver(FlowDriver):
         return made
 
     # --- how
+
+    def _ask_of_expected(
+        self,
+        ask: Callable[[Connection, Scope, Batch], npt.NDArray[np.int32]],
+        scope: Scope,
+        batch: Batch,
+        made: Results,
+        harmless: dict[int, Outcome] | None = None,
+    ) -> Results:
+        """Asks for those of which nothing was said yet."""
+        left = np.flatnonzero(came_out(made, Outcome.IMPORTED) | came_out(made, Outcome.REMOVED))
+        with self._connections.lend(scope.namespace) as connection:
+            _record(made, left, ask(connection, scope, batch.take(left)), connection, harmless)
+        return made
 
     def _decoder(self, scope: Scope, addresses: Addresses | None = None) -> Decoder:
         return Decoder(scope.zones, addresses, self._connections.timeouts(scope.namespace))

@@ -192,14 +192,13 @@ def layout(request: Request, template: Template, has_zone: bool, extras: int = 0
     # A kernel built without zones refuses the attribute, even for zone 0.
     if has_zone:
         attributes.append((nl.ZONE, "zone", ">u2"))
-    return _lay_out(*_KINDS[request], nl.AF_OF_FAMILY["ipv6" if template.is_ipv6 else "ipv4"], attributes)
+    return lay_out(*_KINDS[request], nl.AF_OF_FAMILY["ipv6" if template.is_ipv6 else "ipv4"], attributes)
 
 
 def _extras(template: Template) -> dict[Extra, Any]:
     def numbers(fields: Sequence[str]) -> list[Any]:
         return [(number, name, ">u4") for number, name in enumerate(fields, 1)]
 
-    ports = [(nl.PROTO_SRC_PORT, "master.source_port", ">u2"), (nl.PROTO_DST_PORT, "master.destination_port", ">u2")]
     return {
         # As two of the machine's own numbers.
         Extra.LABELS: (nl.LABELS, "labels", "2u8"),
@@ -207,14 +206,22 @@ def _extras(template: Template) -> dict[Extra, Any]:
         Extra.SYNPROXY: (nl.SYNPROXY, numbers(nl.OF_SYNPROXY), None),
         Extra.ADJUSTMENT: (nl.SEQ_ADJUST_ORIG, numbers(nl.ADJUSTMENT), None),
         Extra.REPLYS_ADJUSTMENT: (nl.SEQ_ADJUST_REPLY, numbers(nl.REPLYS_ADJUSTMENT), None),
-        Extra.MASTER: (nl.TUPLE_MASTER, _tuple_of(template.is_ipv6, "master", ports), None),
+        Extra.MASTER: (nl.TUPLE_MASTER, tuple_of(template.is_ipv6, "master", ports_of("master")), None),
     }
+
+
+def ports_of(tuple_: str) -> list[Any]:
+    """The ports of a tuple of that name."""
+    return [
+        (nl.PROTO_SRC_PORT, f"{tuple_}.source_port", ">u2"),
+        (nl.PROTO_DST_PORT, f"{tuple_}.destination_port", ">u2"),
+    ]
 
 
 def dump_request(zone: int | None) -> Octets:
     """Asks for all entries of both families; kernels that can, leave out other zones (0 means any to them)."""
     attributes: Sequence[Any] = [(nl.ZONE, "zone", ">u2")] if zone else []
-    made = _lay_out(nl.CT_GET, nl.NLM_F_REQUEST | nl.NLM_F_DUMP, 0, attributes)
+    made = lay_out(nl.CT_GET, nl.NLM_F_REQUEST | nl.NLM_F_DUMP, 0, attributes)
     octets = made.model.copy()
     if zone:
         octets.view(made.dtype)["zone"] = zone
@@ -223,7 +230,7 @@ def dump_request(zone: int | None) -> Octets:
 
 def stats_request() -> Octets:
     """Asks for the number of entries and the limit of a namespace."""
-    return _lay_out(nl.CT_GET_STATS, nl.NLM_F_REQUEST, 0, []).model.copy()
+    return lay_out(nl.CT_GET_STATS, nl.NLM_F_REQUEST, 0, []).model.copy()
 
 
 _TCP: list[Any] = [
@@ -265,10 +272,11 @@ def _of_side(template: Template, side: str) -> list[str]:
 def _tuple(template: Template, direction: str) -> list[Any]:
     parts = nl.IDENTIFIERS[template.protocol.identifiers]
     identifiers = [(part.number, f"{direction}.{part.name}", part.form) for part in parts]
-    return _tuple_of(template.is_ipv6, direction, identifiers)
+    return tuple_of(template.is_ipv6, direction, identifiers)
 
 
-def _tuple_of(is_ipv6: bool, direction: str, identifiers: Sequence[Any]) -> list[Any]:
+def tuple_of(is_ipv6: bool, direction: str, identifiers: Sequence[Any]) -> list[Any]:
+    """What is in a tuple: addresses, protocol, and what tells flows apart that have these."""
     if is_ipv6:
         source, destination, address = nl.IP_V6_SRC, nl.IP_V6_DST, ">2u8"
     else:
@@ -278,7 +286,8 @@ def _tuple_of(is_ipv6: bool, direction: str, identifiers: Sequence[Any]) -> list
     return [(nl.TUPLE_IP, addresses, None), (nl.TUPLE_PROTO, protocol, None)]
 
 
-def _lay_out(kind: int, flags: int, family: int, attributes: Sequence[Any]) -> Layout:
+def lay_out(kind: int, flags: int, family: int, attributes: Sequence[Any]) -> Layout:
+    """Messages of a type, with these attributes: each a number, the field's name and form, or what is nested in it."""
     names: list[str] = []
     formats: list[Any] = []
     offsets: list[int] = []

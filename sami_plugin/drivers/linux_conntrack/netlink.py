@@ -225,10 +225,10 @@ class Connection:
         described = struct.pack("HP", len(program) // 8, ctypes.addressof(code))
         self._socket.setsockopt(socket.SOL_SOCKET, nl.SO_ATTACH_FILTER, described)
 
-    def dump(self, request: Octets) -> Iterator[Messages]:
+    def dump(self, request: Octets, kind: int = nl.CT_NEW) -> Iterator[Messages]:
         """The answers to a dump request (its sequence number and length are filled in here), chunk by chunk.
 
-        Headers' types are CT_NEW only. A dump that is not read to its end leaves the connection unusable: close it.
+        Headers' types are `kind` only. A dump that is not read to its end leaves the connection unusable: close it.
 
         :raises Torn: the kernel says that the table changed in a way that made the dump incomplete.
         :raises DeviceFailed, NotPermitted: the kernel refuses or gives up.
@@ -243,15 +243,15 @@ class Connection:
             headers = messages.headers()
             if (headers["flags"] & nl.NLM_F_DUMP_INTR).any():
                 raise Torn("the table changed under the dump")
-            is_entry = headers["type"] == nl.CT_NEW
+            is_entry = headers["type"] == kind
             if is_entry.all():
                 yield messages
                 continue
             others = np.flatnonzero(~is_entry)
             last = others[0]
-            kind = int(headers["type"][last])
-            if kind not in (nl.NLMSG_DONE, nl.NLMSG_ERROR) or messages.lengths[last] < HEADER_OCTETS + 4:
-                raise errors.Malformed(f"a dump holds a message of type {kind}", f"octet {messages.starts[last]}")
+            other = int(headers["type"][last])
+            if other not in (nl.NLMSG_DONE, nl.NLMSG_ERROR) or messages.lengths[last] < HEADER_OCTETS + 4:
+                raise errors.Malformed(f"a dump holds a message of type {other}", f"octet {messages.starts[last]}")
             code = int(messages.words[(messages.starts[last] >> 2) + 4].view(np.int32))
             if code < 0:
                 raise failure(-code, "dump")

@@ -18,6 +18,7 @@ import numpy as np
 from sami_plugin.drivers.base import Changes, Watch
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
+from sami_plugin.drivers.linux_conntrack.expectations import ExpectationEvents
 from sami_plugin.drivers.linux_conntrack.netlink import Connection
 from sami_plugin.model.flows import Batch, FirewallEvent, Rows, Template
 from sami_plugin.model.keys import KeyIndex, last_of_each_key
@@ -31,9 +32,12 @@ Look = Callable[[Batch], Iterable[Decoded]]
 class ConntrackWatch(Watch):
     """The changes of some zones of one namespace. Made by `LinuxConntrackDriver.watch`."""
 
-    def __init__(self, connection: Connection, zones: Iterable[int], decoder: Decoder, look: Look) -> None:
-        """Takes `connection` over. Changes are noted from now on."""
+    def __init__(
+        self, connection: Connection, zones: Iterable[int], decoder: Decoder, look: Look, expected: ExpectationEvents
+    ) -> None:
+        """Takes `connection` and `expected` over. Changes are noted from now on."""
         self._connection = connection
+        self._expected = expected
         self._decoder = decoder
         self._look = look
         # The filter first: no event of another zone may be waiting when the first one is wanted.
@@ -53,10 +57,12 @@ class ConntrackWatch(Watch):
         upserts: list[Batch] = []
         for template, rows in touched.items():
             self._settle(Batch.joined(template, rows), removals, upserts)
-        return Changes(tuple(removals), tuple(upserts), is_complete)
+        gone, there, told_all = self._expected.collect()  # later: what is expected needs its master
+        return Changes((*removals, *gone), (*upserts, *there), is_complete and told_all)
 
     def close(self) -> None:
         self._connection.close()
+        self._expected.close()
 
     def _settle(self, touched: Batch, removals: list[Batch], upserts: list[Batch]) -> None:
         """Finds out what became of these flows. One key may be named several times and with several ids."""

@@ -64,6 +64,24 @@ def test_list_shows_flows_in_words(sami: CommandLine) -> None:
     assert by_kind["tcp", False, True]["Detail"].startswith("translated to ")
 
 
+def test_list_shows_what_few_flows_have(sami: CommandLine) -> None:
+    batch = flows(TEMPLATES["tcp-nat-extended-ipv4"], 1)
+    batch.rows["conntrackLabels"] = (1 << 5, 1)
+    batch.rows["masterProtocolIdentifier"], batch.rows["masterSourceIPv4Address"] = 6, batch.rows["sourceIPv4Address"]
+    batch.rows["masterSourceTransportPort"], batch.rows["masterDestinationTransportPort"] = 1000, 21
+    put(sami, 7, batch, flows(TEMPLATES["udp-extended-ipv6"], 1))
+    tcp, udp = (row["Detail"] for row in listed(sami, "--zone", 7))
+    behind, *others = tcp.split(", ")
+    assert behind.startswith("translated to ")
+    assert others == [
+        "helper ftp",
+        f"expected by tcp {GUEST}:1000 > 0.0.0.0:21",
+        "labels 5 64",
+        "sequence numbers adjusted",
+    ]
+    assert udp == "helper tftp, labels 0 127"
+
+
 @pytest.mark.parametrize(
     ("kind", "ends", "state", "detail"),
     [

@@ -62,6 +62,16 @@ SAMI_NUMBERS = {
     "synproxySequenceNumber": 33,
     "synproxyTimestamp": 34,
     "synproxyTimestampOffset": 35,
+    "expectationSourceIPv4Mask": 0x2024,
+    "expectationSourceIPv6Mask": 0x2025,
+    "expectationSourceTransportPortMask": 0x2026,
+    "expectationFlags": 39,
+    "expectationClass": 40,
+    "expectationFunction": 41,
+    "expectationNatDirection": 42,
+    "expectationNatIPv4Address": 43,
+    "expectationNatIPv6Address": 44,
+    "expectationNatTransportPort": 45,
 }
 
 

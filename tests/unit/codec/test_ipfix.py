@@ -97,7 +97,7 @@ def rows_of(template: Template, values: dict[str, str]) -> Batch:
     assert list(values) == list(rows.dtype.names or ())
     for field, value in values.items():
         number = int(netaddr.IPAddress(value)) if "Address" in field else int(value)
-        is_wide = "IPv6Address" in field or field in ("conntrackHelper", "conntrackLabels")
+        is_wide = "IPv6Address" in field or field in ("conntrackHelper", "conntrackLabels", "expectationSourceIPv6Mask")
         rows[field] = divmod(number, 1 << 64) if is_wide else number
     return Batch(template, rows)
 

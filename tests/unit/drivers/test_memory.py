@@ -451,7 +451,8 @@ def test_threads_insert_and_remove_side_by_side(rig: Rig) -> None:
 def test_every_template_goes_in_and_out(rig: Rig) -> None:
     scope = dataclasses.replace(rig.scope, zones={role: int(role) for role in ZoneRole})
     sent: dict[str, Template] = {}
-    for name, template in TEMPLATES.items():
+    for name in sorted(rig.driver.capabilities().templates):
+        template = TEMPLATES[name]
         batch = flows(template, 3, first=10 * len(sent))
         batch.rows["zoneRole"] = [1, 2, 3]
         assert (rig.driver.insert(scope, batch)["outcome"] == Outcome.IMPORTED).all()
