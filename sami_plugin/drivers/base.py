@@ -92,7 +92,10 @@ class FlowDriver(abc.ABC):
     def attend(self, namespace: str | None) -> None:  # noqa: B027 - most drivers need not
         """The agent runs and will have to tell changes of this namespace's flows one day: prepare what that takes.
 
-        Called when the agent starts, long before a guest moves. May be repeated; nothing to do for most devices.
+        Called when the agent starts, long before a guest moves, and for each port of a guest that moves: often, and by
+        several threads. Nothing to do for most devices.
+
+        :raises NotAvailable, NotPermitted: there is no way into the namespace.
         """
 
     @abc.abstractmethod

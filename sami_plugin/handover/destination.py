@@ -247,6 +247,8 @@ class DestinationSession(Session):
         if found and not self.host.may_put_in(self.guest):
             return Done("FindScope", len(self._ports), is_all=False)
         fresh = [Arriving(scope) for scope in found]
+        for port in fresh:
+            self.host.driver.attend(port.scope.namespace)
         if self._known.runs_here:
             for port in fresh:
                 port.unadmitted = list(self._begun_by_peers(port.scope))

@@ -217,6 +217,7 @@ class SourceSession(Session):
             scopes = (self.host.scopes.find(self.guest) if self.peer else ()) or self._scopes
             self._ports = [Leaving(scope, None) for scope in scopes]
         for port in self._ports:
+            self.host.driver.attend(port.scope.namespace)
             if self.host.driver.capabilities(port.scope).can_watch:
                 port.watch = self.host.driver.watch(port.scope)
         if not self._ports:

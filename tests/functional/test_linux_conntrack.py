@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -760,6 +763,34 @@ def test_flow_made_while_attended_tells_its_end_to_a_later_watch(places: list[st
         driver.remove(scope, unnumbered(flows(UDP, 1)))
         assert gone(watch.collect()) == [20000]
     driver.close()
+
+
+SIOCGSKNS = 0x894C
+"""Asks for the network namespace of a socket (linux/sockios.h)."""
+
+
+def namespaces_of_sockets() -> set[int]:
+    """The inodes of the network namespaces that this process has sockets in."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # no socket
+            namespace = fcntl.ioctl(int(name), SIOCGSKNS)
+            found.add(os.fstat(namespace).st_ino)
+            os.close(namespace)
+    return found
+
+
+def test_nothing_keeps_a_namespace_alive_that_is_gone(driver: LinuxConntrackDriver) -> None:
+    """Such as a router's: with a socket in it its devices would live on, and with them their peers."""
+    with namespaces(1) as (stays,):
+        with namespaces(1) as (gone,):
+            for namespace in (stays, gone):
+                driver.attend(namespace)
+                driver.insert(scope_of(namespace), flows(UDP, 1))
+            inode = os.stat(gone).st_ino
+        assert inode in namespaces_of_sockets()
+        driver.attend(stays)
+        assert namespaces_of_sockets() & {inode, os.stat(stays).st_ino} == {os.stat(stays).st_ino}
 
 
 def test_keep_events_on_takes_nothing(places: list[str], driver: LinuxConntrackDriver) -> None:

@@ -63,6 +63,15 @@ class Connections:
         """The namespace's own timeouts for established flows."""
         return self._of(namespace).timeouts
 
+    def let_go(self) -> None:
+        """Closes what is idle in namespaces that are gone."""
+        with self._lock:
+            gone = {path: known for path, known in self._namespaces.items() if not is_at(path, known.identity)}
+            for path in gone:
+                del self._namespaces[path]
+        for known in gone.values():
+            _close_idle(known)
+
     def close(self) -> None:
         """Closes what is idle; what is lent is closed when it comes back. May be repeated."""
         with self._lock:
@@ -100,6 +109,14 @@ def identity_of(namespace: str | None) -> tuple[int, int]:
     except OSError as error:
         raise errors.NotAvailable(f"there is no network namespace at {namespace}: {error.strerror}") from error
     return found.st_dev, found.st_ino
+
+
+def is_at(namespace: str | None, identity: tuple[int, int]) -> bool:
+    """Whether the namespace of this identity is still the one at this path."""
+    try:
+        return identity_of(namespace) == identity
+    except errors.NotAvailable:
+        return False
 
 
 def sysctl(name: str) -> int | None:

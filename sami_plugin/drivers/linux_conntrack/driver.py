@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from sami_plugin import errors, privileged
 from sami_plugin.drivers.base import Capabilities, FlowDriver, Watch
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack import encode, expectations, probe
-from sami_plugin.drivers.linux_conntrack.connections import Connections, identity_of, sysctl
+from sami_plugin.drivers.linux_conntrack.connections import Connections, identity_of, is_at, sysctl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Extra, Request
 from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Offsets, Torn, failure
@@ -86,18 +87,28 @@ class LinuxConntrackDriver(FlowDriver):
         self._capacity = capacity
         self._connections = Connections(receive_octets)
         self._watch_receive_octets = watch_receive_octets
-        self._attended: dict[str | None, EventsKeptOn] = {}
+        self._lock = threading.Lock()
+        self._attended: dict[str | None, tuple[tuple[int, int], EventsKeptOn]] = {}
 
     def close(self) -> None:
         """Closes all idle sockets. Watches are closed by their owners."""
         self._connections.close()
         while self._attended:
-            self._attended.popitem()[1].close()
+            self._attended.popitem()[1][1].close()
 
     def attend(self, namespace: str | None) -> None:
-        """Makes entries able to tell events from now on; those that are older never will (nf_conntrack_events=2)."""
-        if namespace not in self._attended:
-            self._attended[namespace] = keep_events_on(namespace)
+        """Makes entries able to tell events from now on; those that are older never will (nf_conntrack_events=2).
+
+        Lets go of the namespaces that are gone, such as a router's: a socket in one keeps it alive.
+        """
+        self._connections.let_go()
+        with self._lock:
+            for known, (identity, kept_on) in list(self._attended.items()):
+                if not is_at(known, identity):
+                    del self._attended[known]
+                    kept_on.close()
+            if namespace not in self._attended:
+                self._attended[namespace] = identity_of(namespace), keep_events_on(namespace)
 
     # --- what it can do
 
