@@ -6,7 +6,9 @@ As in `test_linux_conntrack_traffic`: what is tracked is taken away and put in a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from lab.deadline import STRETCH
 from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
-from sami_plugin.model.flows import Batch, FlowStatus, helper_octets
+from sami_plugin.model.flows import Batch, FlowStatus, ZoneRole, helper_octets
 from sami_plugin.model.results import Outcome, lost_fields
 from sami_plugin.model.scope import Scope
 from tests.two_sides import HERE, HERE6, THERE, THERE6, scope_of, two_sides
@@ -27,11 +29,25 @@ NAT = f"""table ip nat {{
   chain post {{ type nat hook postrouting priority srcnat; ip saddr {HERE} tcp dport 21 snat to {MASQUERADE}; }}
 }}
 """
+PROXY = """table inet proxy {
+  chain pre {
+    type filter hook prerouting priority raw;
+    iifname eth0 tcp dport 7000 tcp flags & (fin | syn | rst | ack) == syn notrack;
+  }
+  chain guard {
+    type filter hook input priority filter; policy drop;
+    tcp dport 7000 ct state { invalid, untracked } synproxy mss 1460 wscale 7 timestamp sack-perm;
+    ct state established accept; iifname lo accept; meta l4proto { icmp, icmpv6 } accept;
+  }
+}
+"""
 RULES = """table inet more {
   ct helper files { type "ftp" protocol tcp; }
+  ct helper boot { type "tftp" protocol udp; }
+  ct helper calls { type "sip" protocol udp; }
   chain out {
     type filter hook output priority filter;
-    tcp dport 21 ct helper set "files";
+    tcp dport 21 ct helper set "files"; udp dport 69 ct helper set "boot"; udp dport 5060 ct helper set "calls";
     udp dport 5000 ct label set 5;
   }
   chain guard {
@@ -208,6 +224,66 @@ def test_what_is_expected_goes_by_name_alone(transfer: Transfer, scope: Scope, d
     assert not transfer.data_comes(5001)
 
 
+REGISTER = """REGISTER sip:{there} SIP/2.0
+Via: SIP/2.0/UDP {here}:5060
+From: <sip:guest@{there}>;tag=1
+To: <sip:guest@{there}>
+Call-ID: 1@guest
+CSeq: 1 REGISTER
+Contact: <sip:guest@{here}:5070>
+Expires: 300
+Content-Length: 0
+
+"""
+"""RFC 3261 section 10."""
+
+
+@pytest.mark.parametrize(("here", "there"), [(HERE, THERE), (HERE6, THERE6)], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("helper", ["tftp", "sip"])
+def test_datagrams_that_a_helper_expects_are_let_in_after_the_move(
+    sides: tuple[Namespace, Namespace], scope: Scope, driver: LinuxConntrackDriver, helper: str, here: str, there: str
+) -> None:
+    """TFTP: the file comes from another port (RFC 1350). SIP: calls come to where the guest has said."""
+    with contextlib.ExitStack() as undo:
+
+        def end(side: int, port: int) -> socket.socket:
+            family = socket.AF_INET6 if ":" in here else socket.AF_INET
+            with sides[side].inside():
+                made = undo.enter_context(socket.socket(family, socket.SOCK_DGRAM))
+            made.bind(((here, there)[side], port))
+            made.settimeout(SECONDS)
+            return made
+
+        asks, asked = end(0, 4000 if helper == "tftp" else 5060), end(1, 69 if helper == "tftp" else 5060)
+        awaits = asks if helper == "tftp" else end(0, 5070)
+        comes_from = end(1, 6000 if helper == "tftp" else 5061)
+
+        def comes() -> bool:
+            comes_from.sendto(b"data", awaits.getsockname()[:2])
+            with contextlib.suppress(TimeoutError):
+                return awaits.recv(2000) == b"data"
+            return False
+
+        if helper == "tftp":
+            asks.sendto(struct.pack("!H", 1) + b"file\0octet\0", asked.getsockname()[:2])
+            asked.recv(2000)
+        else:
+            ends = {"here": f"[{here}]" if ":" in here else here, "there": f"[{there}]" if ":" in there else there}
+            register = REGISTER.format(**ends).replace("\n", "\r\n")
+            asks.sendto(register.encode(), asked.getsockname()[:2])
+            asked.recv(2000)
+            asked.sendto(
+                register.replace(register.partition("\r")[0], "SIP/2.0 200 OK").encode(), asks.getsockname()[:2]
+            )
+            asks.recv(2000)
+        flow, expected = taken_away(driver, scope)
+        assert expected.template.is_expectation
+        put_in(driver, scope, [flow])
+        assert not comes(), "without what was expected"
+        put_in(driver, scope, [expected])
+        assert comes()
+
+
 def test_what_was_expected_keeps_its_master(transfer: Transfer, scope: Scope, driver: LinuxConntrackDriver) -> None:
     transfer.ask(5001)
     assert transfer.data_comes(5001)
@@ -254,6 +330,50 @@ def test_sequence_numbers_that_a_nat_has_moved_stay_moved(
         taken_away(driver, scope)
         put_in(driver, scope, [without])
         assert not transfer.says("NOOP\r\n"), "without what the NAT knows of the stream"
+
+
+@pytest.mark.parametrize(("here", "there"), [(HERE, THERE), (HERE6, THERE6)], ids=["ipv4", "ipv6"])
+def test_connection_behind_a_syn_proxy_goes_on(
+    sides: tuple[Namespace, Namespace], scope: Scope, driver: LinuxConntrackDriver, here: str, there: str
+) -> None:
+    """The firewall has chosen its own sequence number for the server, so it moves all that the server sends."""
+    near, far = sides
+    near.run(["nft", "flush", "ruleset"])
+    near.run(["nft", "-f", "-"], PROXY)
+    near.sysctl("nf_conntrack_tcp_loose", 0)
+    scope = dataclasses.replace(scope, zones={ZoneRole.PORT: 0})
+    family = socket.AF_INET6 if ":" in here else socket.AF_INET
+    with contextlib.ExitStack() as undo:
+        with near.inside():
+            waiting = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        with far.inside():
+            client = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        for end in (waiting, client):
+            end.settimeout(5 * SECONDS)
+        waiting.bind((here, 7000))
+        waiting.listen()
+        client.connect((here, 7000))
+        server = undo.enter_context(waiting.accept()[0])
+
+        def answers(word: bytes) -> bool:
+            client.sendall(word)
+            server.settimeout(SECONDS)
+            client.settimeout(SECONDS)
+            with contextlib.suppress(TimeoutError):
+                server.sendall(server.recv(100))
+                return client.recv(100) == word
+            return False
+
+        assert answers(b"before")
+        (flow,) = taken_away(driver, scope)
+        assert flow.rows["synproxySequenceNumber"].all()
+        assert flow.rows["reverseTcpOffsetAfter"].all()
+        put_in(driver, scope, [flow])
+        assert answers(b"after")
+        without = usual(taken_away(driver, scope))
+        without[0].rows["conntrackStatus"] &= np.uint32(~FlowStatus.SEQ_ADJUST & 0xFFFF)
+        put_in(driver, scope, without)
+        assert not answers(b"without what the proxy knows")
 
 
 def test_labels_go_along(sides: tuple[Namespace, Namespace], scope: Scope, driver: LinuxConntrackDriver) -> None:
