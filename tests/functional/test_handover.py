@@ -209,7 +209,7 @@ NOT_KEPT: dict[str, str] = {
 }
 
 
-LOOKS_AT_LABELS = "table inet looks { chain at_labels { type filter hook input priority 0; ct label 5 counter; }; }"
+LABELS = "table inet sami_test { chain labels { type filter hook output priority 0; udp dport 9 ct label set 5; }; }"
 
 
 def table_of(host: Host, guest: Guest) -> dict[tuple[object, ...], dict[str, object]]:
@@ -241,8 +241,8 @@ def test_every_combination_is_the_same_on_the_other_kernel() -> None:
         carrier.start(lab)
         try:
             here, there = lab.hosts["a"], lab.hosts["b"]
-            for host in (here, there):  # the kernel keeps labels where something looks at them
-                host.run(["nft", "-f", "-"], LOOKS_AT_LABELS)
+            for host in (here, there):  # the kernel keeps labels where a rule sets some
+                host.run(["nft", "-f", "-"], LABELS)
             batches = every_combination(guest)
             for batch in batches:
                 made = LinuxConntrackDriver().insert(scope_of(here, guest), batch)

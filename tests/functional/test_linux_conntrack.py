@@ -65,11 +65,11 @@ def places() -> Iterator[list[str]]:
 
 @pytest.fixture
 def labelled(places: list[str]) -> None:
-    """The namespaces keep labels: the kernel does where a rule looks at them."""
+    """The namespaces keep labels: the kernel does where a rule sets some (newer ones also where one looks at them)."""
     for namespace in places:
         nft(namespace, "add table inet sami_test")
-        nft(namespace, "add chain inet sami_test looks { type filter hook input priority 0; }")
-        nft(namespace, "add rule inet sami_test looks ct label 5 counter")
+        nft(namespace, "add chain inet sami_test labels { type filter hook output priority 0; }")
+        nft(namespace, "add rule inet sami_test labels udp dport 9 ct label set 5")
 
 
 def nft(namespace: str, command: str) -> None:

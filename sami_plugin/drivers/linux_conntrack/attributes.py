@@ -71,8 +71,8 @@ NAT_DST = 13
 TUPLE_MASTER = 14
 SEQ_ADJUST_ORIG, SEQ_ADJUST_REPLY = 15, 16
 ZONE = 18  # dumped only when not 0. In a dump request a filter since 6.8, where 0 means any; ignored before
-# Taken where something in the namespace looks at labels (nft's "ct label", xt_connlabel, act_ct, Open vSwitch), ignored
-# anywhere else. An entry that can have some tells them, however many are set.
+# Taken where something in the namespace sets labels (nft's "ct label set", xt_connlabel, act_ct, Open vSwitch; on newer
+# kernels also where nft looks at them), ignored anywhere else. An entry that can have some tells them, also none.
 LABELS = 22
 SYNPROXY = 24  # every entry that ctnetlink made tells one, of zeros
 # --- inside a tuple

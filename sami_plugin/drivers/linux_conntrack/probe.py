@@ -29,7 +29,7 @@ class Features:
     keeps_zones: bool | None = None
     functions: frozenset[str] = FUNCTIONS
     """What it keeps of `risk.FUNCTIONS`. Labels always are among them: they are kept where something in the namespace
-    looks at them, and a namespace of ours cannot tell."""
+    sets them, and a namespace of ours cannot tell."""
     optional: frozenset[str] | None = None
     """Templates of protocols that not every kernel tracks (`attributes.OPTIONAL`) and this one does, and of those with
     a NAT that it makes."""
