@@ -188,7 +188,7 @@ NOT_KEPT = {
 
 
 @pytest.mark.parametrize("zone", [0, 9])
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("name", sorted(name for name, one in TEMPLATES.items() if not one.is_expectation))
 def test_a_move_keeps_every_field_but_those_named_here(
     places: list[str], labelled: None, driver: LinuxConntrackDriver, name: str, zone: int
 ) -> None:
@@ -891,6 +891,7 @@ def test_recorded_shapes_are_what_the_kernel_sends(
         name: flows(one, 100, destination=peers[one.is_translated], first=1000 * one.is_extended)
         for name in sorted(declared)
         for one in (TEMPLATES[name],)
+        if not one.is_expectation
     }
     for batch in sent.values():
         batch.rows["flowMark"][::2] = 0
