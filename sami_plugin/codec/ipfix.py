@@ -622,6 +622,7 @@ _DOMAINS: dict[str, npt.NDArray[np.bool_]] = {
     "tcpWindowScale": _SCALES,
     "reverseTcpWindowScale": _SCALES,
     "firewallEvent": _table(FirewallEvent),
+    "expectationNatDirection": _table(range(3)),
 }
 _KIND_DOMAINS: dict[_Kind, tuple[tuple[str, npt.NDArray[np.bool_]], ...]] = {
     kind: (

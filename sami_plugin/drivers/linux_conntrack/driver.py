@@ -207,7 +207,9 @@ class LinuxConntrackDriver(FlowDriver):
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
         if batch.template.is_expectation:
             _refuse(made, batch.rows["expectationFunction"] >= len(expectations.FUNCTIONS), Reason.NOT_SUPPORTED)
-            return self._ask_of_expected(expectations.insert, scope, batch, made)
+            self._ask_of_expected(expectations.insert, scope, batch, made)
+            _refuse(made, came_out(made, Outcome.ABSENT), Reason.LOCAL_PORTS_OWN)
+            return made
         _refuse(made, _is_barred(scope, batch), Reason.BARRED)
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)
         if batch.template.protocol is GRE:
@@ -281,9 +283,10 @@ class LinuxConntrackDriver(FlowDriver):
         made: Results,
         harmless: dict[int, Outcome] | None = None,
     ) -> Results:
-        """Asks for those of which nothing was said yet."""
-        left = np.flatnonzero(came_out(made, Outcome.IMPORTED) | came_out(made, Outcome.REMOVED))
+        """Asks for those of which nothing was said yet, and that are of no flow with another local port."""
         with self._connections.lend(scope.namespace) as connection:
+            self._leave_to_neighbours(connection, scope, batch, made)
+            left = np.flatnonzero(came_out(made, Outcome.IMPORTED) | came_out(made, Outcome.REMOVED))
             _record(made, left, ask(connection, scope, batch.take(left)), connection, harmless)
         return made
 
@@ -350,7 +353,10 @@ class LinuxConntrackDriver(FlowDriver):
         theirs = np.flatnonzero(has_end_in(batch, _neighbours(scope)) & is_open)
         if not len(theirs):
             return
-        known, _ = self._look(connection, scope, batch.take(theirs))
+        if batch.template.is_expectation:
+            _, known = expectations.read_back(connection, scope, batch.take(theirs))
+        else:
+            known, _ = self._look(connection, scope, batch.take(theirs))
         made["outcome"][theirs] = np.where(known, Outcome.PRESENT, Outcome.ABSENT)
 
     def _make_way(self, connection: Connection, scope: Scope, batch: Batch) -> None:

@@ -35,6 +35,7 @@ def batches_of(draw: st.DrawFn, template: Template, most: int = 12) -> Batch:
         ("tcpWindowScale", range(15)),
         ("reverseTcpWindowScale", range(15)),
         ("firewallEvent", FirewallEvent),
+        ("expectationNatDirection", range(3)),
     ):
         if field in (rows.dtype.names or ()):
             rows[field] = generator.choice(list(map(int, values)), count)
