@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sami_plugin.model.flows import Batch, FlowStatus, ZoneRole
+from sami_plugin.model.printable import printable
 from sami_plugin.model.protocols import PORTS, name_of
 
 COLUMNS = ("Protocol", "Source", "Destination", "State", "Timeout", "Status", "Mark", "Zone role", "Detail")
@@ -60,7 +61,7 @@ def _row(batch: Batch, row: np.void) -> tuple[Any, ...]:
 
 def _what_few_have(row: np.void, family: str) -> Iterator[str]:
     if row["conntrackHelper"].any():
-        yield f"helper {row['conntrackHelper'].tobytes().rstrip(bytes(1)).decode('ascii', 'replace')}"
+        yield f"helper {printable(row['conntrackHelper'].tobytes().rstrip(bytes(1)).decode('latin-1'), 16)}"
     if row["masterProtocolIdentifier"]:
         ends = (_end(row[f"master{end}{family}Address"], row[f"master{end}TransportPort"]) for end in _ENDS)
         yield f"expected by {name_of(int(row['masterProtocolIdentifier']))} {' > '.join(ends)}"

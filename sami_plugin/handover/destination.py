@@ -40,6 +40,8 @@ from sami_plugin.model.flows import (
     has_end_in,
     holds_any,
     importance,
+    is_expected_behind_another,
+    is_expected_elsewhere,
     is_translated_elsewhere,
     names,
 )
@@ -278,7 +280,7 @@ class DestinationSession(Session):
 
     def _begun_by_peers(self, scope: Scope) -> Iterator[Batch]:
         for piece in self.host.driver.export(scope):
-            if isinstance(piece, Batch):
+            if isinstance(piece, Batch) and not piece.template.is_expectation:
                 called = piece.rows[piece.destination_field]
                 batch = piece.take(holds_any(called, piece.template.is_ipv6, scope.addresses))
                 if len(batch):
@@ -322,7 +324,7 @@ class DestinationSession(Session):
             if one.batch.template.is_identity:
                 self._take_out(one.batch, ports)
         is_awaited = False
-        for one in arrived:
+        for one in _masters_first(arrived):
             if not one.batch.template.is_identity:
                 homeless = self._put_in(one.batch, ports, one.came)
                 is_awaited |= self._refuse_homeless(one.batch.take(homeless), is_last=is_last)
@@ -433,12 +435,16 @@ class DestinationSession(Session):
         is_unknown = np.full(len(mine), mine.template.name not in self._declared)
         refused: list[tuple[Reason, npt.NDArray[np.bool_]]] = [(Reason.NOT_DECLARED, is_unknown)]
         if domain is not None:
-            refused.append((Reason.NOT_ADMITTED, np.full(len(mine), not domain.takes(mine.template.name))))
+            refused.append((Reason.NOT_ADMITTED, np.full(len(mine), not domain.takes(mine.template.usual))))
             if not domain.peers_follow:
                 refused.append((Reason.PEER_CANNOT_FOLLOW, peer_sees_another(theirs, mine, port.scope.addresses)))
+        own = (*port.scope.addresses, *port.scope.translations, *self.host.settings.translations)
         if mine.template.is_translated:
-            own = (*port.scope.addresses, *port.scope.translations, *self.host.settings.translations)
             refused.append((Reason.FOREIGN_TRANSLATION, is_translated_elsewhere(mine, own)))
+        if mine.template.is_expectation:
+            refused.append((Reason.FOREIGN_TRANSLATION, is_expected_behind_another(mine, own)))
+            if port.scope.is_shared:
+                refused.append((Reason.FOREIGN_ADDRESS, is_expected_elsewhere(mine, own)))
         is_admitted = np.ones(len(mine), bool)
         for reason, which in refused:
             out = mine.take(which & is_admitted)
@@ -657,9 +663,27 @@ class DestinationSession(Session):
         self.host.release_places(self.id)
 
 
+def _masters_first(arrived: list[Carried]) -> list[Carried]:
+    """What is expected of a flow, and what was, comes behind the flow, whatever its protocol."""
+    first: list[Carried] = []
+    later: list[Carried] = []
+    last: list[Carried] = []
+    for one in arrived:
+        if one.batch.template.is_expectation:
+            last.append(one)
+        elif one.batch.template.is_extended:
+            has_master = one.batch.rows["masterProtocolIdentifier"] != 0
+            for which, where in ((~has_master, first), (has_master, later)):
+                if which.any():
+                    where.append(Carried(one.batch.take(which), one.came.take(which)))
+        else:
+            first.append(one)
+    return [*first, *later, *last]
+
+
 def _left_out(sent: Batch, mine: Batch) -> dict[str, npt.NDArray[np.bool_]]:
     """By field of `sent` that `mine`, some of the same flows, has no room for: which of these had something in it."""
-    if sent.template == mine.template:
+    if sent.template == mine.template or not len(mine):
         return {}
     had = sent.take(KeyIndex(sent).find(mine))
     fields = (name for name, *_ in sent.template.state if name not in (mine.rows.dtype.names or ()))

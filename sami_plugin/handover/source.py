@@ -48,6 +48,7 @@ from sami_plugin.model.flows import (
     Batch,
     FirewallEvent,
     Omitted,
+    Template,
     has_end_in,
     names,
 )
@@ -68,7 +69,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
-from sami_plugin.model.results import MEND_NO_PLACE, Outcome, came_out
+from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Outcome, Reason, came_out
 from sami_plugin.model.scope import Scope
 from sami_plugin.notifications import started
 from sami_plugin.session import Actions, Host, Session
@@ -115,6 +116,8 @@ class SourceSession(Session):
         self._begins_with: list[Action] = []
         self._ports: list[Leaving] = []
         self._compression = "zlib"
+        self._templates: tuple[str, ...] = ()
+        """Those of the destination's driver."""
         self._pieces: Iterator[Piece] = iter(())
         self._unsent: deque[Piece] = deque()
         """Of an export that is whole, what is still to be told."""
@@ -392,8 +395,11 @@ class SourceSession(Session):
             port.withheld.put(batch)
 
     def _gives(self, batch: Batch) -> bool:
-        """Whether the other host's domain may have this kind."""
-        return self._domain is None or self._domain.gives(batch.template.name)
+        """Whether the other host's domain may have this kind, and the host reads it: not each one what is expected."""
+        return self._knows(batch.template) and (self._domain is None or self._domain.gives(batch.template.usual))
+
+    def _knows(self, template: Template) -> bool:
+        return not template.is_expectation or template.name in self._templates
 
     def _tell_gone(self, port: Leaving, batch: Batch, gone: list[Batch]) -> None:
         """A flow that was never told needs no removal; one that took the same tuple since is not meant."""
@@ -519,6 +525,7 @@ class SourceSession(Session):
         match message:
             case Open():
                 self._compression = compression.choose(message.compressions)
+                self._templates = message.templates
                 self.report.request_id = message.request_id
             case Answer():
                 losses = dict(zip(message.reasons, message.counts, strict=False))
@@ -545,12 +552,12 @@ class SourceSession(Session):
 
     def _counts(self) -> dict[str, int]:
         for port in self._ports:
-            for table, why in (
-                (port.withheld, NOT_FOR_THAT_DOMAIN),
-                (port.unplaced, f"there was no place for it at the destination; {MEND_NO_PLACE}"),
-            ):
-                for batch in table.batches():
-                    self.report.name(f"not exported: {why}", len(batch), names(batch))
+            for batch in port.withheld.batches():
+                why = NOT_FOR_THAT_DOMAIN if self._knows(batch.template) else WORDS[Reason.NOT_DECLARED]
+                self.report.name(f"not exported: {why}", len(batch), names(batch))
+            for batch in port.unplaced.batches():
+                why = f"there was no place for it at the destination; {MEND_NO_PLACE}"
+                self.report.name(f"not exported: {why}", len(batch), names(batch))
         return {
             "exported": self._exported_count(),
             "purged": self._removed,

@@ -122,6 +122,11 @@ class Template:
         words = ("-nat" if is_translated else "") + ("-extended" if is_extended else "")
         return TEMPLATES[f"{self.protocol.kind}{words}-{'ipv6' if self.is_ipv6 else 'ipv4'}"]
 
+    @property
+    def usual(self) -> str:
+        """The name of its kind, by which operators admit it: that of flows which have nothing that few flows have."""
+        return self.variant(is_translated=self.is_translated).name if self.is_extended else self.name
+
     def taken_by(self, declared: Collection[str]) -> Template:
         """That under which a device which declares these templates takes such flows: it may have no room for what few
         have, and then they come without."""
@@ -351,6 +356,26 @@ def is_translated_elsewhere(batch: Batch, addresses: Addresses) -> npt.NDArray[n
         are_own = [holds_any(batch.rows[field], batch.template.is_ipv6, addresses) for field in (before, after)]
         elsewhere |= is_translated & ~(are_own[0] & are_own[1])
     return elsewhere
+
+
+def is_expected_elsewhere(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
+    """Which expected flows go to what is neither one of `addresses` nor an end of their master."""
+    return ~_is_known_to_master(batch, batch.destination_field, addresses)
+
+
+def is_expected_behind_another(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:
+    """Which expected flows are to be translated to such an address."""
+    (field,) = (name for name in batch.address_fields if name.startswith("expectationNat"))
+    has_nat: npt.NDArray[np.bool_] = batch.rows["expectationNatDirection"] != 0
+    return has_nat & ~_is_known_to_master(batch, field, addresses)
+
+
+def _is_known_to_master(batch: Batch, field: str, addresses: Addresses) -> npt.NDArray[np.bool_]:
+    known = holds_any(batch.rows[field], batch.template.is_ipv6, addresses)
+    for end in batch.template.end_fields:
+        same = batch.rows[field] == batch.rows[end]
+        known |= same if same.ndim == 1 else same.all(axis=1)
+    return known
 
 
 def are_anothers(batch: Batch, addresses: Addresses) -> npt.NDArray[np.bool_]:

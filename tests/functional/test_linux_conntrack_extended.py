@@ -250,6 +250,54 @@ def test_what_is_expected_of_a_flow_with_another_local_port_is_left_alone(
     assert driver.remove(shared, expected.identities)["outcome"].tolist() == [Outcome.ABSENT]
 
 
+def only_expected(driver: LinuxConntrackDriver, scope: Scope) -> Batch:
+    (found,) = [one for one in driver.export(scope) if isinstance(one, Batch) and one.template.is_expectation]
+    return found
+
+
+def test_what_is_expected_outlives_a_change_of_its_master(
+    transfer: Transfer, scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    """What has to make way for the master as it is now takes with it what was expected of it."""
+    transfer.ask(5001)
+    before = only_expected(driver, scope)
+    (control,) = [one for one in driver.export(scope) if isinstance(one, Batch) and one.template.is_extended]
+    control.rows["flowMark"] = 9
+    put_in(driver, scope, [control])
+    assert not lost_fields(before, only_expected(driver, scope).rows).any()
+    assert transfer.data_comes(5001)
+
+
+def test_what_is_expected_of_one_master_is_not_given_time_by_another(
+    transfer: Transfer, scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    transfer.ask(5001)
+    (control,) = [one for one in driver.export(scope) if isinstance(one, Batch) and one.template.is_extended]
+    control.rows["sourceTransportPort"] = 9
+    put_in(driver, scope, [control])
+    expected = only_expected(driver, scope)
+    others = Batch(expected.template, expected.rows.copy())
+    others.rows["masterSourceTransportPort"], others.rows["remainingTimeoutSeconds"] = 9, 3
+    (made,) = driver.insert(scope, others)
+    assert (made["outcome"], made["reason"]) == (Outcome.REFUSED, Reason.EXISTS)
+    assert driver.renew(scope, others)["outcome"].tolist() == [Outcome.ABSENT]
+    expected.rows["remainingTimeoutSeconds"] = 0
+    assert driver.renew(scope, expected)["outcome"].tolist() == [Outcome.REFUSED]
+    assert only_expected(driver, scope).rows["remainingTimeoutSeconds"] > 3
+
+
+def test_expectations_are_exported_where_another_zone_has_the_same_flow_without_a_helper(
+    transfer: Transfer, scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    transfer.ask(5001)
+    both = dataclasses.replace(scope, zones={**scope.zones, ZoneRole.SNAT: 99})
+    (control,) = [one for one in driver.export(scope) if isinstance(one, Batch) and one.template.is_extended]
+    other = control.under(control.template.plain)
+    other.rows["zoneRole"] = ZoneRole.SNAT
+    put_in(driver, both, [other])
+    assert only_expected(driver, both).rows["zoneRole"].tolist() == [ZoneRole.PORT]
+
+
 REGISTER = """REGISTER sip:{there} SIP/2.0
 Via: SIP/2.0/UDP {here}:5060
 From: <sip:guest@{there}>;tag=1

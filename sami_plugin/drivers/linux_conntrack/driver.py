@@ -205,13 +205,13 @@ class LinuxConntrackDriver(FlowDriver):
         made = results(len(batch))
         _refuse(made, ~_has_zone(scope, batch), Reason.NOT_DECLARED)
         _refuse(made, ~has_end_in(batch, scope.addresses), Reason.FOREIGN_ADDRESS)
+        _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)
         if batch.template.is_expectation:
-            _refuse(made, batch.rows["expectationFunction"] >= len(expectations.FUNCTIONS), Reason.NOT_SUPPORTED)
+            _refuse(made, ~expectations.is_known(batch), Reason.NOT_SUPPORTED)
             self._ask_of_expected(expectations.insert, scope, batch, made)
             _refuse(made, came_out(made, Outcome.ABSENT), Reason.LOCAL_PORTS_OWN)
             return made
         _refuse(made, _is_barred(scope, batch), Reason.BARRED)
-        _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)
         if batch.template.protocol is GRE:
             _refuse(made, ~_has_room_for_keys(batch), Reason.INVALID)
         state = batch.template.protocol.state_field
@@ -223,6 +223,7 @@ class LinuxConntrackDriver(FlowDriver):
             self._leave_to_neighbours(connection, scope, batch, made)
             _refuse(made, came_out(made, Outcome.ABSENT), Reason.LOCAL_PORTS_OWN)
             left = np.flatnonzero(came_out(made, Outcome.IMPORTED))
+            expected: list[Batch] = []
             for attempt in range(_MOST_INSERTS):
                 codes = _ask(connection, Request.INSERT, *_named(scope, batch, left))[0]
                 _record(made, left, codes, connection)
@@ -230,9 +231,13 @@ class LinuxConntrackDriver(FlowDriver):
                 is_less = _take_less(batch, left, codes)
                 if not (is_taken | is_less).any() or attempt == _MOST_INSERTS - 1:
                     break
+                if batch.template.is_extended and is_taken.any():  # the kernel drops it with what makes way
+                    expected += [one for one in expectations.exported(connection, scope) if isinstance(one, Batch)]
                 self._make_way(connection, scope, batch.take(left[is_taken]))
                 left = left[is_taken | is_less]
                 made[left] = results(1)
+            for one in expected:
+                expectations.insert(connection, scope, one)
         if batch.template.is_translated:
             made["reason"][made["reason"] == Reason.EXISTS] = Reason.TRANSLATION_TAKEN
         return made
@@ -242,9 +247,10 @@ class LinuxConntrackDriver(FlowDriver):
         # timeout where one is fixed, as in all that was inserted of GRE (`encode.requests`): those are PRESENT.
         made = results(len(batch))
         _absent(made, ~_may_be_there(scope, batch))
-        if batch.template.is_expectation:
-            return self._ask_of_expected(expectations.renew, scope, batch, made, {errno.ENOENT: Outcome.ABSENT})
         _refuse(made, batch.rows["remainingTimeoutSeconds"] == 0, Reason.EXPIRED)  # 0 would remove it
+        if batch.template.is_expectation:
+            _absent(made, ~expectations.is_known(batch))
+            return self._ask_of_expected(expectations.renew, scope, batch, made, {errno.ENOENT: Outcome.ABSENT})
         with self._connections.lend(scope.namespace) as connection:
             self._leave_to_neighbours(connection, scope, batch, made)
             left = np.flatnonzero(came_out(made, Outcome.IMPORTED))

@@ -33,6 +33,7 @@ FUNCTIONS = ("", "nat-follow-master", "sip", "Q.931", "callforwarding")
 _READ_BY_HELPER = ("sip", "H.245", "Q.931", "RAS")
 """Helpers that read the flows that they expect. The kernel tells the master's helper, and not whether it is to."""
 _MOST_DUMPS = 5
+_MOST_DIRECTION = 2
 
 
 class _Tells(enum.Flag):
@@ -126,34 +127,39 @@ def exported(connection: Connection, scope: Scope) -> Iterator[Batch | Omitted]:
     :raises DeviceFailed: the expectations changed under every dump.
     """
     everywhere = _Found(scope.addresses)
-    _dump(connection, _request(nl.EXP_GET, None, None, _Tells(0), nl.NLM_F_DUMP), everywhere)
-    mine = _Found(scope.addresses)
+    _dump(connection, everywhere)
     for batch in everywhere.batches():
-        masters = [name for name, *_ in batch.template.key if name.startswith("master")]
-        for position in np.unique(batch.rows[masters], return_index=True)[1]:
-            for role, zone in scope.zones.items():
-                request = _request(nl.EXP_GET, batch.take(np.array([position])), zone, _Tells.MASTER, nl.NLM_F_DUMP)
-                try:
-                    _dump(connection, request, mine, int(role))
-                except errors.DeviceFailed as error:
-                    if error.errno != errno.ENOENT:  # the master has gone, or is in another zone
-                        raise
-    yield from mine.batches()
+        for role in scope.zones:  # whose it is, is asked: a dump of one master's never ends where that has no helper
+            named = batch.identities
+            named.rows["zoneRole"] = int(role)
+            found, is_there = read_back(connection, scope, named.take(np.unique(named.rows, return_index=True)[1]))
+            if is_there.any():
+                yield found.take(is_there)
     yield from (Omitted(reason, count) for reason, count in everywhere.omitted.items())
+
+
+def is_known(batch: Batch) -> Mask:
+    """Which of them have a function and a NAT of which the numbers mean something here."""
+    is_function: Mask = batch.rows["expectationFunction"] < len(FUNCTIONS)
+    return is_function & (batch.rows["expectationNatDirection"] <= _MOST_DIRECTION)
 
 
 def insert(connection: Connection, scope: Scope, batch: Batch) -> Codes:
     """Creates them, and gives each the time that is left of it; one that is there, that alone. An errno for each."""
     codes = _asked(connection, scope, batch, nl.EXP_NEW, _WHOLE, nl.NLM_F_CREATE | nl.NLM_F_EXCL)[0]
-    codes[codes == errno.EEXIST] = 0
-    is_there = np.flatnonzero(codes == 0)
-    codes[is_there] = renew(connection, scope, batch.take(is_there))
+    is_there = np.flatnonzero((codes == 0) | (codes == errno.EEXIST))
+    renewed = renew(connection, scope, batch.take(is_there))
+    # Of what is there, what is another master's stays as it is.
+    codes[is_there] = np.where(renewed == errno.ENOENT, errno.EEXIST, renewed)
     return codes
 
 
 def renew(connection: Connection, scope: Scope, batch: Batch) -> Codes:
-    """Sets the time that is left of those that are there."""
-    return _asked(connection, scope, batch, nl.EXP_NEW, _WHOLE)[0]
+    """Sets the time that is left of those that are there, of the same master."""
+    codes = np.full(len(batch), errno.ENOENT, np.int32)
+    its = np.flatnonzero(read_back(connection, scope, batch)[1])
+    codes[its] = _asked(connection, scope, batch.take(its), nl.EXP_NEW, _WHOLE)[0]
+    return codes
 
 
 def remove(connection: Connection, scope: Scope, identities: Batch) -> Codes:
@@ -228,17 +234,16 @@ def _asked(
     return codes, answers
 
 
-def _dump(connection: Connection, request: npt.NDArray[np.uint8], found: _Found, role: int = 0) -> None:
+def _dump(connection: Connection, found: _Found) -> None:
+    """All of the namespace that is expected for flows of these addresses; of which zone is not told."""
+    request = lay_out(nl.EXP_GET, nl.NLM_F_REQUEST | nl.NLM_F_DUMP, 0, []).model.copy()
     for _ in range(_MOST_DUMPS):
-        whole = _Found(found.addresses)
+        found.rows, found.omitted = {}, {}
         try:
             for messages in connection.dump(request, nl.EXP_NEW):
-                whole.read(messages, role)
+                found.read(messages)
         except Torn:
             continue
-        for name, rows in whole.rows.items():
-            found.rows.setdefault(name, []).extend(rows)
-        found.omitted |= whole.omitted
         return
     raise errors.DeviceFailed(f"the expectations changed under {_MOST_DUMPS} dumps, so none is complete")
 
@@ -246,9 +251,7 @@ def _dump(connection: Connection, request: npt.NDArray[np.uint8], found: _Found,
 # --- messages
 
 
-def _request(kind: int, one: Batch | None, zone: int | None, tells: _Tells, flags: int = 0) -> npt.NDArray[np.uint8]:
-    if one is None:
-        return lay_out(kind, nl.NLM_F_REQUEST | flags, 0, []).model.copy()
+def _request(kind: int, one: Batch, zone: int, tells: _Tells, flags: int = 0) -> npt.NDArray[np.uint8]:
     row, is_ipv6 = one.rows[0], one.template.is_ipv6
     family = "IPv6" if is_ipv6 else "IPv4"
     function = 0

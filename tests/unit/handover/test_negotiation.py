@@ -26,6 +26,7 @@ from sami_plugin.model.verdict import Verdict
 from sami_plugin.policies.base import Policy
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.policies.policies import AskOperator, Partial, Proceed, Refuse
+from sami_plugin.testing.conformance import flows
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -390,6 +391,18 @@ def test_what_few_flows_have_is_left_out_by_name_where_the_device_has_no_room_fo
         for field, one in (("conntrackHelper", 0), ("conntrackLabels", 1)):
             told = destination["named"][f"degraded: {field} was not kept"]
             assert (told["count"], tuple(told["flows"])) == (1, names(usual.take(np.array([one]))))
+
+
+def test_flow_whose_kind_is_not_taken_at_all_does_not_end_the_session(tmp_path: Path) -> None:
+    with six_against_four(tmp_path) as (hosts, guest):
+        scope = hosts.scope("host-a", guest)
+        udp = flows(TEMPLATES["udp-extended-ipv4"], 1, source=scope.addresses)
+        hosts.drivers["host-a"].insert(scope, udp)
+        hosts.drivers["host-b"]._templates = frozenset({"tcp-ipv4"})  # type: ignore[attr-defined]
+        move(hosts, guest)
+        _, destination = reports(hosts, guest)
+        assert destination["flows"]["imported"] == 4
+        assert destination["named"][f"refused: {WORDS[Reason.NOT_DECLARED]}"]["count"] == 1
 
 
 # --- reservations
