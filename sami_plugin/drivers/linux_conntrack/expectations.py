@@ -41,14 +41,13 @@ class _Tells(enum.Flag):
 
     TUPLE = enum.auto()
     TIME = enum.auto()
-    MASTER = enum.auto()
     WHOLE = enum.auto()
     HELPER = enum.auto()
     NAT = enum.auto()
     ID = enum.auto()
 
 
-_WHOLE = _Tells.TUPLE | _Tells.TIME | _Tells.MASTER | _Tells.WHOLE
+_WHOLE = _Tells.TUPLE | _Tells.TIME | _Tells.WHOLE
 """The kernel wants all of it also where it changes but the time."""
 
 
@@ -310,8 +309,11 @@ def _layout(kind: int, flags: int, is_ipv6: bool, has_zone: bool, tells: _Tells,
     attributes: dict[_Tells, list[Any]] = {
         _Tells.TUPLE: [(nl.EXPECT_TUPLE, whole_tuple("tuple"), None)],
         _Tells.TIME: [(nl.EXPECT_TIMEOUT, "timeout", ">u4"), (nl.EXPECT_FLAGS, "flags", ">u4")],
-        _Tells.MASTER: [(nl.EXPECT_MASTER, whole_tuple("master"), None)],
-        _Tells.WHOLE: [(nl.EXPECT_MASK, whole_tuple("mask"), None), (nl.EXPECT_CLASS, "class", ">u4")],
+        _Tells.WHOLE: [
+            (nl.EXPECT_MASTER, whole_tuple("master"), None),
+            (nl.EXPECT_MASK, whole_tuple("mask"), None),
+            (nl.EXPECT_CLASS, "class", ">u4"),
+        ],
         _Tells.HELPER: [(nl.EXPECT_HELPER, "helper", ">2u8")],
         _Tells.NAT: [(nl.EXPECT_NAT, nat, None)],
         _Tells.ID: [(nl.EXPECT_ID, "id", ">u4")],
