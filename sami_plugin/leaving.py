@@ -80,7 +80,7 @@ class Inventory:
         """Counts what a driver has exported; `domain` is the other host's."""
         if isinstance(piece, Omitted):
             self.left_out[piece.reason] += piece.count
-        elif domain is not None and not domain.gives(piece.template.usual):
+        elif domain is not None and not domain.gives(piece.template.usual.name):
             self.left_out[NOT_FOR_THAT_DOMAIN] += len(piece)
         else:
             self.counts[piece.template.name] += len(piece)

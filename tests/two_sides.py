@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import netaddr
 
-from lab.deadline import wait_until
+from lab.deadline import STRETCH, wait_until
 from lab.namespace import Namespace
 from sami_plugin.model.flows import ZoneRole
 from sami_plugin.model.scope import Scope
@@ -15,6 +15,8 @@ from sami_plugin.model.scope import Scope
 HERE, THERE = "10.9.0.1", "10.9.0.2"
 HERE6, THERE6 = "fd00:9::1", "fd00:9::2"
 ZONE = 5
+SECONDS = 0.4 * STRETCH
+"""Longer than a packet takes, and short enough to wait for one that does not come."""
 FIREWALL = f"""table inet firewall {{
   chain out {{ type filter hook output priority raw; ct zone set {ZONE}; }}
   chain in {{ type filter hook prerouting priority raw; ct zone set {ZONE}; }}

@@ -435,7 +435,7 @@ class DestinationSession(Session):
         is_unknown = np.full(len(mine), mine.template.name not in self._declared)
         refused: list[tuple[Reason, npt.NDArray[np.bool_]]] = [(Reason.NOT_DECLARED, is_unknown)]
         if domain is not None:
-            refused.append((Reason.NOT_ADMITTED, np.full(len(mine), not domain.takes(mine.template.usual))))
+            refused.append((Reason.NOT_ADMITTED, np.full(len(mine), not domain.takes(mine.template.usual.name))))
             if not domain.peers_follow:
                 refused.append((Reason.PEER_CANNOT_FOLLOW, peer_sees_another(theirs, mine, port.scope.addresses)))
         own = (*port.scope.addresses, *port.scope.translations, *self.host.settings.translations)

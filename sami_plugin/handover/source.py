@@ -396,7 +396,7 @@ class SourceSession(Session):
 
     def _gives(self, batch: Batch) -> bool:
         """Whether the other host's domain may have this kind, and the host reads it: not each one what is expected."""
-        return self._knows(batch.template) and (self._domain is None or self._domain.gives(batch.template.usual))
+        return self._knows(batch.template) and (self._domain is None or self._domain.gives(batch.template.usual.name))
 
     def _knows(self, template: Template) -> bool:
         return not template.is_expectation or template.name in self._templates

@@ -64,7 +64,7 @@ def weigh(
     for kind, count in demand.counts.items():
         if kind not in TEMPLATES or TEMPLATES[kind].taken_by(declared).name not in declared:
             losses[Reason.NOT_DECLARED] += count
-        elif not admitted(TEMPLATES[kind].usual):
+        elif not admitted(TEMPLATES[kind].usual.name):
             losses[Reason.NOT_ADMITTED] += count
         else:
             taken[kind] = count

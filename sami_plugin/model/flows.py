@@ -123,15 +123,14 @@ class Template:
         return TEMPLATES[f"{self.protocol.kind}{words}-{'ipv6' if self.is_ipv6 else 'ipv4'}"]
 
     @property
-    def usual(self) -> str:
-        """The name of its kind, by which operators admit it: that of flows which have nothing that few flows have."""
-        return self.variant(is_translated=self.is_translated).name if self.is_extended else self.name
+    def usual(self) -> Template:
+        """That of the same flows without what few have, by whose name operators admit them; itself of any others."""
+        return self.variant(is_translated=self.is_translated) if self.is_extended else self
 
     def taken_by(self, declared: Collection[str]) -> Template:
         """That under which a device which declares these templates takes such flows: it may have no room for what few
         have, and then they come without."""
-        lacks_room = self.is_extended and self.name not in declared
-        return self.variant(is_translated=self.is_translated) if lacks_room else self
+        return self if self.name in declared else self.usual
 
     @property
     def identity(self) -> Template:

@@ -17,16 +17,14 @@ import netaddr
 import numpy as np
 import pytest
 
-from lab.deadline import STRETCH, STRETCHED
+from lab.deadline import STRETCHED
 from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, keep_events_on
 from sami_plugin.model.flows import Batch, FlowStatus, ZoneRole, helper_octets
 from sami_plugin.model.results import Outcome, Reason, lost_fields
 from sami_plugin.model.scope import Scope
-from tests.two_sides import HERE, HERE6, THERE, THERE6, scope_of, two_sides
+from tests.two_sides import HERE, HERE6, SECONDS, THERE, THERE6, scope_of, two_sides
 
-SECONDS = 0.4 * STRETCH
-"""Longer than a packet takes, and short enough to wait for one that does not come."""
 MASQUERADE = "10.9.0.100"
 NAT = f"""table ip nat {{
   chain post {{ type nat hook postrouting priority srcnat; ip saddr {HERE} tcp dport 21 snat to {MASQUERADE}; }}

@@ -14,22 +14,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lab.deadline import STRETCH
 from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.model.flows import Batch
 from sami_plugin.model.protocols import SctpState
 from sami_plugin.model.results import Outcome, lost_fields
 from sami_plugin.model.scope import Scope
-from tests.two_sides import HERE, THERE, scope_of, two_sides
+from tests.two_sides import HERE, SECONDS, THERE, scope_of, two_sides
 
 # Where the kernel has SCTP itself, it aborts associations that it did not begin. conntrack must not see that either.
 NO_ABORTS = """table inet aborts {
   chain out { type filter hook output priority raw; meta l4proto 132 @th,96,8 6 drop; }
 }
 """
-SECONDS = 0.4 * STRETCH
-"""Longer than a packet takes, and short enough to wait for one that does not come."""
 
 
 @pytest.fixture

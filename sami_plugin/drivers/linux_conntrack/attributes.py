@@ -44,10 +44,8 @@ GROUP_NEW, GROUP_UPDATE, GROUP_DESTROY = 1, 2, 3
 
 # --- the subsystem of what helpers expect
 EXPECTATIONS = 2
-EXP_NEW = (
-    EXPECTATIONS << 8 | 0
-)  # of one that is there changes the timeout and the flags; creating gives the helper's own
-EXP_GET = EXPECTATIONS << 8 | 1  # a dump may be of one master's alone, in one zone
+EXP_NEW = EXPECTATIONS << 8 | 0  # creates, with the helper's own timeout; of one that is there sets timeout and flags
+EXP_GET = EXPECTATIONS << 8 | 1  # never dump those of one master: no end is told where that has no helper
 EXP_DELETE = EXPECTATIONS << 8 | 2  # without a tuple and a helper this is a flush: never send it so
 EXPECTATION_GROUPS = 4, 5, 6
 

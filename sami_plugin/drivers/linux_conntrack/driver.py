@@ -19,7 +19,16 @@ from sami_plugin.drivers.linux_conntrack import encode, expectations, probe
 from sami_plugin.drivers.linux_conntrack.connections import Connections, identity_of, is_at, sysctl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Extra, Request
-from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Offsets, Torn, failure
+from sami_plugin.drivers.linux_conntrack.netlink import (
+    GENERIC_OCTETS,
+    HEADER_OCTETS,
+    Connection,
+    Messages,
+    Offsets,
+    Torn,
+    attributes_of,
+    failure,
+)
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
 from sami_plugin.model.flows import (
     BARRED,
@@ -60,6 +69,7 @@ _REASONS = {
     errno.ERANGE: Reason.INVALID,
     errno.EPERM: Reason.NOT_PERMITTED,
 }
+_BODY = HEADER_OCTETS + GENERIC_OCTETS
 _MOST_DUMPS = 5
 # Inserting, finding the tuple taken, deleting what is in the way and inserting again may be overtaken by traffic or by
 # a second row of the same key.
@@ -383,9 +393,9 @@ class LinuxConntrackDriver(FlowDriver):
 def _is_carried(template: Template) -> bool:
     if template.name not in TEMPLATES:
         return False
-    # What few flows have may be left out, so it is no question of the template.
-    usual = template.variant(is_translated=template.is_translated).name
-    return usual in TEMPLATES_OF_EVERY_KERNEL or usual in (probe.features().optional or ())
+    # What few flows have may be left out; what is expected is of TCP or UDP.
+    usual = template.usual.name
+    return template.is_expectation or usual in TEMPLATES_OF_EVERY_KERNEL or usual in (probe.features().optional or ())
 
 
 def _with_own_masters(scope: Scope, batch: Batch) -> Batch:
@@ -421,28 +431,21 @@ def _ask(
     connection: Connection, request: Request, batch: Batch, zones: npt.NDArray[np.uint16]
 ) -> tuple[npt.NDArray[np.int32], list[tuple[Messages, Offsets]]]:
     """As `Connection.ask`, for any number of rows."""
-    codes = np.zeros(len(batch), np.int32)
-    answers: list[tuple[Messages, Offsets]] = []
-    if request is Request.INSERT and batch.template.is_extended:  # which has no answers but codes
-        extras = encode.extras_of(batch)
-        for some in np.unique(extras):
-            alike = np.flatnonzero(extras == some)
-            codes[alike] = _ask_alike(connection, request, batch.take(alike), zones[alike], int(some), answers)
-    else:
-        codes[:] = _ask_alike(connection, request, batch, zones, 0, answers)
-    return codes, answers
+    if request is not Request.INSERT or not batch.template.is_extended:
+        return _ask_alike(connection, request, batch, zones)
+    codes, extras = np.zeros(len(batch), np.int32), encode.extras_of(batch)
+    for some in np.unique(extras):  # in order: masters first
+        alike = np.flatnonzero(extras == some)
+        codes[alike], _ = _ask_alike(connection, request, batch.take(alike), zones[alike], int(some))
+    return codes, []  # an insert is answered by codes alone
 
 
 def _ask_alike(
-    connection: Connection,
-    request: Request,
-    batch: Batch,
-    zones: npt.NDArray[np.uint16],
-    extras: int,
-    answers: list[tuple[Messages, Offsets]],
-) -> npt.NDArray[np.int32]:
-    """Of flows that all have the same of `encode.Extra`; the answers come behind those that are there."""
+    connection: Connection, request: Request, batch: Batch, zones: npt.NDArray[np.uint16], extras: int = 0
+) -> tuple[npt.NDArray[np.int32], list[tuple[Messages, Offsets]]]:
+    """Of flows that all have the same of `encode.Extra`."""
     codes = np.zeros(len(batch), np.int32)
+    answers: list[tuple[Messages, Offsets]] = []
     octets = len(encode.layout(request, batch.template, True, extras).model)
     step = max(1, min(connection.answers_that_fit, _OCTETS_AT_ONCE // octets))
     for begin in range(0, len(batch), step):
@@ -450,7 +453,7 @@ def _ask_alike(
         made = encode.requests(request, Batch(batch.template, batch.rows[part]), zones[part], extras)
         codes[part], entries = connection.ask(made)
         answers += [(messages, numbers + begin) for messages, numbers in entries]
-    return codes
+    return codes, answers
 
 
 def _named(scope: Scope, batch: Batch, which: Numbers) -> tuple[Batch, npt.NDArray[np.uint16]]:
@@ -586,18 +589,8 @@ def _stats(connection: Connection) -> tuple[int, int | None]:
         raise errors.DeviceFailed("the kernel does not tell how full its conntrack table is")
     messages = answers[0][0]
     raw = messages.octets[messages.starts[0] : messages.starts[0] + messages.lengths[0]].tobytes()
-    told = dict(_flat_attributes(raw))
+    told = {kind: int.from_bytes(value, "big") for kind, value in attributes_of(raw[_BODY:]).items()}
     return told.get(nl.STATS_GLOBAL_ENTRIES, 0), told.get(nl.STATS_GLOBAL_MAX_ENTRIES)
-
-
-def _flat_attributes(raw: bytes) -> Iterator[tuple[int, int]]:
-    at = 20
-    while at + 8 <= len(raw):
-        size, kind = np.frombuffer(raw, np.uint16, 2, at)
-        if size != 8:
-            raise errors.Malformed("an attribute's length is wrong", f"octet {at}")
-        yield int(kind) & nl.NLA_TYPE_MASK, int.from_bytes(raw[at + 4 : at + 8], "big")
-        at += 8
 
 
 def _device(namespace: str | None) -> str:

@@ -1,7 +1,7 @@
 """What helpers expect: flows that nobody has begun yet, and that are let in as related to their masters when they come.
 
 There are few of them, so they are read and asked for one by one. The kernel does not tell in which zone one is; that is
-found out by asking for those of its master in a zone.
+found out by asking for it in each of a scope's zones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ import numpy.typing as npt
 from sami_plugin import errors
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.encode import Layout, lay_out, ports_of, tuple_of
-from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER_OCTETS, Connection, Messages, Torn
+from sami_plugin.drivers.linux_conntrack.netlink import (
+    GENERIC_OCTETS,
+    HEADER_OCTETS,
+    Connection,
+    Messages,
+    Torn,
+    attributes_of,
+)
 from sami_plugin.model import protocols
 from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, FirewallEvent, Omitted, Rows
 from sami_plugin.model.scope import Scope
@@ -70,7 +77,7 @@ class _Found:
             self._read(messages.octets[start : start + length].tobytes(), role)
 
     def _read(self, raw: bytes, role: int) -> None:
-        told = _attributes(raw[HEADER_OCTETS + GENERIC_OCTETS :])
+        told = attributes_of(raw[HEADER_OCTETS + GENERIC_OCTETS :])
         expected, master, mask = (
             _Tuple(told.get(number, b"")) for number in (nl.EXPECT_TUPLE, nl.EXPECT_MASTER, nl.EXPECT_MASK)
         )
@@ -112,7 +119,7 @@ class _Found:
         rows["expectationClass"] = _u4(told.get(nl.EXPECT_CLASS))
         rows["expectationFunction"] = FUNCTIONS.index(function)
         if nl.EXPECT_NAT in told:
-            nat = _attributes(told[nl.EXPECT_NAT])
+            nat = attributes_of(told[nl.EXPECT_NAT])
             behind = _Tuple(nat.get(nl.EXPECT_NAT_TUPLE, b""))
             rows["expectationNatDirection"] = 1 + _u4(nat.get(nl.EXPECT_NAT_DIRECTION))
             rows[f"expectationNat{family}Address"] = _number(behind.addresses[0])
@@ -128,7 +135,7 @@ def exported(connection: Connection, scope: Scope) -> Iterator[Batch | Omitted]:
     everywhere = _Found(scope.addresses)
     _dump(connection, everywhere)
     for batch in everywhere.batches():
-        for role in scope.zones:  # whose it is, is asked: a dump of one master's never ends where that has no helper
+        for role in scope.zones:
             named = batch.identities
             named.rows["zoneRole"] = int(role)
             found, is_there = read_back(connection, scope, named.take(np.unique(named.rows, return_index=True)[1]))
@@ -338,29 +345,14 @@ class _Tuple:
     """
 
     def __init__(self, raw: bytes) -> None:
-        parts = _attributes(raw)
-        address, ends = _attributes(parts.get(nl.TUPLE_IP, b"")), _attributes(parts.get(nl.TUPLE_PROTO, b""))
+        parts = attributes_of(raw)
+        address, ends = attributes_of(parts.get(nl.TUPLE_IP, b"")), attributes_of(parts.get(nl.TUPLE_PROTO, b""))
         version = (nl.IP_V6_SRC, nl.IP_V6_DST) if nl.IP_V6_SRC in address else (nl.IP_V4_SRC, nl.IP_V4_DST)
         self.addresses: tuple[bytes, ...] = tuple(address.get(number, b"") for number in version)
         if {len(one) for one in self.addresses} not in ({4}, {16}):
             raise errors.Malformed("a tuple of an expectation lacks addresses", "attribute 1")
         self.protocol = int.from_bytes(ends.get(nl.PROTO_NUM, b""), "big")
         self.ports = tuple(int.from_bytes(ends.get(one, b""), "big") for one in (nl.PROTO_SRC_PORT, nl.PROTO_DST_PORT))
-
-
-def _attributes(raw: bytes) -> dict[int, bytes]:
-    """The attributes of one level, by number.
-
-    :raises Malformed: they do not fill it.
-    """
-    found, at = {}, 0
-    while at < len(raw):
-        size, kind = np.frombuffer(raw, np.uint16, 2, at).tolist() if len(raw) - at >= 4 else (0, 0)
-        if size < 4 or at + size > len(raw):
-            raise errors.Malformed("an attribute's length is wrong", f"octet {at}")
-        found[kind & nl.NLA_TYPE_MASK] = raw[at + 4 : at + size]
-        at += (size + 3) & ~3
-    return found
 
 
 def _text(octets: bytes) -> str:

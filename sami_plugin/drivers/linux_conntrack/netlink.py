@@ -360,6 +360,21 @@ class Connection:
         return used, ends
 
 
+def attributes_of(raw: bytes) -> dict[int, bytes]:
+    """The attributes of one level, by number.
+
+    :raises Malformed: they do not fill it.
+    """
+    found, at = {}, 0
+    while at < len(raw):
+        size, kind = np.frombuffer(raw, np.uint16, 2, at).tolist() if len(raw) - at >= 4 else (0, 0)
+        if size < 4 or at + size > len(raw):
+            raise errors.Malformed("an attribute's length is wrong", f"octet {at}")
+        found[kind & nl.NLA_TYPE_MASK] = raw[at + 4 : at + size]
+        at += (size + 3) & ~3
+    return found
+
+
 class Torn(errors.DeviceFailed):
     """The kernel flagged a dump as interrupted: do it again."""
 
