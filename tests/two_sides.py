@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import netaddr
@@ -31,10 +32,11 @@ FIREWALL = f"""table inet firewall {{
 @contextlib.contextmanager
 def two_sides() -> Iterator[tuple[Namespace, Namespace]]:
     with contextlib.ExitStack() as undo:
-        near, far = Namespace("kinds-near"), Namespace("kinds-far")
+        # Tests may run beside each other, in other processes.
+        near, far = Namespace(f"kinds-near-{os.getpid()}"), Namespace(f"kinds-far-{os.getpid()}")
         for namespace in (near, far):
             undo.callback(namespace.close)
-        near.ip("link add eth0 type veth peer name eth0 netns kinds-far")
+        near.ip(f"link add eth0 type veth peer name eth0 netns kinds-far-{os.getpid()}")
         for namespace, address, address6 in ((near, HERE, HERE6), (far, THERE, THERE6)):
             namespace.ip(f"address add {address}/24 dev eth0", f"address add {address6}/64 dev eth0 nodad")
             namespace.ip("link set eth0 up")

@@ -253,6 +253,16 @@ def only_expected(driver: LinuxConntrackDriver, scope: Scope) -> Batch:
     return found
 
 
+def test_whoever_asks_for_a_zone_is_told_all_that_is_expected_there(
+    transfer: Transfer, scope: Scope, driver: LinuxConntrackDriver
+) -> None:
+    """As `sami flow list` does, which knows no addresses."""
+    transfer.ask(5001)
+    assert len(only_expected(driver, dataclasses.replace(scope, addresses=()))) == 1
+    told = list(driver.export(dataclasses.replace(scope, addresses=(), is_shared=True)))
+    assert not any(isinstance(one, Batch) for one in told), "of a shared zone only what is one's own"
+
+
 def test_what_is_expected_outlives_a_change_of_its_master(
     transfer: Transfer, scope: Scope, driver: LinuxConntrackDriver
 ) -> None:

@@ -60,13 +60,18 @@ _WHOLE = _Tells.TUPLE | _Tells.TIME | _Tells.WHOLE
 
 @dataclass(slots=True)
 class _Found:
-    """Expectations for flows of some addresses."""
+    """Expectations for flows of some addresses, or of any."""
 
-    addresses: Addresses
+    addresses: Addresses | None
     rows: dict[str, list[Rows]] = field(default_factory=dict)
     """By template."""
     omitted: dict[str, int] = field(default_factory=dict)
     """By reason, those that no template holds."""
+
+    @classmethod
+    def of(cls, scope: Scope) -> _Found:
+        """Those of a scope; one that is alone in its zone, and says no addresses, has whatever is there."""
+        return cls(scope.addresses if scope.addresses or scope.is_shared else None)
 
     def batches(self) -> list[Batch]:
         return [Batch.joined(TEMPLATES[name], rows) for name, rows in self.rows.items()]
@@ -82,7 +87,8 @@ class _Found:
             _Tuple(told.get(number, b"")) for number in (nl.EXPECT_TUPLE, nl.EXPECT_MASTER, nl.EXPECT_MASK)
         )
         ends = {(len(octets), int.from_bytes(octets, "big")) for octets in master.addresses}
-        if not ends & {(16 if one.version == 6 else 4, int(one)) for one in self.addresses}:
+        own = self.addresses
+        if own is not None and not ends & {(16 if one.version == 6 else 4, int(one)) for one in own}:
             return
         protocol = protocols.BY_NUMBER.get(expected.protocol)
         function = _text(told.get(nl.EXPECT_FUNCTION, b""))
@@ -132,7 +138,7 @@ def exported(connection: Connection, scope: Scope) -> Iterator[Batch | Omitted]:
 
     :raises DeviceFailed: the expectations changed under every dump.
     """
-    everywhere = _Found(scope.addresses)
+    everywhere = _Found.of(scope)
     _dump(connection, everywhere)
     for batch in everywhere.batches():
         for role in scope.zones:
@@ -184,7 +190,7 @@ def read_back(connection: Connection, scope: Scope, batch: Batch) -> tuple[Batch
     rows, is_there = template.empty(len(batch)), np.zeros(len(batch), bool)
     key = [name for name, *_ in template.key]
     for messages, number in _asked(connection, scope, batch, nl.EXP_GET, _Tells.TUPLE)[1]:
-        found = _Found(scope.addresses)
+        found = _Found.of(scope)
         found.read(messages, int(batch.rows["zoneRole"][number]))
         for one in found.rows.get(template.name, ()):
             if one[key] == batch.rows[key][number : number + 1]:
@@ -205,7 +211,7 @@ class ExpectationEvents:
     def collect(self) -> tuple[list[Batch], list[Batch], bool]:
         """Names of what is gone, what is there, and whether the kernel told all."""
         chunks, is_complete = self._connection.events()
-        touched = _Found(self._scope.addresses)
+        touched = _Found.of(self._scope)
         for messages in chunks:
             for role in self._scope.zones:  # which of them it is, is asked
                 touched.read(messages, int(role))
