@@ -5,12 +5,14 @@ The firewalls are the hosts' kernels; no broker is needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lab.deadline import wait_until
 from lab.guest import Guest
 from lab.host import Host
 from lab.lab import Lab
+from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.drivers.linux_conntrack.driver import LinuxConntrackDriver
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.settings import Settings
@@ -22,9 +24,15 @@ REPORT_SECONDS = 30.0
 class Carrier:
     """See `lab.contract.Carrier`."""
 
-    def __init__(self, settings: Settings | None = None, transport_url: str = "fake://") -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        transport_url: str = "fake://",
+        driver: Callable[[], FlowDriver] = LinuxConntrackDriver,
+    ) -> None:
         self._settings = settings or Settings()
         self._transport_url = transport_url
+        self._driver = driver
         self.hosts: Hosts | None = None
         self._last_move: dict[str, tuple[str, str]] = {}
 
@@ -34,7 +42,7 @@ class Carrier:
         hosts = Hosts(
             folder,
             tuple(lab.hosts),
-            lambda name: LinuxConntrackDriver(),
+            lambda name: self._driver(),
             settings=self._settings,
             scope_files={name: host.scope_file for name, host in lab.hosts.items()},
             transport_url=self._transport_url,

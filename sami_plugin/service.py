@@ -79,7 +79,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
         host_of(
             conf,
             name=conf.agent.host,
-            driver=loader.load_driver(conf.agent.driver, **options.driver_options(conf)),
+            driver=loader.load_drivers(options.driver_options(conf)),
             scopes=load_scopes(conf.agent.scopes, conf),
             journal=journal,
             settings=settings,

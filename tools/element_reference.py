@@ -6,7 +6,9 @@ A test compares the page with what this makes, so the two do not drift apart.
 import pathlib
 from collections.abc import Iterator
 
-from sami_plugin.codec.information_elements import (
+from sami_plugin.drivers.loader import load_kinds
+from sami_plugin.model.flows import TEMPLATES
+from sami_plugin.model.information_elements import (
     CRITICAL,
     ELEMENTS,
     EXAMPLE_ENTERPRISE,
@@ -16,7 +18,8 @@ from sami_plugin.codec.information_elements import (
     Origin,
     Units,
 )
-from sami_plugin.model.flows import TEMPLATES
+
+load_kinds()
 
 PAGE = pathlib.Path(__file__).parents[1] / "doc" / "source" / "reference" / "information-elements.rst"
 

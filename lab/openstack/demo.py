@@ -1,6 +1,6 @@
 """The demo on a real OpenStack: a guest's download while Nova migrates the guest live, without SAMI and with it.
 
-    python -m lab.openstack.demo [--migrations 5] [--natural 3] [--output build/nova]
+    python -m lab.openstack.demo [--migrations 5] [--natural 3] [--turns 5] [--output build/nova]
 
 The guest opened the connection and only its peer sends: the destination admits a packet of it only where conntrack
 knows it. In the migrations that count the destination's rules are in force before the guest runs there, as they are
@@ -8,7 +8,9 @@ where memory takes longer to be copied than Neutron's agent takes (the lab holds
 natural timing the lab's small guest is there sooner, the destination is open at first, and a connection may live by
 luck; that is shown besides. Each side begins with a migration there and one back that do not count: a nova-compute
 that has just been started takes seconds longer for its first one, and SAMI's driver takes effect by such a start.
-The output folder gets result.json, demo.png and all logs. Exit code: 0 when every
+How long migrations take is compared at last, in turns:
+there and back with no agent and no hook, there and back with them, for a machine is faster now and slower then. The
+output folder gets result.json, demo.png and all logs. Exit code: 0 when every
 connection with SAMI survived and most without it died, 1 when not (stderr says why) or when the lab failed, 125 when it
 cannot run here: it takes the machine's root and what `tools/prepare openstack` gets.
 """
@@ -139,6 +141,26 @@ class Demo:
             say(f"with SAMI: {words(made[-1])}")
         return made
 
+    def in_turns(self, sami: Sami, turns: int) -> dict[str, list[float]]:
+        """Seconds that migrations take with natural timing, there and back without agents and hooks, and then with."""
+        seconds: dict[str, list[float]] = {"without": [], "with": []}
+        before = min(agent.ended(self.guest.uuid) for agent in sami.agents.values())
+        for turn in range(1, turns + 1):
+            with sami.away():
+                seconds["without"] += [self._seconds() for _ in self.lab.hosts]
+            seconds["with"] += [self._seconds() for _ in self.lab.hosts]
+            sami.reports(self.guest, before + turn * len(self.lab.hosts))
+            sides = (" and ".join(f"{one:.1f} s" for one in seconds[side][-2:]) for side in seconds)
+            say(f"turn {turn}: without {' with '.join(sides)}")
+        return seconds
+
+    def _seconds(self) -> float:
+        destination = next(name for name in self.lab.hosts if name != self.guest.host)
+        result = self.lab.start_migration(self.guest, destination).wait()
+        if (result.status, result.host) != ("completed", destination):
+            raise LabError(f"Nova's migration ended as {result}; nova-compute's logs say why")
+        return result.seconds
+
     def _watch(self, migration: Migration, flow: Traffic, seconds: float, rules_at: float) -> Moved:
         copying = migration.wait_for("MIGRATION_ITERATION 1").time
         paused = migration.wait_for("SUSPENDED/MIGRATED").time
@@ -187,13 +209,17 @@ Sides = dict[str, dict[str, list[Moved]]]
 """Migrations by timing, "held" and "natural", and by side, "without" and "with"."""
 
 
-def result(sides: Sides) -> dict[str, Any]:
-    """What result.json holds."""
+def result(sides: Sides, turns: dict[str, list[float]]) -> dict[str, Any]:
+    """What result.json holds; `turns` are seconds by side."""
     made = {side: figures(moves) for side, moves in sides["held"].items()}
     for side, moves in sides["natural"].items():
         if moves:
             early = sum(moved.rules_are_first for moved in moves)
             made[side]["natural"] = {**figures(moves), "rules_before_the_guest_ran": early}
+    for side, seconds in turns.items():
+        if seconds:
+            median = round(statistics.median(seconds), 2)
+            made[side]["in_turns"] = {"migrations": len(seconds), "migration_seconds": median}
     return made
 
 
@@ -211,6 +237,13 @@ def table(sides: Sides) -> str:
                     f"{early:>4} of {len(moves):>2}"
                 )
     return "\n".join(lines)
+
+
+def compared(turns: dict[str, list[float]]) -> str:
+    """How much longer migrations took with SAMI, for people."""
+    without, ours = (statistics.median(turns[side]) for side in ("without", "with"))
+    count = len(turns["with"])
+    return f"in turns, {count} each: median {without:.2f} s without agents, {ours:.2f} s with: {ours - without:+.2f} s"
 
 
 def faults(sides: Sides) -> list[str]:
@@ -281,8 +314,12 @@ def _run(options: argparse.Namespace) -> int:
         demo.warm_up(lambda: demo.with_sami(sami, flow, 1, 0))
         sides["held"]["with"] = demo.with_sami(sami, flow, options.migrations, HOLD_SECONDS)
         sides["natural"]["with"] = demo.with_sami(sami, flow, options.natural, 0)
+        flow.stop()
+        turns = demo.in_turns(sami, options.turns)
     print(table(sides))
-    (output / "result.json").write_text(json.dumps(result(sides), indent=1) + "\n")
+    if options.turns:
+        print(compared(turns))
+    (output / "result.json").write_text(json.dumps(result(sides, turns), indent=1) + "\n")
     try:
         draw(sides, output / "demo.png")
     except ImportError:
@@ -301,9 +338,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("build/nova"), help="folder for the results (build/nova)")
     parser.add_argument("--migrations", type=int, default=5, help="of each side that count (5)")
     parser.add_argument("--natural", type=int, default=3, help="of each side besides, with natural timing (3)")
+    parser.add_argument("--turns", type=int, default=5, help="there and back without and with, for the time (5)")
     options = parser.parse_args()
-    if options.migrations < 1 or options.natural < 0:
-        parser.error("--migrations: at least 1; --natural: at least 0")
+    if options.migrations < 1 or options.natural < 0 or options.turns < 0:
+        parser.error("--migrations: at least 1; --natural, --turns: at least 0")
 
     def work() -> int:
         parts.check()

@@ -46,12 +46,16 @@ class Application(app.App):
         self._console: logging.Handler | None = None
 
     def load_driver(self, name: str) -> FlowDriver:
-        """:raises ConfigurationError, NotAvailable: there is no such driver, or it cannot be loaded."""
+        """With the options that the agent's configuration has for it.
+
+        :raises ConfigurationError, NotAvailable: there is no such driver, or it cannot be loaded.
+        """
         if self._load_driver is not None:
             return self._load_driver(name)
+        from sami_plugin.cli import configuration
         from sami_plugin.drivers import loader
 
-        return loader.load_driver(name)
+        return loader.load_driver(name, **configuration.load(None).drivers.get(name, {}))
 
     def build_option_parser(
         self, description: str | None, version: str | None, argparse_kwargs: dict[str, object] | None = None

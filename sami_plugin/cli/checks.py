@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -388,7 +388,8 @@ def _configured(files: list[str] | None) -> Iterator[Check]:
         yield Check(name, Result.LIMITED, f"{configuration.DEFAULT_FILE} is not there; the defaults apply", mend)
     else:
         yield Check(name, Result.OK, f"{', '.join(files or [configuration.DEFAULT_FILE])} is read")
-    yield _driver(known)
+    for name, own in known.drivers.items():
+        yield _driver(name, own)
     yield _journal(known.journal)
     yield _broker(known.transport_url)
     yield _certificate(known)
@@ -411,16 +412,16 @@ def _libvirt(known: AgentConfiguration) -> Iterator[Check]:
     yield Check("libvirt", Result.LIMITED, reason, mend)
 
 
-def _driver(known: AgentConfiguration) -> Check:
+def _driver(name: str, own: Mapping[str, object]) -> Check:
     from sami_plugin.drivers import loader
 
     try:
-        can = loader.load_driver(known.driver).capabilities()
+        can = loader.load_driver(name, **own).capabilities()
     except errors.SamiError as error:
-        return Check("driver", Result.MISSING, f"{known.driver}: {error}", "`sami driver list` shows which can be used")
+        return Check("driver", Result.MISSING, f"{name}: {error}", "`sami driver list` shows which can be used")
     if can.notes:
-        return Check("driver", Result.LIMITED, f"{known.driver}: {'; '.join(can.notes)}")
-    return Check("driver", Result.OK, f"{known.driver} carries {', '.join(sorted(can.templates))}")
+        return Check("driver", Result.LIMITED, f"{name}: {'; '.join(can.notes)}")
+    return Check("driver", Result.OK, f"{name} carries {', '.join(sorted(can.templates))}")
 
 
 def _scopes(known: AgentConfiguration, files: list[str] | None) -> Iterator[Check]:

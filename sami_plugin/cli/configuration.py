@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,8 @@ class AgentConfiguration:
     """The options that are of use outside the agent."""
 
     host: str
-    driver: str
+    drivers: Mapping[str, Mapping[str, object]]
+    """By name, each with its options; the first is the firewall's."""
     scopes: str
     scope_file: str
     journal: str
@@ -57,7 +59,7 @@ def load(files: list[str] | None) -> AgentConfiguration:
         agent = conf.agent
         return AgentConfiguration(
             agent.host,
-            agent.driver,
+            known.driver_options(conf),
             agent.scopes,
             agent.scope_file,
             agent.journal,

@@ -168,7 +168,7 @@ def _by_address(batch: Batch) -> Iterator[tuple[Addresses, Batch]]:
     import netaddr
 
     while len(batch):
-        ends = np.concatenate([batch.rows[batch.source_field], batch.rows[batch.destination_field]])
+        ends = np.concatenate([batch.rows[field] for field in batch.template.end_fields])
         values, counts = np.unique(ends, axis=0, return_counts=True)
         commonest = values[np.argsort(-counts, kind="stable")[:_ADDRESSES_AT_ONCE]]
         if batch.template.is_ipv6:

@@ -37,7 +37,11 @@ class Status(ShowOne):
 
     def take_action(self, parsed_args: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         known = configuration.load(parsed_args.config_file)
-        shown: dict[str, Any] = {"host": known.host, "agent": _agent(known.socket), **self._firewall(known.driver)}
+        shown: dict[str, Any] = {
+            "host": known.host,
+            "agent": _agent(known.socket),
+            **self._firewall(next(iter(known.drivers))),
+        }
         path = parsed_args.journal or known.journal
         if os.path.exists(path):
             shown |= _past_day(path, time.time())

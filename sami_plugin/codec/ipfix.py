@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import functools
 import struct
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from sami_plugin.codec import information_elements as elements
 from sami_plugin.errors import ConfigurationError, Malformed, NotUnderstood, RepresentationError
+from sami_plugin.model import information_elements as elements
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Rows, Template, ZoneRole
 from sami_plugin.model.protocols import STATES
 
@@ -34,6 +35,8 @@ TEMPLATE_SET = 2
 OPTIONS_TEMPLATE_SET = 3
 FIRST_DATA_SET = 256
 ENTERPRISE_BIT = 0x8000
+_FIRST_BROUGHT = 0x8000
+"""The first number of templates that drivers bring; there are as many more."""
 
 MAX_OCTETS = 16 << 20
 """The most that a payload may have where the caller does not say: what RabbitMQ 4 lets through."""
@@ -55,7 +58,7 @@ Octets = bytes | bytearray | memoryview
 # Kinds of records: what a wire template can turn out to be.
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Kind:
     """Records of one set of fields. Flows are of one template; names of flows are told apart by their protocol."""
 
@@ -64,12 +67,54 @@ class _Kind:
     """Offset and octets in a row, in order."""
     dtype: np.dtype[np.void]
     templates: tuple[tuple[int, Template], ...]
-    """With the protocol that each is for."""
+    """With the protocol that each is for; what is no flow has none, and no other template of its fields."""
+
+    @property
+    def is_of_flows(self) -> bool:
+        return self.templates[0][1].is_flow
+
+    @functools.cached_property
+    def domains(self) -> tuple[tuple[str, npt.NDArray[np.bool_]], ...]:
+        """By field, the values that it can have; of the others all."""
+        protocols = [("protocolIdentifier", _table(protocol for protocol, _ in self.templates))]
+        others = [(name, table) for name, table in _DOMAINS.items() if name in self.fields]
+        return (*(protocols if self.is_of_flows else ()), *others)
 
 
 def _plain(template: Template) -> Template:
     """What `template` is on the wire: names of translated flows are those of any others."""
     return template.plain if template.is_identity else template
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """All kinds of records that there are."""
+
+    kinds: tuple[_Kind, ...]
+    of_fields: dict[frozenset[str], _Kind]
+    ids: dict[np.dtype[np.void], int]
+    """Always the same for the same fields, so payloads that are joined to one stream do not define one number twice."""
+    vendors: frozenset[int]
+    """The enterprise numbers of elements that are none of ours."""
+
+
+def _known() -> _Known:
+    return _known_of(len(TEMPLATES))
+
+
+@functools.lru_cache(maxsize=1)
+def _known_of(count: int) -> _Known:
+    """`count` is that of the templates: drivers bring some, and none goes."""
+    kinds = _kinds()
+    ids = {kind.dtype: FIRST_DATA_SET + position for position, kind in enumerate(kinds) if kind.is_of_flows}
+    # What drivers bring differs from host to host: its numbers come from the names.
+    for kind in sorted((kind for kind in kinds if not kind.is_of_flows), key=lambda kind: kind.name):
+        number = zlib.crc32(kind.name.encode()) % _FIRST_BROUGHT
+        while _FIRST_BROUGHT + number in ids.values():
+            number = (number + 1) % _FIRST_BROUGHT
+        ids[kind.dtype] = _FIRST_BROUGHT + number
+    vendors = frozenset(element.vendor for element in elements.ELEMENTS.values()) - {0}
+    return _Known(kinds, {frozenset(kind.fields): kind for kind in kinds}, ids, vendors)
 
 
 def _kinds() -> tuple[_Kind, ...]:
@@ -84,16 +129,10 @@ def _kinds() -> tuple[_Kind, ...]:
             "/".join(template.name for template in templates),
             {name: (place[1], place[0].itemsize) for name, place in (dtype.fields or {}).items()},
             dtype,
-            tuple((template.protocol.number, template) for template in templates),
+            tuple((template.protocol.number if template.is_flow else 0, template) for template in templates),
         )
         for dtype, templates in found.items()
     )
-
-
-_KINDS = _kinds()
-_KIND_OF_FIELDS = {frozenset(kind.fields): kind for kind in _KINDS}
-_TEMPLATE_IDS = {kind.dtype: FIRST_DATA_SET + position for position, kind in enumerate(_KINDS)}
-"""Always the same for the same fields, so payloads that are joined to one stream do not define one number twice."""
 
 
 # Writing.
@@ -101,6 +140,11 @@ _TEMPLATE_IDS = {kind.dtype: FIRST_DATA_SET + position for position, kind in enu
 
 def check_enterprise(enterprise: int) -> None:
     """Raise `ConfigurationError` unless `enterprise` can stand before elements of ours."""
+    if enterprise in _known().vendors:
+        raise ConfigurationError(
+            f"{enterprise} is the enterprise number of a vendor's elements, which an installed package brings; "
+            "take another one for SAMI's"
+        )
     if not 0 < enterprise <= elements.MOST_ENTERPRISE or enterprise == elements.REVERSE_ENTERPRISE:
         raise ConfigurationError(
             f"{enterprise} cannot be the enterprise number of SAMI's elements; take one that IANA assigned to you, "
@@ -118,9 +162,9 @@ def field_specifier(element: elements.InformationElement, octets: int, enterpris
 
 @functools.lru_cache(maxsize=256)
 def _template_record(dtype: np.dtype[np.void], enterprise: int) -> bytes:
-    kind = next(kind for kind in _KINDS if kind.dtype == dtype)
+    kind = next(kind for kind in _known().kinds if kind.dtype == dtype)
     fields = [field_specifier(elements.ELEMENTS[name], place[1], enterprise) for name, place in kind.fields.items()]
-    return _PAIR.pack(_TEMPLATE_IDS[dtype], len(fields)) + b"".join(fields)
+    return _PAIR.pack(_known().ids[dtype], len(fields)) + b"".join(fields)
 
 
 class Encoder:
@@ -184,7 +228,7 @@ class Encoder:
             dtype = batch.template.dtype
             assert batch.rows.dtype == dtype, f"rows of {batch.template.name} have another template's fields"
             rows = np.ascontiguousarray(batch.rows)
-            yield _TEMPLATE_IDS[dtype], rows.view(np.uint8).data, dtype.itemsize, len(rows)
+            yield _known().ids[dtype], rows.view(np.uint8).data, dtype.itemsize, len(rows)
 
 
 def encode(
@@ -392,7 +436,7 @@ class _Decoder:
             is_options, record = template
             # Short ones are of the usual exporters and come again; long ones would only fill the cache.
             interpret = _layout if len(record) <= 512 else _layout.__wrapped__
-            found = self.layouts[domain, set_id] = interpret(record, is_options, self.enterprise)
+            found = self.layouts[domain, set_id] = interpret(record, is_options, self.enterprise, _known())
         return found
 
     def _take(self, count: int, place: str) -> None:
@@ -474,7 +518,7 @@ def _length(content: memoryview, here: int, octets: int, place: str) -> tuple[in
 
 
 @functools.lru_cache(maxsize=512)
-def _layout(record: bytes, is_options: bool, enterprise: int) -> _Layout:
+def _layout(record: bytes, is_options: bool, enterprise: int, known: _Known) -> _Layout:
     """What records of this template are. Raises nothing: to define a wrong template is no harm, to use it is."""
     template_id, count = _PAIR.unpack_from(record, 0)
     specifiers: list[tuple[int, int, int]] = []
@@ -507,7 +551,7 @@ def _layout(record: bytes, is_options: bool, enterprise: int) -> _Layout:
         if not 0 < scopes <= count:
             return _Layout(0, wrong=f"options template {template_id} has {scopes} scope fields among {count}")
         return _Layout(total, is_options=True, lengths=lengths, described=_description_places(specifiers))
-    return _flow_layout(template_id, specifiers, total, enterprise)
+    return _flow_layout(template_id, specifiers, total, enterprise, known)
 
 
 def _description_places(specifiers: list[tuple[int, int, int]]) -> tuple[int, int, int] | None:
@@ -522,7 +566,9 @@ def _description_places(specifiers: list[tuple[int, int, int]]) -> tuple[int, in
     return enterprise_number, number, name
 
 
-def _flow_layout(template_id: int, specifiers: list[tuple[int, int, int]], total: int, enterprise: int) -> _Layout:
+def _flow_layout(
+    template_id: int, specifiers: list[tuple[int, int, int]], total: int, enterprise: int, known: _Known
+) -> _Layout:
     places: dict[str, tuple[int, int]] = {}
     skipped: list[tuple[int, int]] = []
     varying: list[str] = []
@@ -542,10 +588,10 @@ def _flow_layout(template_id: int, specifiers: list[tuple[int, int, int]], total
                 return _Layout(0, wrong=f"template {template_id} gives {element.name} {words}")
             places[element.name] = offset, octets
         offset += octets
-    kind = _KIND_OF_FIELDS.get(frozenset(places))
+    kind = known.of_fields.get(frozenset(places))
     if kind is None:
         strangers = [elements.name_of(*each, enterprise) for each in skipped]
-        return _Layout(0, wrong=_no_kind(template_id, set(places), strangers))
+        return _Layout(0, wrong=_no_kind(known.kinds, template_id, set(places), strangers))
     if varying:
         # Well-formed, and its sender may be right to send it; but it would take a walk over every record.
         return _Layout(0, not_understood=tuple(varying))
@@ -561,8 +607,8 @@ def _flow_layout(template_id: int, specifiers: list[tuple[int, int, int]], total
     )
 
 
-def _no_kind(template_id: int, fields: set[str], strangers: list[str]) -> str:
-    nearest = min(_KINDS, key=lambda kind: len(fields.symmetric_difference(kind.fields)))
+def _no_kind(kinds: Iterable[_Kind], template_id: int, fields: set[str], strangers: list[str]) -> str:
+    nearest = min(kinds, key=lambda kind: len(fields.symmetric_difference(kind.fields)))
     parts = []
     if missing := [name for name in nearest.fields if name not in fields]:
         parts.append(f"lacks {', '.join(missing)}")
@@ -578,6 +624,8 @@ def _batches(kind: _Kind, pieces: dict[_Layout, list[memoryview]]) -> list[Batch
     made = [_rows(kind, layout, octets) for layout, octets in pieces.items()]
     rows = made[0] if len(made) == 1 else Batch.joined(kind.templates[0][1], made).rows
     _check(kind, rows)
+    if not kind.is_of_flows:
+        return [Batch(kind.templates[0][1], rows)]
     protocols = rows["protocolIdentifier"]
     batches = []
     for protocol, template in kind.templates:
@@ -624,18 +672,11 @@ _DOMAINS: dict[str, npt.NDArray[np.bool_]] = {
     "firewallEvent": _table(FirewallEvent),
     "expectationNatDirection": _table(range(3)),
 }
-_KIND_DOMAINS: dict[_Kind, tuple[tuple[str, npt.NDArray[np.bool_]], ...]] = {
-    kind: (
-        ("protocolIdentifier", _table(protocol for protocol, _ in kind.templates)),
-        *((name, table) for name, table in _DOMAINS.items() if name in kind.fields),
-    )
-    for kind in _KINDS
-}
 
 
 def _check(kind: _Kind, rows: Rows) -> None:
     """Raise `Malformed` where a value is none that its element can have in a flow of this kind."""
-    for name, table in _KIND_DOMAINS[kind]:
+    for name, table in kind.domains:
         allowed = table[rows[name]]
         if not allowed.all():
             record = int(allowed.argmin())

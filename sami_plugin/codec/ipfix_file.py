@@ -12,9 +12,9 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, Literal
 
-from sami_plugin.codec import information_elements as elements
 from sami_plugin.codec import ipfix
 from sami_plugin.errors import NotAvailable, NotPermitted
+from sami_plugin.model import information_elements as elements
 from sami_plugin.model.flows import Batch
 
 MAX_OCTETS = 1 << 30

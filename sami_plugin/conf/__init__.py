@@ -25,6 +25,8 @@ AGENT = cfg.OptGroup("agent", title="The agent of this host")
 MIGRATION = cfg.OptGroup("migration", title="How a guest's flows are carried")
 OVS = cfg.OptGroup("ovs", title="Open vSwitch on this host, for the scope finders `ovs` and `ovn`")
 OVN = cfg.OptGroup("ovn", title="OVN, for the scope finder `ovn`")
+DEPOSIT = cfg.OptGroup("deposit", title="What is kept for other hosts' devices, for the driver `deposit`")
+NFT_SETS = cfg.OptGroup("nft_sets", title="nftables' sets and maps, for the driver `nft_sets`")
 
 AGENT_OPTIONS = [
     cfg.HostAddressOpt(
@@ -39,6 +41,14 @@ AGENT_OPTIONS = [
         default="linux_conntrack",
         help="Firewall driver, a name of the entry points `sami.drivers`; `sami driver list` shows them. Change it "
         "when the guests' firewall of this host is not the kernel's.",
+    ),
+    cfg.ListOpt(
+        "further_drivers",
+        default=[],
+        help="Drivers of what else this host keeps of its guests, beside the firewall's own: `nft_sets`, those of "
+        "other packages, and last of all `deposit`, which keeps what only other hosts' devices know of. What one of "
+        "them cannot do costs a migration that driver's kinds and nothing else. A kind that several carry is the "
+        "first one's.",
     ),
     cfg.IntOpt(
         "capacity",
@@ -147,6 +157,27 @@ OVS_OPTIONS: list[cfg.Opt] = [
         "integration_bridge",
         default="br-int",
         help="Name of the bridge that the guests' ports are in, as Neutron's [ovs] integration_bridge.",
+    ),
+]
+
+DEPOSIT_OPTIONS: list[cfg.Opt] = [
+    cfg.StrOpt("folder", default="/var/lib/sami/deposit", help="Where it is kept, in a file for each port."),
+    cfg.IntOpt(
+        "days",
+        default=30,
+        min=1,
+        help="What no guest has taken with it for so many days is thrown away when the agent starts.",
+    ),
+]
+
+NFT_SETS_OPTIONS: list[cfg.Opt] = [
+    cfg.ListOpt(
+        "sets",
+        default=[],
+        help="The sets and maps of which a guest's elements go with it, each as [NAME=]FAMILY TABLE SET, such as "
+        "`inet filter throttled`. NAME is what both hosts call it, by default SET. An element is a guest's if one of "
+        "the guest's addresses is in its key. Name sets that packets add to, whose elements mean the same on each "
+        "host.",
     ),
 ]
 
@@ -557,9 +588,22 @@ def retention(conf: cfg.ConfigOpts) -> Retention:
     return Retention(conf.agent.journal_days, conf.agent.journal_mebibytes * MEBIBYTE)
 
 
-def driver_options(conf: cfg.ConfigOpts) -> dict[str, object]:
-    """What the firewall driver is made with."""
-    return {} if conf.agent.capacity is None else {"capacity": conf.agent.capacity}
+def driver_options(conf: cfg.ConfigOpts) -> dict[str, dict[str, object]]:
+    """The drivers by name, in their order, each with what it is made with.
+
+    :raises ConfigurationError: one is named twice.
+    """
+    names = [conf.agent.driver, *conf.agent.further_drivers]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"[agent] further_drivers: one of {', '.join(names)} is named twice")
+    made: dict[str, dict[str, object]] = {name: {} for name in names}
+    if conf.agent.capacity is not None:
+        made[conf.agent.driver]["capacity"] = conf.agent.capacity
+    if "deposit" in made:
+        made["deposit"] |= {"folder": conf.deposit.folder, "days": conf.deposit.days}
+    if "nft_sets" in made:
+        made["nft_sets"]["sets"] = conf.nft_sets.sets
+    return made
 
 
 def domains(conf: cfg.ConfigOpts) -> tuple[Domain, ...]:
@@ -623,6 +667,8 @@ _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (AGENT, AGENT_OPTIONS),
     (OVS, OVS_OPTIONS),
     (OVN, OVN_OPTIONS),
+    (DEPOSIT, DEPOSIT_OPTIONS),
+    (NFT_SETS, NFT_SETS_OPTIONS),
     (MIGRATION, MIGRATION_OPTIONS),
     (POLICY, POLICY_OPTIONS),
     (TLS, TLS_OPTIONS),

@@ -103,7 +103,8 @@ class FlowDriver(abc.ABC):
         """The scope's flows, in batches as the device gives them, while it goes on changing.
 
         A flow that is there from beginning to end is told at least once, one that comes or goes meanwhile may be.
-        The iterator may be abandoned. Rows are complete; `flowId` is the device's id of the flow. Flows with a mark of
+        The iterator may be abandoned. Rows are complete; `flowId` is the device's id of the flow, or 0 where the device
+        has none for a kind of its own (`model.kinds`). Flows with a mark of
         `scope.barred_marks` are omitted, and a watch tells a flow that gets such a mark as removed.
 
         :raises DeviceFailed: the device gave up; what was told so far is right but not all.

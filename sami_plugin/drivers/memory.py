@@ -181,6 +181,7 @@ class MemoryDriver(FlowDriver):
     """A way to a `MemoryDevice`.
 
     :param templates: names of the templates that it declares; by default all of flows: it has no helpers, which expect.
+        It holds records of any kind that is known (`model.kinds`) as well.
     :param can_watch: whether it declares that it can watch.
     """
 
@@ -371,7 +372,7 @@ class _MemoryWatch(Watch):
                 role = self._roles[place]
                 removed += [(entry.template.name, role, entry) for entry in gone.values()]
                 current = device.zone(place).entries.get(original)
-                if current is not None and int(current.row["flowMark"]) & self._scope.barred_marks:
+                if current is not None and _is_barred(self._scope, _single(current.template, current.row))[0]:
                     removed.append((current.template.name, role, current))
                 elif current is not None:
                     upserted.append((current.template.name, role, current))
@@ -411,6 +412,8 @@ def _has_neighbour(scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:
 
 
 def _is_barred(scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:
+    if not batch.template.is_flow:
+        return np.zeros(len(batch), bool)
     barred: npt.NDArray[np.bool_] = batch.rows["flowMark"] & np.uint32(scope.barred_marks) != 0
     return barred
 
@@ -460,8 +463,9 @@ def _deleted(batch: Batch) -> Batch:
 
 
 def _original(template: Template, row: np.void) -> Tuple:
-    """The tuple of the flow's first packet: its key without the role of its zone."""
-    return row.tobytes()[1 : template.key_octets]
+    """The tuple of the flow's first packet: its key without the role of its zone. Of other kinds the kind, too."""
+    kind = b"" if template.is_flow else template.name.removesuffix("-identity").encode()
+    return kind + row.tobytes()[1 : template.key_octets]
 
 
 def _reply(template: Template, row: np.void) -> Tuple:

@@ -280,7 +280,7 @@ class DestinationSession(Session):
 
     def _begun_by_peers(self, scope: Scope) -> Iterator[Batch]:
         for piece in self.host.driver.export(scope):
-            if isinstance(piece, Batch) and not piece.template.is_expectation:
+            if isinstance(piece, Batch) and piece.template.is_flow and not piece.template.is_expectation:
                 called = piece.rows[piece.destination_field]
                 batch = piece.take(holds_any(called, piece.template.is_ipv6, scope.addresses))
                 if len(batch):
@@ -384,7 +384,8 @@ class DestinationSession(Session):
         # Nothing tells this host that traffic renews the source's timeout: what is held here must not run out before
         # the guest comes. What the source lets expire arrives as a removal.
         hold = self.host.settings.limits.hold_seconds
-        batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
+        if batch.template.is_renewed:
+            batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
         sent, batch = batch, batch.under(batch.template.taken_by(self._declared))
         homeless = np.ones(len(batch), bool)
         for port in ports:
@@ -516,7 +517,7 @@ class DestinationSession(Session):
         hold = self.host.settings.limits.hold_seconds
         age = self.host.monotonic() - self._began_at
         for port in self._ports:
-            for batch in port.held.batches():
+            for batch in (held for held in port.held.batches() if held.template.is_renewed):
                 # The rows are as they were when they were looked at, which is no longer ago than the session is old.
                 short = batch.take(batch.rows["remainingTimeoutSeconds"] < age + 2 * hold)
                 short.rows["remainingTimeoutSeconds"] = np.maximum(short.rows["remainingTimeoutSeconds"], hold)

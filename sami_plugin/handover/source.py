@@ -399,7 +399,7 @@ class SourceSession(Session):
         return self._knows(batch.template) and (self._domain is None or self._domain.gives(batch.template.usual.name))
 
     def _knows(self, template: Template) -> bool:
-        return not template.is_expectation or template.name in self._templates
+        return template.is_read_by_all or template.name in self._templates
 
     def _tell_gone(self, port: Leaving, batch: Batch, gone: list[Batch]) -> None:
         """A flow that was never told needs no removal; one that took the same tuple since is not meant."""

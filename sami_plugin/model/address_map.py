@@ -64,8 +64,10 @@ class AddressMap:
 def peer_sees_another(before: Batch, after: Batch, addresses: Addresses) -> Mask:
     """Which flows have other addresses than before where their peers are, seen from who has `addresses`.
 
-    Behind a translation that the flow itself tells of, peers see what it translates to.
+    Behind a translation that the flow itself tells of, peers see what it translates to. What is no flow has no peer.
     """
+    if not after.template.is_flow:
+        return np.zeros(len(after), bool)
     inner = has_changed(before, after, _ends(after, ("source", "destination")))
     behind = _ends(after, ("postNATSource", "postNATDestination"))
     if not behind:

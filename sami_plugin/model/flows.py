@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sami_plugin.model import protocols
+from sami_plugin.model.printable import printable
 from sami_plugin.model.protocols import Field, Protocol
 
 Rows = npt.NDArray[np.void]
@@ -63,11 +64,21 @@ class FirewallEvent(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The fields of one kind of flow record: first those of its key, then those of its state."""
+    """The fields of one kind of record: first those of its key, then those of its state.
+
+    Most are of flows. What else a firewall keeps is of kinds that drivers bring (`model.kinds`); they say what follows
+    for flows from the names of their fields.
+    """
 
     name: str
     key: tuple[Field, ...]
     state: tuple[Field, ...]
+    ends: tuple[str, ...] = field(default=(), compare=False)
+    """Of a kind that is none of flows: the fields of its key that hold an address of the guest's port."""
+    words: str = field(default="", compare=False)
+    """And how people read a record: a format of the fields of its key, as ``{elementIPv4Address} in {nftSetName}``."""
+    is_renewed: bool = field(default=True, compare=False)
+    """Whether traffic renews its time, so that it is kept alive where the guest does not run yet."""
 
     # What follows from them is asked for with every batch, and computed once.
     dtype: np.dtype[np.void] = field(init=False, compare=False, repr=False)
@@ -84,23 +95,30 @@ class Template:
     is_expectation: bool = field(init=False, compare=False, repr=False)
     """Whether it is of flows that a helper expects and that nobody has begun yet."""
     is_identity: bool = field(init=False, compare=False, repr=False)
+    is_flow: bool = field(init=False, compare=False, repr=False)
+    """Whether it is of flows, or of what is expected to be one."""
 
     def __post_init__(self) -> None:
         names = [one[0] for one in self.key + self.state]
-        is_expectation = any(one[0].startswith("master") for one in self.key)
+        is_flow = not self.ends
+        is_expectation = is_flow and any(one[0].startswith("master") for one in self.key)
         for name, value in (
             ("dtype", _dtype(self.key + self.state)),
             ("key_octets", _dtype(self.key).itemsize),
             ("address_fields", tuple(one for one in names if one.endswith("Address"))),
             (
                 "end_fields",
-                tuple(one for one in names if one.endswith("Address") and one.startswith("master") == is_expectation),
+                self.ends
+                or tuple(
+                    one for one in names if one.endswith("Address") and one.startswith("master") == is_expectation
+                ),
             ),
-            ("is_ipv6", "sourceIPv6Address" in names),
-            ("is_translated", any(one.startswith("postNAT") for one in names)),
-            ("is_extended", "conntrackLabels" in names),
+            ("is_ipv6", any(one[0] in (self.ends or ("sourceIPv6Address",)) and len(one) > 2 for one in self.key)),
+            ("is_translated", is_flow and any(one.startswith("postNAT") for one in names)),
+            ("is_extended", is_flow and "conntrackLabels" in names),
             ("is_expectation", is_expectation),
             ("is_identity", self.state == _IDENTITY),
+            ("is_flow", is_flow),
         ):
             object.__setattr__(self, name, value)
 
@@ -112,7 +130,7 @@ class Template:
     @property
     def plain(self) -> Template:
         """That of the same flows without a NAT and without what few have; of names, that of the names of these."""
-        if self.is_expectation:
+        if self.is_expectation or not self.is_flow:
             return self
         flows = self.variant()
         return flows.identity if self.is_identity else flows
@@ -133,6 +151,11 @@ class Template:
         return self if self.name in declared else self.usual
 
     @property
+    def is_read_by_all(self) -> bool:
+        """Whether each agent reads it, also one whose firewall does not take it: not so what came later."""
+        return self.is_flow and not self.is_expectation
+
+    @property
     def identity(self) -> Template:
         """The template of names of these flows: the key, the source's id of the flow and an event."""
         return _identity(self)
@@ -148,7 +171,9 @@ def _dtype(fields: tuple[Field, ...]) -> np.dtype[np.void]:
 
 @functools.cache
 def _identity(template: Template) -> Template:
-    return template if template.is_identity else Template(f"{template.name}-identity", template.key, _IDENTITY)
+    if template.is_identity:
+        return template
+    return Template(f"{template.name}-identity", template.key, _IDENTITY, template.ends, template.words)
 
 
 _FLOW_ID: Field = ("flowId", ">u4")
@@ -396,8 +421,11 @@ def helper_octets(name: str) -> tuple[int, int]:
 def importance(batch: Batch) -> npt.NDArray[np.int64]:
     """Where there is no place for all, the flows of which this is greater come first.
 
-    First come those that were seen both ways (ASSURED), and of these the ones that have more time left.
+    First come those that were seen both ways (ASSURED), and of these the ones that have more time left. What is no flow
+    comes last.
     """
+    if not batch.template.is_flow:
+        return batch.rows["remainingTimeoutSeconds"].astype(np.int64)
     is_assured = (batch.rows["conntrackStatus"] & int(FlowStatus.ASSURED)) != 0
     ranks: npt.NDArray[np.int64] = (is_assured.astype(np.int64) << 32) + batch.rows["remainingTimeoutSeconds"]
     return ranks
@@ -409,6 +437,8 @@ def names(batch: Batch, limit: int = 20) -> tuple[str, ...]:
 
 
 def _name(batch: Batch, row: np.void) -> str:
+    if not batch.template.is_flow:
+        return said(batch.template, row)
     identifiers = batch.template.protocol.identifiers
     source, destination = (_address(row[field]) for field in (batch.source_field, batch.destination_field))
     if identifiers is protocols.PORTS:
@@ -422,6 +452,20 @@ def _name(batch: Batch, row: np.void) -> str:
     return f"{expected}{protocol} {source} > {destination}{detail and ' ' + detail}"
 
 
+def said(template: Template, row: np.void) -> str:
+    """A record of a kind that is none of flows, for people: the words of its kind."""
+    values: dict[str, object] = {}
+    for name in row.dtype.names or ():
+        if name.endswith("Address"):
+            values[name] = _address(row[name])
+        elif np.ndim(row[name]):  # octets
+            octets = row[name].tobytes().rstrip(bytes(1))
+            values[name] = printable(octets.decode("latin-1"), 64) if octets.isascii() else octets.hex()
+        else:
+            values[name] = row[name]
+    return f"{template.name.removesuffix('-identity')} {template.words.format_map(values)}"
+
+
 def _address(value: np.void) -> str:
     if np.ndim(value):
         return str(netaddr.IPAddress(int(value[0]) << 64 | int(value[1]), 6))
@@ -429,7 +473,12 @@ def _address(value: np.void) -> str:
 
 
 def answers(batch: Batch) -> Batch:
-    """The keys of what these flows' peers send, where it comes from outside a NAT; the state fields are zero."""
+    """The keys of what these flows' peers send, where it comes from outside a NAT; the state fields are zero.
+
+    What is no flow is not answered: its own key.
+    """
+    if not batch.template.is_flow:
+        return batch
     template = batch.template.plain
     identifiers, rows = template.protocol.identifiers, template.empty(len(batch))
     behind = _behind(batch.template)
@@ -453,7 +502,12 @@ def _behind(template: Template) -> dict[str, str]:
 
 
 def turned_round(batch: Batch) -> Batch:
-    """The keys of the same flows as their other ends would have begun them; the state fields are the same."""
+    """The keys of the same flows as their other ends would have begun them; the state fields are the same.
+
+    What is no flow has no other end.
+    """
+    if not batch.template.is_flow:
+        return batch
     rows = batch.rows.copy()
     identifiers = batch.template.protocol.identifiers
     pairs = [(batch.source_field, batch.destination_field)]

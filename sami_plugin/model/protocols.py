@@ -2,7 +2,7 @@
 
 A kind of flow is a protocol: its number, what tells its flows apart between two addresses, and what a firewall knows of
 how far they are. Templates (`model.flows`), codec, drivers, conformance suite and command line go by what stands here.
-To add a kind takes an entry in `GENERATIONS`, the elements of its fields in `codec.information_elements`, and in a
+To add a kind takes an entry in `GENERATIONS`, the elements of its fields in `model.information_elements`, and in a
 driver what its device calls them.
 """
 

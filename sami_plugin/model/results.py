@@ -52,6 +52,7 @@ class Reason(enum.IntEnum):
     BARRED = 21
     TRANSLATION_TAKEN = 22
     NO_ZONE = 23
+    SET_FULL = 24
 
 
 MEND_NO_PLACE = "raise nf_conntrack_max or capacity, or lower headroom_percent"
@@ -81,6 +82,7 @@ WORDS: dict[Reason, str] = {
     Reason.BARRED: "the firewall's mark on it says that its packets are dropped",
     Reason.TRANSLATION_TAKEN: "what it is translated to is another flow's on this host (EEXIST)",
     Reason.NO_ZONE: "what tracks it on this host, such as the guest's router, is not here",
+    Reason.SET_FULL: "its set is full; raise the set's size (ENFILE)",
     Reason.NO_PLACE: f"there was no free place for it; {MEND_NO_PLACE}",
 }
 

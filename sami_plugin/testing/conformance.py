@@ -11,7 +11,8 @@ and runs the class with pytest or, mixed into `unittest.TestCase`, with unittest
             return Scope(port="port", guest="guest", zones={ZoneRole.PORT: 7}, addresses=PORT_ADDRESSES)
 
 A test's name is the promise. Each begins with a new driver and empty scopes. What a driver declares it is held to; what
-it does not declare is skipped, and the skip says so.
+it does not declare is skipped, and the skip says so. Records of kinds of the driver's own (`model.kinds`) keep the same
+promises, as far as they are not of flows alone; `some_flows` says what they look like.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sami_plugin.drivers.base import Changes, FlowDriver
+from sami_plugin.drivers.loader import load_kinds
 from sami_plugin.errors import UndeclaredAbility
 from sami_plugin.model.flows import (
     BARRED,
@@ -42,6 +44,8 @@ from sami_plugin.model.flows import (
 from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.results import RESULT, Outcome, Reason, Results, lost_fields
 from sami_plugin.model.scope import Scope
+
+load_kinds()
 
 PORT_ADDRESSES: Addresses = (netaddr.IPAddress("192.0.2.10"), netaddr.IPAddress("2001:db8:1::10"))
 """The guest's own; every flow of `flows` has one of them as its source."""
@@ -80,6 +84,8 @@ def flows(
     ones hide the source behind `TRANSLATED_ADDRESSES`, on the port that they had. `first` sets batches
     apart: those from 0 and those from 1000 share no key as long as neither has more than 1000.
     """
+    if not template.is_flow:
+        return _records(template, np.arange(first, first + count), source)
     family = "IPv6" if template.is_ipv6 else "IPv4"
     rows = template.empty(count)
     fields = rows.dtype.names or ()
@@ -131,9 +137,22 @@ def flows(
     return Batch(template, rows)
 
 
+def _records(template: Template, numbers: npt.NDArray[np.int_], source: Addresses) -> Batch:
+    """Records of a kind that is none of flows: the last field of the key that is no end tells them apart."""
+    rows = template.empty(len(numbers))
+    rows["zoneRole"], rows["remainingTimeoutSeconds"] = ZoneRole.PORT, TIMEOUT_SECONDS
+    for end in template.ends:
+        rows[end] = _address(source, template.is_ipv6)
+    other = [field[0] for field in template.key[1:] if field[0] not in template.ends][-1:]
+    for name in other:
+        column = rows[name] if rows[name].ndim == 1 else rows[name][:, -1]
+        column[:] = 1 + numbers % min(np.iinfo(column.dtype).max, 1 << 31)
+    return Batch(template, rows)
+
+
 def _has_two_sides(template: Template) -> bool:
     """Whether either end may have begun such a flow; a translated one seen from its other end is another one."""
-    return template.protocol.identifiers.swapped is not None and not template.is_translated
+    return template.is_flow and template.protocol.identifiers.swapped is not None and not template.is_translated
 
 
 def _address(addresses: Addresses, is_ipv6: bool) -> int | tuple[int, int]:
@@ -224,8 +243,9 @@ class FlowDriverConformance:
         for template, driver, scope in self._each_template():
             driver.insert(scope, self.some_flows(template, self.count))
             ids = _exported(driver, scope)[template.name].rows["flowId"]
-            _promise(bool((ids != 0).all()), "an exported flow has no id")
-            _promise(len(np.unique(ids)) == len(ids), "two exported flows have one id")
+            if template.is_flow or ids.any():
+                _promise(bool((ids != 0).all()), "an exported flow has no id")
+                _promise(len(np.unique(ids)) == len(ids), "two exported flows have one id")
             self._clear(driver, scope)
 
     def test_export_of_one_device_goes_into_it_again(self) -> None:
@@ -255,7 +275,8 @@ class FlowDriverConformance:
         for template, driver, scope in self._each_template():
             sent = self.some_flows(template, self.count)
             driver.insert(scope, sent)
-            sent.rows["flowMark"] += 40
+            if "flowMark" in (sent.rows.dtype.names or ()):
+                sent.rows["flowMark"] += 40
             _all(driver.insert(scope, sent), Outcome.IMPORTED, f"repeating the insert of {template.name}")
             told = _exported(driver, scope)[template.name]
             _promise(len(told) == self.count, f"{self.count} flows inserted twice are {len(told)}")
@@ -378,6 +399,9 @@ class FlowDriverConformance:
             sent = self.some_flows(template, self.count)
             driver.insert(scope, sent)
             wrong = driver.read_back(scope, sent)[0].identities
+            if not template.is_flow and not wrong.rows["flowId"].any():
+                self._clear(driver, scope)
+                continue
             wrong.rows["flowId"] ^= 0x5A5A5A5A
             _all(driver.remove(scope, wrong), Outcome.ABSENT, f"removing {template.name} by another id")
             self._there(driver, scope, sent, "a removal with another id took")
@@ -401,7 +425,11 @@ class FlowDriverConformance:
             driver.remove(scope, _named(sent))
             driver.insert(scope, sent)
             second = int(driver.read_back(scope, sent)[0].rows["flowId"][0])
-            _promise(first != second, f"{template.name} has the id {first} again after it was removed and made anew")
+            has_ids = template.is_flow or first or second
+            _promise(
+                not has_ids or first != second,
+                f"{template.name} has the id {first} again after it was removed and made anew",
+            )
             self._clear(driver, scope)
 
     # Renewing.
@@ -468,9 +496,9 @@ class FlowDriverConformance:
     def test_shared_zone_shows_the_flows_of_the_port_alone(self) -> None:
         driver, mine, theirs = self._shared()
         for template in self._declared(driver, mine):
-            own = flows(template, 2)
+            own = self.some_flows(template, 2)
             driver.insert(mine, own)
-            neighbours = flows(template, 2, source=NEIGHBOUR_ADDRESSES, first=1000)
+            neighbours = self._of_neighbour(template, first=1000)
             driver.insert(theirs, neighbours)
             told = _exported(driver, mine).get(template.name)
             _promise(told is not None and len(told) == 2, "not the flows of the port, or not they alone, are exported")
@@ -481,7 +509,7 @@ class FlowDriverConformance:
     def test_neighbours_flows_are_never_touched(self) -> None:
         driver, mine, theirs = self._shared()
         for template in self._declared(driver, mine):
-            neighbours = flows(template, 2, source=NEIGHBOUR_ADDRESSES)
+            neighbours = self._of_neighbour(template)
             driver.insert(theirs, neighbours)
             before = driver.read_back(theirs, neighbours)[0]
             made = driver.remove(mine, _named(neighbours))
@@ -503,7 +531,7 @@ class FlowDriverConformance:
     def test_flow_with_a_neighbour_is_the_neighbours(self) -> None:
         driver, mine, theirs = self._shared()
         for template in self._declared(driver, mine):
-            if template.is_translated:
+            if template.is_translated or not template.is_flow:
                 continue
             between = flows(template, 2, destination=NEIGHBOUR_ADDRESSES)
             made = driver.insert(mine, between)
@@ -673,9 +701,17 @@ class FlowDriverConformance:
     # What the tests are made of.
 
     def _declared(self, driver: FlowDriver, scope: Scope) -> list[Template]:
-        """Those of flows; what is expected takes a master, and a helper of the device's own."""
+        """All but what is expected, which takes a master, and a helper of the device's own."""
         declared = [TEMPLATES[name] for name in sorted(driver.capabilities(scope).templates)]
         return [template for template in declared if not template.is_expectation]
+
+    def _of_neighbour(self, template: Template, first: int = 0) -> Batch:
+        if template.is_flow:
+            return flows(template, 2, source=NEIGHBOUR_ADDRESSES, first=first)
+        made = self.some_flows(template, 2, first)
+        for end in template.ends:
+            made.rows[end] = _address(NEIGHBOUR_ADDRESSES, template.is_ipv6)
+        return made
 
     def _each_template(self) -> Iterable[tuple[Template, FlowDriver, Scope]]:
         driver, scope = self.make_driver(), self.make_scope()
@@ -690,7 +726,8 @@ class FlowDriverConformance:
 
     def _each_marked(self) -> Iterable[tuple[Template, FlowDriver, Scope]]:
         driver, scope = self.make_driver(), self.make_scope()
-        marked = [one for one in self._declared(driver, scope) if "flowMark" not in self.lost_by_nature(one)]
+        kinds = (one for one in self._declared(driver, scope) if "flowMark" in (one.dtype.names or ()))
+        marked = [one for one in kinds if "flowMark" not in self.lost_by_nature(one)]
         if not marked:
             raise unittest.SkipTest("the device keeps no marks")
         for template in marked:

@@ -13,8 +13,8 @@ import netaddr
 import numpy as np
 import pytest
 
-from sami_plugin.codec import information_elements as elements
 from sami_plugin.codec import ipfix_file
+from sami_plugin.model import information_elements as elements
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Template
 from sami_plugin.testing.conformance import flows
 

@@ -8,13 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sami_plugin.drivers.base import FlowDriver
+from sami_plugin.drivers.deposit import DepositDriver
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.model.flows import Batch
+from sami_plugin.drivers.several import SeveralDrivers
+from sami_plugin.model.flows import TEMPLATES, Batch
+from sami_plugin.model.kinds import bring
+from sami_plugin.model.results import Outcome, lost_fields
+from sami_plugin.testing.conformance import flows
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import SETTINGS, ZONES, begin, finish, guest_with_flows, until_idle, zone_scope
 
@@ -58,13 +62,17 @@ def hosts(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.syspath_prepend(str(site))
     from sami_acme.device import Appliance  # type: ignore[import-not-found]
     from sami_acme.driver import AcmeDriver  # type: ignore[import-not-found]
+    from sami_acme.kinds import KINDS  # type: ignore[import-not-found]
 
+    bring(KINDS)
     device = Appliance()
 
     def driver_of(name: str) -> FlowDriver:
-        made: Any = AcmeDriver(device.url) if name == "host-a" else MemoryDriver(MemoryDevice(name))
-        driver: FlowDriver = made
-        return driver
+        if name == "host-a":
+            made: FlowDriver = AcmeDriver(device.url)
+            return made
+        others = MemoryDriver(MemoryDevice(name)), DepositDriver(str(tmp_path / f"deposit-{name}"))
+        return SeveralDrivers(tuple(zip(("firewall", "deposit"), others, strict=True)))
 
     with Hosts(tmp_path, tuple(ZONES), driver_of, settings=SETTINGS) as made:
         yield made
@@ -86,3 +94,22 @@ def test_flows_move_from_one_vendor_s_firewall_to_another_s_and_back(hosts: Host
         finish(hosts, guest, here, there)
         until_idle(hosts)
         assert (keys(hosts, here), keys(hosts, there)) == (set(), before)
+
+
+def test_what_only_one_vendor_knows_waits_at_the_other_s_and_comes_back(hosts: Hosts) -> None:
+    guest = guest_with_flows(hosts)
+    scopes = {"host-a": hosts.scope("host-a", guest)}
+    bans = flows(TEMPLATES["acme-ban-ipv4"], 3, source=scopes["host-a"].addresses)
+    bans.rows["acmeReason"], bans.rows["acmeScore"] = 7, [10, 50, 90]
+    assert set(hosts.drivers["host-a"].insert(scopes["host-a"], bans)["outcome"]) == {Outcome.IMPORTED}
+    for here, there in (("host-a", "host-b"), ("host-b", "host-a")):
+        begin(hosts, guest, here, there)
+        finish(hosts, guest, here, there)
+        until_idle(hosts)
+        scopes[there] = hosts.scope(there, guest)
+        found, is_there = hosts.drivers[there].read_back(scopes[there], bans)
+        assert is_there.all()
+        assert not lost_fields(bans, found.rows).any()
+        assert not hosts.drivers[here].read_back(scopes[here], bans)[1].any()
+        report = hosts.reports(there, guest)[0]["flows"]
+        assert (report["imported"], report["refused"]) == (103, 0)

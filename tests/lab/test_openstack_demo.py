@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab.openstack.demo import Moved, Sides, faults, figures, result, table
+from lab.openstack.demo import Moved, Sides, compared, faults, figures, result, table
 from lab.verdict import Sample
 
 RESUMED_AT = 10.0
@@ -26,10 +26,13 @@ def test_figures_of_a_side() -> None:
 
 
 def test_result_has_a_run_for_each_side_and_natural_timing_besides() -> None:
-    made = result(sides([moved(lives=False)], [moved(lives=True)], [moved(lives=True, rules_at=RESUMED_AT + 1)]))
+    turns = {"without": [5.0, 6.0, 5.2], "with": [5.4, 7.0, 5.1]}
+    made = result(sides([moved(lives=False)], [moved(lives=True)], [moved(lives=True, rules_at=RESUMED_AT + 1)]), turns)
     assert set(made) == {"without", "with"}
     assert made["with"]["natural"]["rules_before_the_guest_ran"] == 0
     assert "natural" not in made["without"]
+    assert made["with"]["in_turns"] == {"migrations": 3, "migration_seconds": 5.4}
+    assert compared(turns).endswith("median 5.20 s without agents, 5.40 s with: +0.20 s")
 
 
 def test_claim_holds_where_all_die_without_and_none_with() -> None:

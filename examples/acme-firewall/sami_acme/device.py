@@ -1,4 +1,4 @@
-"""The appliance, as far as it can be without being one: flows by zone, behind a REST interface.
+"""The appliance, as far as it can be without being one: flows and bans by zone, behind a REST interface.
 
     python -m sami_acme.device 8089
 

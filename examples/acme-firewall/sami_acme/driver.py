@@ -6,6 +6,7 @@ import urllib.request
 
 import numpy as np
 
+from sami_acme.kinds import BANS
 from sami_plugin.drivers.base import Capabilities, FlowDriver
 from sami_plugin.errors import DeviceFailed, UndeclaredAbility
 from sami_plugin.model.flows import BARRED, TEMPLATES, Batch, Omitted, has_end_in, turned_round
@@ -13,7 +14,7 @@ from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.results import Outcome, Reason, results
 from sami_plugin.model.risk import MARKS
 
-KINDS = frozenset({"tcp-ipv4", "tcp-ipv6", "udp-ipv4", "udp-ipv6"})
+KINDS = frozenset({"tcp-ipv4", "tcp-ipv6", "udp-ipv4", "udp-ipv6", *(ban.name for ban in BANS)})
 ENDS = {"from": "source", "to": "destination"}
 SECONDS = 10.0
 
@@ -54,7 +55,7 @@ class AcmeDriver(FlowDriver):
         for name in sorted(KINDS):
             held = self._held(scope, TEMPLATES[name])
             own = held.take(scope.owns(held)) if scope.is_shared else held
-            is_barred = own.rows["flowMark"] & np.uint32(scope.barred_marks) != 0
+            is_barred = _is_barred(scope, own)
             if is_barred.any():
                 yield Omitted(BARRED, int(is_barred.sum()))
             if not is_barred.all():
@@ -65,7 +66,7 @@ class AcmeDriver(FlowDriver):
             return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
         made = results(len(batch))
         is_zoned = scope.has_zone_of(batch)
-        is_barred = batch.rows["flowMark"] & np.uint32(scope.barred_marks) != 0
+        is_barred = _is_barred(scope, batch)
         is_theirs = has_end_in(batch, scope.neighbours) & scope.is_shared
         for reason, which in (
             (Reason.LOCAL_PORTS_OWN, is_theirs),
@@ -119,6 +120,11 @@ class AcmeDriver(FlowDriver):
         return made
 
 
+def _is_barred(scope, batch):
+    marks = batch.rows["flowMark"] if batch.template.is_flow else np.zeros(len(batch), np.uint32)
+    return marks & np.uint32(scope.barred_marks) != 0
+
+
 def _may_change(scope, batch):
     """In a shared zone, those of the port alone."""
     if not scope.is_shared:
@@ -128,12 +134,12 @@ def _may_change(scope, batch):
 
 def _flows(batch):
     """As the appliance calls them: the ends by its words, all else by ours."""
-    rows = batch.rows
+    rows, is_flow = batch.rows, batch.template.is_flow
     return [
         {
-            "protocol": int(row["protocolIdentifier"]),
+            "protocol": _protocol(batch.template),
             **{
-                end: [np.asarray(row[f"{side}{family}Address"]).tolist(), int(row[f"{side}TransportPort"])]
+                end: [np.asarray(row[f"{side}{family}Address"]).tolist(), is_flow and int(row[f"{side}TransportPort"])]
                 for end, side in ENDS.items()
             },
             "seconds": int(row["remainingTimeoutSeconds"]),
@@ -150,19 +156,25 @@ def _rows(template, role, flows):
     kind = [
         one
         for one in flows
-        if one["protocol"] == template.protocol.number and isinstance(one["from"][0], list) == template.is_ipv6
+        if one["protocol"] == _protocol(template) and isinstance(one["from"][0], list) == template.is_ipv6
     ]
     rows = template.empty(len(kind))
     if kind:
-        rows["zoneRole"], rows["protocolIdentifier"] = role, template.protocol.number
+        rows["zoneRole"] = role
         rows["flowId"] = [one["id"] for one in kind]
         rows["remainingTimeoutSeconds"] = [one["seconds"] for one in kind]
         for end, side in ENDS.items():
             rows[f"{side}{family}Address"] = [one[end][0] for one in kind]
-            rows[f"{side}TransportPort"] = [one[end][1] for one in kind]
+            if template.is_flow:
+                rows["protocolIdentifier"] = _protocol(template)
+                rows[f"{side}TransportPort"] = [one[end][1] for one in kind]
         for name in _more(template):
             rows[name] = [one["more"][name] for one in kind]
     return rows
+
+
+def _protocol(template):
+    return template.protocol.number if template.is_flow else "ban"
 
 
 def _more(template):

@@ -3,13 +3,20 @@
 import pytest
 from sami_acme.device import Appliance
 from sami_acme.driver import AcmeDriver
+from sami_acme.kinds import BANS
 
 from sami_plugin.model.flows import ZoneRole
 from sami_plugin.model.scope import Scope
-from sami_plugin.testing.conformance import NEIGHBOUR_ADDRESSES, PORT_ADDRESSES, FlowDriverConformance
+from sami_plugin.testing.conformance import NEIGHBOUR_ADDRESSES, PORT_ADDRESSES, FlowDriverConformance, flows
 
 
 class TestAcme(FlowDriverConformance):
+    def some_flows(self, template, count, first=0):
+        made = flows(template, count, first=first)
+        if template in BANS:
+            made.rows["acmeReason"], made.rows["acmeScore"] = 7, 90
+        return made
+
     @pytest.fixture(autouse=True)
     def appliance(self):
         self.device = Appliance()

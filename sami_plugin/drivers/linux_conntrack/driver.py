@@ -391,7 +391,7 @@ class LinuxConntrackDriver(FlowDriver):
 
 
 def _is_carried(template: Template) -> bool:
-    if template.name not in TEMPLATES:
+    if not template.is_flow or template.name not in TEMPLATES:
         return False
     # What few flows have may be left out; what is expected is of TCP or UDP.
     usual = template.usual.name

@@ -12,7 +12,7 @@ import secrets
 import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -300,6 +300,39 @@ class Connection:
                 entries.append((Messages(octets.copy(), kept.starts, kept.lengths), number[~is_error]))
             if (at == count - 1).any():
                 return codes, entries
+
+    def transact(self, messages: Sequence[bytes]) -> list[int]:
+        """Sends these messages as one buffer, and returns per message an errno: 0 also where no answer was asked for.
+
+        For subsystems that do all or nothing: the first and the last message are the bounds of the batch, and those
+        between ask for answers (NLM_F_ACK). All is done if there is no other number than 0, and nothing otherwise.
+
+        :raises DeviceFailed: the kernel dropped answers; what was done is unknown.
+        :raises NotPermitted: nothing was done.
+        """
+        sequence = self._next_sequence(len(messages))
+        sent = bytearray()
+        for number, one in enumerate(messages):
+            at = len(sent)
+            sent += one + bytes(-len(one) % 4)
+            sent[at + 8 : at + 16] = struct.pack("=II", sequence + number & 0xFFFFFFFF, 0)
+        self._send(np.frombuffer(sent, np.uint8))
+        codes = [0] * len(messages)
+        left = len(messages) - 2
+        while left:
+            used, ends = self._receive_chunk(wait=False)  # the kernel works it off inside send()
+            if not ends:
+                if codes[0]:
+                    raise failure(codes[0], "transaction")
+                raise errors.DeviceFailed("the kernel did not answer a transaction to its end")
+            found = frame(self._buffer[: _aligned(used)], ends, sequence, len(messages), self._port)
+            headers = found.headers()
+            if (headers["type"] != nl.NLMSG_ERROR).any() or (found.lengths < HEADER_OCTETS + 4).any():
+                raise errors.Malformed("a transaction is answered with what is no answer", "octet 0")
+            for start, number in zip(found.starts, headers["sequence"] - np.uint32(sequence), strict=True):
+                codes[number] = -int(found.words[(start >> 2) + 4].view(np.int32))
+                left -= 0 < number < len(messages) - 1
+        return codes
 
     def events(self) -> tuple[list[Messages], bool]:
         """All events until now, in order, and whether the kernel dropped none. Does not wait."""

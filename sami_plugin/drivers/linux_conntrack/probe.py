@@ -113,7 +113,7 @@ def _optional(connection: Connection) -> frozenset[str]:
     templates = [
         each
         for each in TEMPLATES.values()
-        if (each.is_translated or each.protocol in nl.OPTIONAL) and not each.is_extended
+        if each.is_flow and (each.is_translated or each.protocol in nl.OPTIONAL) and not each.is_extended
     ]
     for template in templates:
         connection.ask(requests(Request.INSERT, _flow(template), np.zeros(1, np.uint16)))

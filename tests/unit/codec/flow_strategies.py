@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from sami_plugin.drivers.loader import load_kinds
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Template, ZoneRole
 from sami_plugin.model.protocols import SctpState, TcpState
+
+load_kinds()
 
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmpv6": 58, "sctp": 132, "udplite": 136, "gre": 47}
 
@@ -27,7 +30,8 @@ def batches_of(draw: st.DrawFn, template: Template, most: int = 12) -> Batch:
     generator = np.random.default_rng(seed)
     rows = template.empty(count)
     rows.view(np.uint8)[:] = generator.choice([0, 1, 2, 127, 128, 255, *range(3, 100)], rows.view(np.uint8).shape)
-    rows["protocolIdentifier"] = protocol_of(template)
+    if template.is_flow:
+        rows["protocolIdentifier"] = protocol_of(template)
     rows["zoneRole"] = generator.choice(list(map(int, ZoneRole)), count)
     for field, values in (
         ("tcpConnectionState", TcpState),

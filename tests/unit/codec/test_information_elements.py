@@ -2,9 +2,12 @@
 
 import pytest
 
-from sami_plugin.codec import information_elements as elements
+from sami_plugin.drivers.loader import load_kinds
+from sami_plugin.model import information_elements as elements
 from sami_plugin.model.flows import TEMPLATES
 from tools import element_reference
+
+load_kinds()
 
 # Written out from IANA's registry, not from the code.
 IANA_NUMBERS = {
@@ -72,6 +75,29 @@ SAMI_NUMBERS = {
     "expectationNatIPv4Address": 43,
     "expectationNatIPv6Address": 44,
     "expectationNatTransportPort": 45,
+    "nftSetName": 0x2040,
+    "elementIPv4Address": 0x2041,
+    "elementIPv6Address": 0x2042,
+    "nftAddressOffset": 0x2043,
+    "nftSetKeyOctets": 0x2044,
+    "nftSetKey": 0x2045,
+    "nftElementTimeoutMilliseconds": 70,
+    "nftSetDataOctets": 71,
+    "nftSetData": 72,
+    "nftElementStatements": 73,
+    "nftCounterPackets": 74,
+    "nftCounterOctets": 75,
+    "nftQuotaOctets": 76,
+    "nftQuotaConsumedOctets": 77,
+    "nftQuotaFlags": 78,
+    "nftLimitRate": 79,
+    "nftLimitUnitSeconds": 80,
+    "nftLimitBurst": 81,
+    "nftLimitType": 82,
+    "nftLimitFlags": 83,
+    "nftConnectionLimit": 84,
+    "nftConnectionLimitFlags": 85,
+    "nftLastMilliseconds": 86,
 }
 
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sami_plugin.codec import information_elements as elements
 from sami_plugin.codec import ipfix
 from sami_plugin.errors import ConfigurationError, Malformed, NotUnderstood
+from sami_plugin.model import information_elements as elements
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Template
 from sami_plugin.testing.conformance import flows
 from tests.unit.codec.flow_strategies import FLOW_TEMPLATES, NAME_TEMPLATES, any_batch, any_template, batches_of
@@ -96,9 +96,10 @@ def rows_of(template: Template, values: dict[str, str]) -> Batch:
     rows = template.empty(1)
     assert list(values) == list(rows.dtype.names or ())
     for field, value in values.items():
-        number = int(netaddr.IPAddress(value)) if "Address" in field else int(value)
-        is_wide = "IPv6Address" in field or field in ("conntrackHelper", "conntrackLabels", "expectationSourceIPv6Mask")
-        rows[field] = divmod(number, 1 << 64) if is_wide else number
+        number = int(netaddr.IPAddress(value)) if field.endswith("Address") else int(value)
+        dtype = template.dtype[field]
+        values_of_it = np.frombuffer(number.to_bytes(dtype.itemsize, "big"), dtype.base)
+        rows[field] = values_of_it if dtype.shape else values_of_it[0]
     return Batch(template, rows)
 
 
@@ -230,7 +231,7 @@ def test_other_layouts_of_the_same_values_are_read(case: tuple[Batch, st.DataObj
             octets = data.draw(st.integers(max(1, (highest.bit_length() + 7) // 8), element.octets))
         chosen.append((name, specifier(name, octets)))
     for _ in range(data.draw(st.integers(0, 3))):
-        unknown = data.draw(st.sampled_from([(0, 1, 8), (0, 210, 3), (9, 9, 1), (29305, 1, 4), (SAMI, 77, 2)]))
+        unknown = data.draw(st.sampled_from([(0, 1, 8), (0, 210, 3), (9, 9, 1), (29305, 1, 4), (SAMI, 0x1FFF, 2)]))
         chosen.insert(data.draw(st.integers(0, len(chosen))), (None, unknown))
     records = b""
     for row in range(len(batch)):
@@ -335,7 +336,7 @@ def test_reader_that_does_not_know_what_makes_it_another_flow_refuses_it_by_name
 ) -> None:
     payload = ipfix.encode([flows(TEMPLATES[template], 2)], export_time=NOW)
     element = elements.ELEMENTS[left_out]
-    monkeypatch.delitem(elements._BY_NUMBER, (element.origin, element.number))
+    monkeypatch.delitem(elements._BY_NUMBER, (element.origin, element.vendor, element.number))
     with monkeypatch.context() as fresh:
         fresh.setattr(ipfix, "_layout", ipfix._layout.__wrapped__)
         with pytest.raises(NotUnderstood) as caught:

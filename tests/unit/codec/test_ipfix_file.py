@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sami_plugin.codec import information_elements as elements
 from sami_plugin.codec import ipfix, ipfix_file
 from sami_plugin.errors import Malformed, NotAvailable, RepresentationError
+from sami_plugin.model import information_elements as elements
 from sami_plugin.model.flows import TEMPLATES, Batch
 from sami_plugin.testing.conformance import flows
 from tests.unit.codec.flow_strategies import any_batch

@@ -127,8 +127,23 @@ def test_domain_has_a_policy_or_none(read: Read) -> None:
 
 
 def test_capacity_is_the_driver_s_only_where_it_is_said(read: Read) -> None:
-    assert options.driver_options(read("")) == {}
-    assert options.driver_options(read("[agent]\ncapacity = 1000\n")) == {"capacity": 1000}
+    assert options.driver_options(read("")) == {"linux_conntrack": {}}
+    assert options.driver_options(read("[agent]\ncapacity = 1000\n")) == {"linux_conntrack": {"capacity": 1000}}
+
+
+def test_further_drivers_have_options_of_their_own(read: Read) -> None:
+    agent = "[agent]\ncapacity = 9\nfurther_drivers = nft_sets, acme, deposit\n"
+    text = f"{agent}[nft_sets]\nsets = inet filter one, two=ip a b\n"
+    found = options.driver_options(read(text))
+    assert list(found) == ["linux_conntrack", "nft_sets", "acme", "deposit"]
+    assert found["nft_sets"] == {"sets": ["inet filter one", "two=ip a b"]}
+    assert found["deposit"] == {"folder": "/var/lib/sami/deposit", "days": 30}
+    assert found["acme"] == {}
+
+
+def test_driver_that_is_named_twice_is_told(read: Read) -> None:
+    with pytest.raises(ConfigurationError, match="further_drivers: one of linux_conntrack, linux_conntrack"):
+        options.driver_options(read("[agent]\nfurther_drivers = linux_conntrack\n"))
 
 
 class Boundless(MemoryDriver):
@@ -144,7 +159,7 @@ def test_capacity_of_a_driver_that_takes_none_is_told_by_its_name(read: Read, mo
 
     monkeypatch.setattr(loader.stevedore_driver, "DriverManager", lambda *arguments, **more: Found)
     with pytest.raises(ConfigurationError, match=r"the driver .memory. does not take these options: .*capacity"):
-        loader.load_driver("memory", **options.driver_options(read("[agent]\ncapacity = 7\n")))
+        loader.load_drivers(options.driver_options(read("[agent]\ndriver = memory\ncapacity = 7\n")))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import PORT_ADDRESSES, flows
 from tests.unit.codec.flow_strategies import batches_of
 
-PLAIN = sorted(name for name, one in TEMPLATES.items() if not (one.is_translated or one.is_expectation))
+FLOWS = {name: one for name, one in TEMPLATES.items() if one.is_flow}
+PLAIN = sorted(name for name, one in FLOWS.items() if not (one.is_translated or one.is_expectation))
 SCOPE = Scope("port", "guest", {ZoneRole.PORT: 5}, PORT_ADDRESSES)
 
 

@@ -18,7 +18,10 @@ IANA's elements are reversed as section 6.1 wants: the same number under the ent
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from sami_plugin.errors import ConfigurationError
 
 IANA = 0
 REVERSE_ENTERPRISE = 29305
@@ -60,8 +63,8 @@ OCTETS: dict[DataType, int] = {
     DataType.IPV4_ADDRESS: 4,
     DataType.IPV6_ADDRESS: 16,
 }
-"""Octets of a value in full. Only the unsigned types may be written shorter (RFC 7011 section 6.2); the length of an
-octetArray is its template's business, and ours all have one."""
+"""Octets of a value in full. Only the unsigned types may be written shorter (RFC 7011 section 6.2). An octetArray is as
+long as its element says, and by itself so long."""
 
 
 class Semantics(enum.IntEnum):
@@ -86,6 +89,7 @@ class Origin(enum.Enum):
     IANA = "IANA"
     IANA_REVERSE = "IANA, reversed (RFC 5103)"
     SAMI = "SAMI"
+    VENDOR = "a vendor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,10 @@ class InformationElement:
     units: Units
     origin: Origin
     description: str
+    length: int = 0
+    """Octets of an octetArray; 0: as many as most have."""
+    vendor: int = 0
+    """The enterprise number of the vendor whose element it is."""
 
     @property
     def is_critical(self) -> bool:
@@ -114,7 +122,7 @@ class InformationElement:
     @property
     def octets(self) -> int:
         """Octets of a value in full."""
-        return OCTETS[self.data_type]
+        return self.length or OCTETS[self.data_type]
 
     def enterprise_number(self, enterprise: int) -> int:
         """The number of the element's enterprise, where `enterprise` is our own; 0 is IANA."""
@@ -125,6 +133,8 @@ class InformationElement:
                 return REVERSE_ENTERPRISE
             case Origin.SAMI:
                 return enterprise
+            case Origin.VENDOR:
+                return self.vendor
 
 
 def _iana(
@@ -451,24 +461,41 @@ ELEMENT_DESCRIPTION: dict[str, InformationElement] = {
 }
 """The elements in which a file tells other readers what ours are (RFC 5610)."""
 
-_BY_NUMBER: dict[tuple[Origin, int], InformationElement] = {
-    (element.origin, element.number): element for element in (*_ALL, *ELEMENT_DESCRIPTION.values())
+_BY_NUMBER: dict[tuple[Origin, int, int], InformationElement] = {
+    (element.origin, element.vendor, element.number): element for element in (*_ALL, *ELEMENT_DESCRIPTION.values())
 }
 
 
-def origin_of(enterprise_number: int, enterprise: int) -> Origin | None:
-    """Whose an element under `enterprise_number` is, where `enterprise` is our own; None for strangers."""
+def bring(brought: Iterable[InformationElement]) -> None:
+    """Makes elements known beside those that stand here; see `model.kinds`.
+
+    :raises ConfigurationError: one has a name or a number that another one has.
+    """
+    by_name, by_number = dict(ELEMENTS), dict(_BY_NUMBER)
+    for element in brought:
+        place = (element.origin, element.vendor, element.number)
+        for other in (by_name.get(element.name), by_number.get(place)):
+            if other not in (None, element):
+                words = f"has the name or the number of {other.name}"
+                raise ConfigurationError(f"the information element {element.name} {words}")
+        by_name[element.name] = by_number[place] = element
+    ELEMENTS.update(by_name)
+    _BY_NUMBER.update(by_number)
+
+
+def origin_of(enterprise_number: int, enterprise: int) -> Origin:
+    """Whose an element under `enterprise_number` is, where `enterprise` is our own."""
     if enterprise_number == IANA:
         return Origin.IANA
     if enterprise_number == enterprise:
         return Origin.SAMI
-    return Origin.IANA_REVERSE if enterprise_number == REVERSE_ENTERPRISE else None
+    return Origin.IANA_REVERSE if enterprise_number == REVERSE_ENTERPRISE else Origin.VENDOR
 
 
 def find(enterprise_number: int, number: int, enterprise: int) -> InformationElement | None:
     """The element of these numbers on the wire, or None where it is none that we know."""
     origin = origin_of(enterprise_number, enterprise)
-    return None if origin is None else _BY_NUMBER.get((origin, number))
+    return _BY_NUMBER.get((origin, enterprise_number if origin is Origin.VENDOR else 0, number))
 
 
 def must_be_understood(enterprise_number: int, number: int, enterprise: int) -> bool:
@@ -484,6 +511,6 @@ def name_of(enterprise_number: int, number: int, enterprise: int) -> str:
     if enterprise_number == IANA:
         return f"IANA's element {number}"
     if enterprise_number == REVERSE_ENTERPRISE:
-        forward = _BY_NUMBER.get((Origin.IANA, number))
+        forward = _BY_NUMBER.get((Origin.IANA, 0, number))
         return reversed_name(forward.name) if forward else f"the reverse of IANA's element {number}"
     return f"element {number} of enterprise {enterprise_number}"

@@ -1,0 +1,360 @@
+"""nftables' sets and maps as a SAMI driver."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
+
+import netaddr
+import numpy as np
+import numpy.typing as npt
+
+from sami_plugin.drivers.base import Capabilities, FlowDriver, Watch
+from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Torn
+from sami_plugin.drivers.nft_sets import elements as nft
+from sami_plugin.drivers.nft_sets.elements import Element, Form, NamedSet
+from sami_plugin.drivers.nft_sets.kinds import IPV4, IPV6, KEY_OCTETS, NAME_OCTETS
+from sami_plugin.errors import ConfigurationError, DeviceFailed, UndeclaredAbility
+from sami_plugin.model.flows import Batch, Omitted, Template, has_end_in
+from sami_plugin.model.keys import KeyIndex
+from sami_plugin.model.kinds import NEVER_SECONDS
+from sami_plugin.model.results import Outcome, Reason, Results, results
+from sami_plugin.model.scope import Scope
+
+_TEMPLATES = {4: IPV4, 6: IPV6}
+_NAMES = frozenset(template.name for template in _TEMPLATES.values())
+_REASONS = {
+    errno.ENFILE: Reason.SET_FULL,
+    errno.ENOSPC: Reason.SET_FULL,
+    errno.ENOMEM: Reason.OUT_OF_MEMORY,
+    errno.EPERM: Reason.NOT_PERMITTED,
+    errno.EOPNOTSUPP: Reason.NOT_SUPPORTED,
+    errno.EEXIST: Reason.EXISTS,
+    errno.ENOENT: Reason.NO_ZONE,
+}
+_MOST_TRIES = 5
+_MOST_AT_ONCE = 500
+LIMITS_ARE_FULL = (
+    "how much of a `limit` is used the kernel does not tell, so after a move it lets through a burst again; "
+    "`quota`, `counter` and timeouts go along"
+)
+
+
+class NftSetsDriver(FlowDriver):
+    """Exports, inserts and removes the elements of named sets that have an address of the port in their keys.
+
+    Needs CAP_NET_ADMIN, as linux_conntrack does. The kernel tells no changes that packets make to a set.
+    """
+
+    def __init__(self, sets: Sequence[str] = ()) -> None:
+        """`sets` are ``[NAME=]FAMILY TABLE SET`` each; NAME is what both hosts call it, and by default SET.
+
+        :raises ConfigurationError: one is not; says which.
+        """
+        self._sets = {named.name: named for named in map(_named, sets)}
+        if len(self._sets) != len(sets):
+            raise ConfigurationError("[nft_sets] sets: two have one name; write NAME=FAMILY TABLE SET for one of them")
+
+    def capabilities(self, scope: Scope | None = None) -> Capabilities:
+        namespace = scope.namespace if scope is not None else None
+        notes = [] if self._sets else ["no set is named; name those that traffic adds to in [nft_sets] sets"]
+        with _connected(namespace) as connection:
+            for named in self._sets.values():
+                form = _form(connection, named)
+                if form is not None and (why := nft.why_not_carried(form)):
+                    notes.append(f"{_words(named)} is not carried: {why}")
+        notes += [LIMITS_ARE_FULL] if self._sets else []
+        kinds = _NAMES if self._sets else frozenset()
+        return Capabilities(kinds, False, None, 0, f"nft_sets of {namespace}", frozenset(), tuple(notes))
+
+    def watch(self, scope: Scope) -> Watch:
+        raise UndeclaredAbility("the kernel tells no changes that packets make to a set")
+
+    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        with _connected(scope.namespace) as connection:
+            for named in self._sets.values():
+                form = _form(connection, named)
+                if form is not None:
+                    yield from _told(connection, scope, named, form)
+
+    def insert(self, scope: Scope, batch: Batch) -> Results:
+        made = self._refusals(scope, batch)
+        with _connected(scope.namespace) as connection:
+            for named, form, positions in self._by_set(connection, batch, made):
+                there = KeyIndex(_held(connection, scope, named, form, batch.template))
+                for some in _pieces(positions[_fits(form, batch, positions, made)]):
+                    _put_in(connection, named, form, batch, some, there, made)
+        return made
+
+    def renew(self, scope: Scope, batch: Batch) -> Results:
+        """Leaves their time to the elements: no traffic would have renewed it."""
+        made = self._refusals(scope, batch)
+        _, is_there = self.read_back(scope, batch)
+        is_asked = made["outcome"] != Outcome.REFUSED
+        made["outcome"][is_asked] = np.where(is_there[is_asked], Outcome.PRESENT, Outcome.ABSENT)
+        return made
+
+    def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
+        rows, is_there = batch.template.empty(len(batch)), np.zeros(len(batch), bool)
+        with _connected(scope.namespace) as connection:
+            for named, form, positions in self._by_set(connection, batch, results(len(batch))):
+                held = _held(connection, scope, named, form, batch.template)
+                at = KeyIndex(held).find(batch.take(positions))
+                rows[positions[at >= 0]], is_there[positions[at >= 0]] = held.rows[at[at >= 0]], True
+        return Batch(batch.template, rows), is_there
+
+    def remove(self, scope: Scope, identities: Batch) -> Results:
+        made = results(len(identities), Outcome.ABSENT)
+        is_own = scope.owns(identities)
+        template = next((one for one in _TEMPLATES.values() if one.key == identities.template.key), None)
+        if template is None:
+            return made
+        with _connected(scope.namespace) as connection:
+            for named, form, positions in self._by_set(connection, identities, made):
+                held = KeyIndex(_held(connection, scope, named, form, template))
+                victims = positions[is_own[positions] & (held.find(identities.take(positions)) >= 0)]
+                for some in _pieces(victims):
+                    gone = _taken_out(connection, named, {one: _key(identities.rows[one]) for one in some})
+                    made["outcome"][gone] = Outcome.REMOVED
+        return made
+
+    def _refusals(self, scope: Scope, batch: Batch) -> Results:
+        if batch.template.name not in _NAMES or not self._sets:
+            return results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
+        made = results(len(batch))
+        is_zoned = scope.has_zone_of(batch)
+        for reason, which in (
+            (Reason.FOREIGN_ADDRESS, ~has_end_in(batch, scope.addresses)),
+            (Reason.INVALID, ~is_zoned),
+        ):
+            made["outcome"][which], made["reason"][which] = Outcome.REFUSED, reason
+        return made
+
+    def _by_set(
+        self, connection: Connection, batch: Batch, made: Results
+    ) -> Iterator[tuple[NamedSet, Form, npt.NDArray[np.intp]]]:
+        """The sets of these records that are here, each with the positions of those not refused; the others are."""
+        is_asked = made["outcome"] != Outcome.REFUSED
+        if not is_asked.any():
+            return
+        names = batch.rows["nftSetName"]
+        for name in np.unique(names[is_asked], axis=0):
+            positions = np.flatnonzero(is_asked & (names == name).all(axis=1))
+            named = self._sets.get(name.tobytes().rstrip(b"\0").decode("ascii", "replace"))
+            form = None if named is None else _form(connection, named)
+            if named is None or form is None or nft.why_not_carried(form):
+                if made["outcome"][positions[0]] == Outcome.IMPORTED:
+                    made[positions] = results(len(positions), Outcome.REFUSED, Reason.NO_ZONE)
+                continue
+            yield named, form, positions
+
+
+def _named(text: str) -> NamedSet:
+    name, is_named, words = text.rpartition("=")
+    parts = words.split()
+    if len(parts) != 3 or parts[0] not in nft.FAMILIES:
+        raise ConfigurationError(
+            f"[nft_sets] sets: {text!r} is no [NAME=]FAMILY TABLE SET; FAMILY is one of {', '.join(nft.FAMILIES)}"
+        )
+    name = name.strip() if is_named else parts[2]
+    if not name or not name.isascii() or not name.isprintable() or len(name) > NAME_OCTETS:
+        raise ConfigurationError(
+            f"[nft_sets] sets: {text!r}: a name has 1 to {NAME_OCTETS} ASCII characters; write NAME=FAMILY TABLE SET"
+        )
+    return NamedSet(name, nft.FAMILIES[parts[0]], parts[1], parts[2])
+
+
+def _words(named: NamedSet) -> str:
+    family = next(word for word, number in nft.FAMILIES.items() if number == named.family)
+    return f"the set {family} {named.table} {named.set}"
+
+
+def _connected(namespace: str | None) -> contextlib.closing[Connection]:
+    """A socket for one call: it would keep the namespace alive, and entering one costs less than a set's dump."""
+    return contextlib.closing(Connection(namespace))
+
+
+def _form(connection: Connection, named: NamedSet) -> Form | None:
+    """What the set is like here; None where there is none."""
+    request = np.frombuffer(nft.get_set(named), np.uint8)[None, :].copy()
+    codes, answers = connection.ask(request)
+    if codes[0]:
+        if codes[0] in (errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+            return None
+        raise DeviceFailed(f"{_words(named)}: the kernel answers with {errno.errorcode.get(int(codes[0]), codes[0])}")
+    messages = [one for found, _ in answers for one in _raw(found)]
+    if not messages:
+        raise DeviceFailed(f"{_words(named)}: the kernel says nothing of it")
+    return nft.form_of(messages[0])
+
+
+def _raw(messages: Messages) -> Iterator[bytes]:
+    for start, length in zip(messages.starts.tolist(), messages.lengths.tolist(), strict=True):
+        yield messages.octets[start : start + length].tobytes()
+
+
+def _elements(connection: Connection, named: NamedSet, addresses: Sequence[bytes]) -> list[Element | None]:
+    """Those with one of these octets in them. A dump that traffic tore is made again."""
+    request = np.frombuffer(nft.dump_elements(named), np.uint8)
+    for left in reversed(range(_MOST_TRIES)):
+        try:
+            return [
+                element
+                for messages in connection.dump(request, nft.NEWSETELEM)
+                for raw in _raw(messages)
+                for element in nft.elements_of(raw, addresses)
+            ]
+        except Torn:
+            if not left:
+                raise
+    raise AssertionError
+
+
+def _told(connection: Connection, scope: Scope, named: NamedSet, form: Form) -> Iterator[Batch | Omitted]:
+    """The set's elements that are the port's."""
+    packed = [address.packed for address in scope.addresses]
+    found = _elements(connection, named, packed) if packed and scope.zones else []
+    if why := nft.why_not_carried(form):
+        if found:
+            yield Omitted(f"{_words(named)}: {why}", len(found))
+        return
+    unclear = sum(element is None for element in found)
+    if unclear:
+        yield Omitted(f"{_words(named)}: elements with statements that are not known here, or of intervals", unclear)
+    for template in _TEMPLATES.values():
+        batch = _rows(scope, named, form, template, [element for element in found if element is not None])
+        if len(batch):
+            yield batch
+
+
+def _held(connection: Connection, scope: Scope, named: NamedSet, form: Form, template: Template) -> Batch:
+    packed = [address.packed for address in scope.addresses]
+    found = [one for one in _elements(connection, named, packed) if one is not None] if packed else []
+    return _rows(scope, named, form, template, found)
+
+
+def _rows(scope: Scope, named: NamedSet, form: Form, template: Template, elements: list[Element]) -> Batch:
+    """The records of those elements that have an address of the port where the set has addresses of this family."""
+    version = 6 if template.is_ipv6 else 4
+    own = {address.packed: address for address in scope.addresses if address.version == version}
+    size = 16 if template.is_ipv6 else 4
+    chosen: list[tuple[Element, int]] = []
+    for element in elements:
+        at = next((at for at in form.places.get(version, ()) if element.key[at : at + size] in own), None)
+        if at is not None:
+            chosen.append((element, at))
+    rows = template.empty(len(chosen))
+    rows["zoneRole"] = int(min(scope.zones, default=0))
+    rows["nftSetName"] = _octets(named.name.encode(), NAME_OCTETS)
+    (field,) = template.ends
+    for row, (element, at) in zip(rows, chosen, strict=True):
+        address = own[element.key[at : at + size]]
+        row[field] = _halves(address) if template.is_ipv6 else int(address)
+        row["nftAddressOffset"], row["nftSetKeyOctets"] = at, len(element.key)
+        row["nftSetKey"] = _octets(element.key[:at] + bytes(size) + element.key[at + size :], KEY_OCTETS)
+        row["nftSetDataOctets"], row["nftSetData"] = len(element.data), _octets(element.data, KEY_OCTETS)
+        row["nftElementTimeoutMilliseconds"] = element.timeout
+        never = element.expiration is None
+        row["remainingTimeoutSeconds"] = NEVER_SECONDS if never else -(-(element.expiration or 0) // 1000)
+        nft.fill(row, element)
+    return Batch(template, rows)
+
+
+def _key(row: np.void) -> bytes:
+    """The key of a record, with its address in its place."""
+    field = next(name for name in row.dtype.names or () if name.startswith("element") and name.endswith("Address"))
+    address = row[field].tobytes() if np.ndim(row[field]) else int(row[field]).to_bytes(4, "big")
+    at = int(row["nftAddressOffset"])
+    key = row["nftSetKey"].tobytes()[: int(row["nftSetKeyOctets"])]
+    return key[:at] + address + key[at + len(address) :]
+
+
+def _fits(form: Form, batch: Batch, positions: npt.NDArray[np.intp], made: Results) -> npt.NDArray[np.bool_]:
+    """Which records are of such a set; the others are refused."""
+    rows = batch.rows[positions]
+    places = form.places.get(6 if batch.template.is_ipv6 else 4, ())
+    fits = (rows["nftSetKeyOctets"] == form.key_octets) & np.isin(rows["nftAddressOffset"], places)
+    fits &= rows["nftSetDataOctets"] == form.data_octets
+    made[positions[~fits]] = results(int((~fits).sum()), Outcome.REFUSED, Reason.INVALID)
+    return np.asarray(fits)
+
+
+def _pieces(positions: npt.NDArray[np.intp]) -> Iterator[list[int]]:
+    """So many as one transaction has: answers to all of them have to fit into a socket's buffer."""
+    for first in range(0, len(positions), _MOST_AT_ONCE):
+        yield positions[first : first + _MOST_AT_ONCE].tolist()
+
+
+def _taken_out(connection: Connection, named: NamedSet, keys: dict[int, bytes]) -> list[int]:
+    """Takes out elements, and says which were there. :raises DeviceFailed: the kernel does not let them go."""
+    for _ in range(_MOST_TRIES):
+        requests = [nft.delete_element(named, key) for key in keys.values()]
+        codes = dict(zip(keys, _transacted(connection, requests), strict=True))
+        if not any(codes.values()):
+            return list(keys)
+        if failed := [code for code in codes.values() if code not in (0, errno.ENOENT)]:
+            raise DeviceFailed(f"{_words(named)}: the kernel removes no element ({errno.errorcode[failed[0]]})")
+        keys = {one: key for one, key in keys.items() if not codes[one]}  # the others have ended meanwhile
+    raise DeviceFailed(f"{_words(named)}: it changes faster than elements can be removed from it")
+
+
+def _put_in(
+    connection: Connection,
+    named: NamedSet,
+    form: Form,
+    batch: Batch,
+    wanted: list[int],
+    there: KeyIndex,
+    made: Results,
+) -> None:
+    """All that the kernel takes, at once; what is there of the same key makes way in the same moment."""
+    is_there = dict(zip(wanted, (there.find(batch.take(np.array(wanted, np.intp))) >= 0).tolist(), strict=True))
+    for _ in range(_MOST_TRIES):
+        requests, whose = [], []
+        for position in wanted:
+            row = batch.rows[position]
+            key = _key(row)
+            if is_there[position]:
+                requests.append(nft.delete_element(named, key))
+                whose.append(position)
+            requests.append(nft.new_element(named, form, _element(row, key, form)))
+            whose.append(position)
+        codes = _transacted(connection, requests)
+        failed = {position: code for position, code in zip(whose, codes, strict=True) if code}
+        if not failed:
+            return
+        for position, code in failed.items():
+            if code == errno.ENOENT and is_there[position]:
+                is_there[position] = False  # it has ended meanwhile
+            else:
+                wanted.remove(position)
+                made[position] = (Outcome.REFUSED, _REASONS.get(code, Reason.INVALID), 0)
+    made[wanted] = results(len(wanted), Outcome.REFUSED, Reason.BUSY)
+
+
+def _element(row: np.void, key: bytes, form: Form) -> Element:
+    seconds = int(row["remainingTimeoutSeconds"])
+    timeout, left = int(row["nftElementTimeoutMilliseconds"]), None if seconds == NEVER_SECONDS else seconds * 1000
+    if left is not None:
+        left = min(left, timeout or form.timeout or left)  # rounded up, it may be more than the kernel takes
+    data = row["nftSetData"].tobytes()[: int(row["nftSetDataOctets"])]
+    return Element(key, data, timeout, left, nft.statements_of(row, form.statements))
+
+
+def _transacted(connection: Connection, requests: list[bytes]) -> list[int]:
+    """Per request an errno; 0 for all, and all is done, or nothing is."""
+    if not requests:
+        return []
+    begin = nft.message(nft.BATCH_BEGIN, 0, 0, resource=nft.SUBSYSTEM >> 8)
+    end = nft.message(nft.BATCH_END, 0, 0, resource=nft.SUBSYSTEM >> 8)
+    codes = connection.transact([begin, *requests, end])
+    return codes[1:-1]
+
+
+def _octets(content: bytes, octets: int) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(content.ljust(octets, b"\0"), ">u8")
+
+
+def _halves(address: netaddr.IPAddress) -> tuple[int, int]:
+    return divmod(int(address), 1 << 64)
