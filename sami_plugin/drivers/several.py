@@ -110,9 +110,10 @@ class SeveralDrivers(FlowDriver):
         return self._asked(batch, lambda driver: driver.renew(scope, batch), failed)
 
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
-        """Of a device that fails nothing is known: its records count as there, with nothing in them."""
+        """Of a device that fails nothing is known: its records count as there, with nothing in them but their names."""
         unknown = batch.template.empty(len(batch))
-        unknown["flowId"] = batch.rows["flowId"]
+        for name in (*(one[0] for one in batch.template.key), "flowId"):
+            unknown[name] = batch.rows[name]
         failed = Batch(batch.template, unknown), np.ones(len(batch), bool)
         return self._asked(batch, lambda driver: driver.read_back(scope, batch), failed)
 
@@ -165,29 +166,36 @@ class _Watches(Watch):
 class ExportingWatch(Watch):
     """For a driver that cannot watch: what differs from the last export, of which the first is made at once.
 
-    What somebody else exports meanwhile counts as told, too: it may be gone again when the next one is made.
+    Of what somebody else exports in between it is told when it is gone again, too.
     """
 
     def __init__(self, driver: FlowDriver, scope: Scope, watches: list[ExportingWatch]) -> None:
         """`watches` are those that are open; this one among them, until it is closed."""
         self._driver, self._scope, self._watches = driver, scope, watches
         self._lock = threading.Lock()
-        self._told, self._told_at = self._exported(), time.monotonic()
+        self._seen = FlowTable()
+        """What others have exported since."""
+        self._told, self._told_at = FlowTable(), time.monotonic()
+        try:
+            self._told = self._exported()
+        except SamiError as error:
+            LOG.warning("what there is will be told when it can be read: %s", error)
         watches.append(self)
 
     def note(self, driver: FlowDriver, scope: Scope, batch: Batch) -> None:
         """Somebody is told this of the device. From any thread."""
         if driver is self._driver and scope.port == self._scope.port:
             with self._lock:
-                known = self._told.find(batch)[0]
-                self._told.put(batch.take(~known))
+                self._seen.put(batch)
 
     def collect(self) -> Changes:
         now, there = time.monotonic(), self._exported()
         with self._lock:
             upserts = [self._changed(batch, now - self._told_at) for batch in there.batches()]
-            removals = [_gone(batch.take(~there.find(batch)[0])) for batch in self._told.batches()]
-            self._told, self._told_at = there, now
+            for batch in self._told.batches():
+                self._seen.put(batch)
+            removals = [_gone(batch.take(~there.find(batch)[0])) for batch in self._seen.batches()]
+            self._told, self._told_at, self._seen = there, now, FlowTable()
         return Changes(tuple(filter(len, removals)), tuple(filter(len, upserts)))
 
     def _exported(self) -> FlowTable:

@@ -477,9 +477,12 @@ class SourceSession(Session):
                         self.report.remark(f"the zone of {port.scope.port} is another guest's, and was not watched")
                         continue
                     for batch in self._remaining(port, stay):
-                        self._late += len(batch)
-                        self.report.name("removed at the source, made there after the pause", len(batch), names(batch))
-                        self.host.driver.remove(port.scope, batch.identities)
+                        made = self.host.driver.remove(port.scope, batch.identities)
+                        gone = batch.take(came_out(made, Outcome.REMOVED))
+                        self._late += len(gone)
+                        if len(gone):
+                            why = "removed at the source, made there after the pause"
+                            self.report.name(why, len(gone), names(gone))
         self.note("watched")
         return Done("PurgeLate", self._late)
 
