@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab import addresses, renumbering
@@ -172,6 +173,8 @@ def near_end_is_gateway(device: str, mac: str) -> list[str]:
 
 
 def _filter_bridges(namespace: Namespace, is_on: bool) -> None:
+    if not is_on and not Path("/proc/sys/net/bridge").exists():  # a kernel without br_netfilter filters none
+        return
     for family in ("iptables", "ip6tables", "arptables"):
         namespace.sysctl(f"net.bridge.bridge-nf-call-{family}", int(is_on))
 
