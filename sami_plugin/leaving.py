@@ -35,6 +35,9 @@ class Leaving:
     unplaced: FlowTable = field(default_factory=FlowTable)
     """What it was not told of, for it has no place for it. It is purged all the same."""
 
+    stays: frozenset[str] = frozenset()
+    """Kinds that a device keeps which the other host has as well, or may have."""
+
     overtaken: FlowTable = field(default_factory=FlowTable)
     """Names of what changed since it was exported, and before it was sent: what was exported of it says nothing now."""
 
@@ -50,7 +53,17 @@ class Leaving:
 
     def changes(self) -> Changes:
         """What changed since the last call."""
-        return Changes(is_complete=False) if self.watch is None else self.watch.collect()
+        if self.watch is None:
+            return Changes(is_complete=False)
+        told = self.watch.collect()
+        if not self.stays:
+            return told
+        removals, upserts = (tuple(filter(self.leaves, batches)) for batches in (told.removals, told.upserts))
+        return Changes(removals, upserts, told.is_complete)
+
+    def leaves(self, batch: Batch) -> bool:
+        """Whether records of this kind leave with the guest."""
+        return batch.template.name.removesuffix("-identity") not in self.stays
 
     def close(self) -> None:
         """Ends the watch. May be repeated."""
@@ -105,7 +118,10 @@ class Sweep:
         self._seen = {port.scope.port: FlowTable() for port in ports}
         self._ports = ports
         self._pieces = (
-            (port, piece) for port in ports for piece in driver.export(port.scope) if not isinstance(piece, Omitted)
+            (port, piece)
+            for port in ports
+            for piece in driver.export(port.scope)
+            if not isinstance(piece, Omitted) and port.leaves(piece)
         )
 
     def advance(self, flows: int) -> bool:

@@ -12,7 +12,7 @@ what is gone are no errors but results.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -38,11 +38,14 @@ class Capabilities:
     in_use: int
     """Flows that it holds now."""
     device: str
-    """Identity of the device. Equal on two hosts means that they share it, and nothing has to move."""
+    """Identity of the device."""
     functions: frozenset[str] = FUNCTIONS
     """What it keeps of what not each firewall does (`model.risk`)."""
     notes: tuple[str, ...] = field(default=())
     """For the operator: what the device lacks, each with the mend."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """By template, the identity of a device that serves several hosts, such as a NAT in the network. Where the other
+    host has the same one, what it keeps stays in it when a guest moves."""
 
 
 @dataclass(frozen=True, slots=True)

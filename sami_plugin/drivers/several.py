@@ -50,6 +50,7 @@ class SeveralDrivers(FlowDriver):
         """The kinds of all. Capacity, device and functions are the first one's."""
         owners: dict[str, int] = {}
         templates: set[str] = set()
+        shared: dict[str, str] = {}
         notes: list[str] = []
         first = self._drivers[0].capabilities(scope)
         for position, name in enumerate(self._names):
@@ -61,10 +62,12 @@ class SeveralDrivers(FlowDriver):
             for kind in sorted(kinds & owners.keys()):
                 notes.append(f"{kind} is the driver {self._names[owners[kind]]}'s; {name} could carry it too")
             owners |= dict.fromkeys(kinds - owners.keys(), position)
-            templates |= {one for one in can.templates if owners[_kind(TEMPLATES[one])] == position}
+            own = {one for one in can.templates if owners[_kind(TEMPLATES[one])] == position}
+            templates |= own
+            shared |= {one: device for one, device in can.shared.items() if one in own}
             notes += can.notes
         self._owners = owners
-        return replace(first, templates=frozenset(templates), notes=tuple(notes))
+        return replace(first, templates=frozenset(templates), notes=tuple(notes), shared=shared)
 
     def attend(self, namespace: str | None) -> None:
         for position in range(len(self._drivers)):

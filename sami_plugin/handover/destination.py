@@ -63,6 +63,8 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
+from sami_plugin.model.printable import printable
+from sami_plugin.model.report import BOTH_HAVE
 from sami_plugin.model.results import Outcome, Reason, Results, came_out, lost_fields
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
@@ -191,6 +193,7 @@ class DestinationSession(Session):
             has_all=action.has_all,
             request_id=self.report.request_id,
             after=self.after,
+            devices=tuple(sorted(set(capabilities.shared.values()))),
         )
         self.note("asked")
         self._say(said)
@@ -627,6 +630,9 @@ class DestinationSession(Session):
             if message.is_last:
                 self.note("last changes came")
             return
+        if isinstance(message, Offer):
+            for device in message.shared:
+                self.report.remark(BOTH_HAVE.format(device=printable(device, 100)))
         if isinstance(message, Purged):  # then it is nowhere but here, whether that was said or not
             self.host.arrived_guests.add(self.guest)
         self.note(_SAID_TO_DESTINATION.get(type(message), type(message).__name__))

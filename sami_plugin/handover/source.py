@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sami_plugin.codec import compression, ipfix
+from sami_plugin.drivers.base import Capabilities
 from sami_plugin.errors import SamiError
 from sami_plugin.former import FlowsByPort, Former
 from sami_plugin.leaving import (
@@ -69,6 +70,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
+from sami_plugin.model.report import BOTH_HAVE
 from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Outcome, Reason, came_out
 from sami_plugin.model.scope import Scope
 from sami_plugin.notifications import started
@@ -118,6 +120,10 @@ class SourceSession(Session):
         self._compression = "zlib"
         self._templates: tuple[str, ...] = ()
         """Those of the destination's driver."""
+        self._devices: tuple[str, ...] | None = None
+        """The destination's that serve several hosts; None where it has not said."""
+        self._shared: tuple[str, ...] = ()
+        """Of these, this host's."""
         self._pieces: Iterator[Piece] = iter(())
         self._unsent: deque[Piece] = deque()
         """Of an export that is whole, what is still to be told."""
@@ -221,12 +227,26 @@ class SourceSession(Session):
             self._ports = [Leaving(scope, None) for scope in scopes]
         for port in self._ports:
             self.host.driver.attend(port.scope.namespace)
-            if self.host.driver.capabilities(port.scope).can_watch:
+            can = self.host.driver.capabilities(port.scope)
+            self._leave_in_place(port, can)
+            if can.can_watch:
                 port.watch = self.host.driver.watch(port.scope)
         if not self._ports:
             self.report.remark("this host knows no port of the guest, so nothing was carried")
         self._pieces = self._export()
         return Done("StartExport", sum(port.scope.is_port for port in self._ports))
+
+    def _leave_in_place(self, port: Leaving, can: Capabilities) -> None:
+        """What a device keeps that the other host has as well, or may have, does not leave and is not removed."""
+        port.stays = frozenset(
+            kind for kind, device in can.shared.items() if self._devices is None or device in self._devices
+        )
+        for device in sorted({can.shared[kind] for kind in port.stays}):
+            if self._devices is None:
+                self.report.remark(f"the other host may have the device {device} too: what it keeps stays in it")
+            else:
+                self._shared = (*dict.fromkeys((*self._shared, device)),)
+                self.report.remark(BOTH_HAVE.format(device=device))
 
     def _say_offer(self, action: SayOffer) -> None:
         """All is exported before, to know how much it is."""
@@ -234,7 +254,7 @@ class SourceSession(Session):
         for _, batch in self._unsent:
             self._offered.add(batch, self._domain)
         self._is_answered = False
-        self._say(Offer(self._known.version, action.ports, *self._offered.told()))
+        self._say(Offer(self._known.version, action.ports, *self._offered.told(), self._shared))
         self.note("offered")
 
     def _say_again(self, action: SayAgain) -> None:
@@ -280,7 +300,7 @@ class SourceSession(Session):
                 if isinstance(piece, Omitted):
                     self._offered.add(piece, self._domain)
                     self.report.name(f"not exported: {piece.reason}", piece.count, piece.examples)
-                else:
+                elif port.leaves(piece):
                     port.former.discard(piece)
                     yield port, piece
             if self._known.is_suspended:  # what was deleted since the pause says nothing, and travels all the same
@@ -504,8 +524,9 @@ class SourceSession(Session):
         return self.host.leaving.claimed_by_others(self.id, port.scope, batch) | has_end_in(batch, stay)
 
     def _remaining(self, port: Leaving, stay: Addresses) -> list[Batch]:
+        self._leave_in_place(port, self.host.driver.capabilities(port.scope))
         pieces = (piece for piece in self.host.driver.export(port.scope) if not isinstance(piece, Omitted))
-        own = (piece.take(has_end_in(piece, port.scope.addresses)) for piece in pieces)
+        own = (piece.take(has_end_in(piece, port.scope.addresses)) for piece in pieces if port.leaves(piece))
         return [left for piece in own if len(left := piece.take(~self._is_others_too(port, piece, stay)))]
 
     # What the session asks of its role.
@@ -529,6 +550,7 @@ class SourceSession(Session):
             case Open():
                 self._compression = compression.choose(message.compressions)
                 self._templates = message.templates
+                self._devices = message.devices
                 self.report.request_id = message.request_id
             case Answer():
                 losses = dict(zip(message.reasons, message.counts, strict=False))

@@ -100,6 +100,8 @@ class Open:
     """The request that moves the guest, where the manager has told of it."""
     after: tuple[str, ...] = ()
     """The destination's former sessions with the guest, newest last: what comes of them later is not heard."""
+    devices: tuple[str, ...] = ()
+    """Identities of its devices that serve several hosts: what these keep need not move if the source has them too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class Offer:
     reasons: tuple[str, ...] = ()
     """Why the source leaves some out, which are not among the counts; and in the same order how many each concerns."""
     left_out: tuple[int, ...] = ()
+    shared: tuple[str, ...] = ()
+    """Identities of devices that both have."""
 
 
 @dataclass(frozen=True, slots=True)

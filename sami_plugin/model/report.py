@@ -89,6 +89,9 @@ class Report:
         }
 
 
+BOTH_HAVE = "both hosts have the device {device}: what it keeps stays in it"
+"""A remark."""
+
 SPANS: dict[str, tuple[tuple[str, str], ...]] = {
     "source": (
         ("asked", "export began"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from sami_plugin.drivers.base import FlowDriver
+from sami_plugin.drivers.base import Capabilities, FlowDriver
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.drivers.several import SeveralDrivers
 from sami_plugin.errors import DeviceFailed
 from sami_plugin.model.flows import TEMPLATES, Batch, Omitted
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.results import WORDS, Reason
+from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import flows
 from sami_plugin.testing.hosts import Hosts
-from tests.unit.handover.memory import SETTINGS, ZONES, begin, finish, guest_with_flows, until_idle
+from tests.unit.handover.memory import IMPATIENT, SETTINGS, ZONES, begin, finish, guest_with_flows, until_idle
 
 ELEMENT = TEMPLATES["nft-set-element-ipv4"]
 CALLS = ("export", "insert", "remove", "read_back")
@@ -168,3 +170,84 @@ def test_what_a_set_gets_while_memory_is_copied_comes_along(hosts: Hosts, guest:
     assert kept(hosts, "host-b") == {"tcp-ipv4": 100, ELEMENT.name: 4}
     _, is_there = hosts.drivers["host-b"].read_back(hosts.scope("host-b", guest), gone)
     assert not is_there.any()
+
+
+# ------------------------------------------------------------------------------------------ a device that both have
+
+
+class Appliance(MemoryDriver):
+    """Keeps elements, for whichever host asks."""
+
+    def capabilities(self, scope: Scope | None = None) -> Capabilities:
+        return dataclasses.replace(super().capabilities(scope), shared={ELEMENT.name: self.device.name})
+
+
+@pytest.fixture
+def appliances() -> dict[str, MemoryDevice]:
+    """The device of each host: one and the same."""
+    one = MemoryDevice("appliance 7")
+    return dict.fromkeys(ZONES, one)
+
+
+@pytest.fixture
+def sharing(appliances: dict[str, MemoryDevice], tmp_path: Path) -> Iterator[Hosts]:
+    flows_ = frozenset(name for name, one in TEMPLATES.items() if one.is_flow and not one.is_expectation)
+
+    def driver_of(host: str) -> FlowDriver:
+        appliance = Appliance(appliances[host], templates=frozenset({ELEMENT.name}), can_watch=False)
+        return SeveralDrivers(
+            (("firewall", MemoryDriver(MemoryDevice(host), templates=flows_)), ("appliance", appliance))
+        )
+
+    with Hosts(tmp_path, tuple(ZONES), driver_of, settings=IMPATIENT) as made:
+        yield made
+
+
+def with_elements(hosts: Hosts) -> str:
+    guest = guest_with_flows(hosts)
+    scope = hosts.scope("host-a", guest)
+    hosts.drivers["host-a"].insert(scope, flows(ELEMENT, 3, source=scope.addresses))
+    return guest
+
+
+def test_what_a_shared_device_keeps_stays_in_it_and_both_reports_say_so(
+    sharing: Hosts, appliances: dict[str, MemoryDevice]
+) -> None:
+    guest = with_elements(sharing)
+    begin(sharing, guest)
+    scope = sharing.scope("host-a", guest)
+    sharing.drivers["host-a"].insert(scope, flows(ELEMENT, 2, source=scope.addresses, first=1000))
+    finish(sharing, guest)
+    until_idle(sharing)
+    there, here = (sharing.reports(host, guest)[0] for host in ("host-a", "host-b"))
+    assert appliances["host-a"].count == 5
+    assert (there["flows"]["exported"], there["flows"]["purged"], there["flows"]["late"]) == (100, 100, 0)
+    assert (here["flows"]["imported"], here["flows"]["refused"]) == (100, 0)
+    for report in (there, here):
+        assert "both hosts have the device appliance 7: what it keeps stays in it" in report["remarks"]
+
+
+def test_device_that_only_one_has_is_emptied_as_any_other(sharing: Hosts, appliances: dict[str, MemoryDevice]) -> None:
+    driver = sharing.drivers["host-b"]
+    assert isinstance(driver, SeveralDrivers)
+    driver._drivers[1].device = MemoryDevice("appliance 8")  # type: ignore[attr-defined]
+    guest = with_elements(sharing)
+    there, here = move(sharing, guest)
+    assert appliances["host-a"].count == 0
+    assert (there["flows"]["purged"], here["flows"]["imported"]) == (103, 103)
+    assert not there["remarks"]
+
+
+def test_what_it_keeps_is_not_removed_where_nobody_says_what_the_other_host_has(
+    sharing: Hosts, appliances: dict[str, MemoryDevice]
+) -> None:
+    guest = with_elements(sharing)
+    sharing.say("host-a", Phase.OUTGOING, guest)
+    sharing.say("host-a", Phase.SUSPENDED, guest)
+    sharing.unplug("host-a", guest)
+    sharing.say("host-a", Phase.STOPPED, guest)
+    until_idle(sharing)
+    report = sharing.reports("host-a", guest)[0]
+    assert (report["outcome"], report["flows"]["purged"]) == ("purged without arrival", 100)
+    assert appliances["host-a"].count == 3
+    assert "the other host may have the device appliance 7 too: what it keeps stays in it" in report["remarks"]
