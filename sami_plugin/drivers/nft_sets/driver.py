@@ -66,7 +66,7 @@ class NftSetsDriver(FlowDriver):
                     notes.append(f"{_words(named)} is not carried: {why}")
         notes += [LIMITS_ARE_FULL] if self._sets else []
         kinds = _NAMES if self._sets else frozenset()
-        return Capabilities(kinds, False, None, 0, f"nft_sets of {namespace}", frozenset(), tuple(notes))
+        return Capabilities(kinds, False, None, 0, f"nft_sets of {namespace or 'the agent'}", frozenset(), tuple(notes))
 
     def watch(self, scope: Scope) -> Watch:
         raise UndeclaredAbility("the kernel tells no changes that packets make to a set")
@@ -81,7 +81,11 @@ class NftSetsDriver(FlowDriver):
     def insert(self, scope: Scope, batch: Batch) -> Results:
         made = self._refusals(scope, batch)
         with _connected(scope.namespace) as connection:
-            for named, form, positions in self._by_set(connection, batch, made):
+            for place, positions in self._by_set(connection, batch, made["outcome"] == Outcome.IMPORTED):
+                if place is None:
+                    made[positions] = results(len(positions), Outcome.REFUSED, Reason.NO_ZONE)
+                    continue
+                named, form = place
                 there = KeyIndex(_held(connection, scope, named, form, batch.template))
                 for some in _pieces(positions[_fits(form, batch, positions, made)]):
                     _put_in(connection, named, form, batch, some, there, made)
@@ -98,24 +102,27 @@ class NftSetsDriver(FlowDriver):
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
         rows, is_there = batch.template.empty(len(batch)), np.zeros(len(batch), bool)
         with _connected(scope.namespace) as connection:
-            for named, form, positions in self._by_set(connection, batch, results(len(batch))):
-                held = _held(connection, scope, named, form, batch.template)
+            for place, positions in self._by_set(connection, batch, scope.owns(batch)):
+                if place is None:
+                    continue
+                held = _held(connection, scope, *place, batch.template)
                 at = KeyIndex(held).find(batch.take(positions))
                 rows[positions[at >= 0]], is_there[positions[at >= 0]] = held.rows[at[at >= 0]], True
         return Batch(batch.template, rows), is_there
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
         made = results(len(identities), Outcome.ABSENT)
-        is_own = scope.owns(identities)
         template = next((one for one in _TEMPLATES.values() if one.key == identities.template.key), None)
         if template is None:
             return made
         with _connected(scope.namespace) as connection:
-            for named, form, positions in self._by_set(connection, identities, made):
-                held = KeyIndex(_held(connection, scope, named, form, template))
-                victims = positions[is_own[positions] & (held.find(identities.take(positions)) >= 0)]
+            for place, positions in self._by_set(connection, identities, scope.owns(identities)):
+                if place is None:
+                    continue
+                held = KeyIndex(_held(connection, scope, *place, template))
+                victims = positions[held.find(identities.take(positions)) >= 0]
                 for some in _pieces(victims):
-                    gone = _taken_out(connection, named, {one: _key(identities.rows[one]) for one in some})
+                    gone = _taken_out(connection, place[0], {one: _key(identities.rows[one]) for one in some})
                     made["outcome"][gone] = Outcome.REMOVED
         return made
 
@@ -132,22 +139,20 @@ class NftSetsDriver(FlowDriver):
         return made
 
     def _by_set(
-        self, connection: Connection, batch: Batch, made: Results
-    ) -> Iterator[tuple[NamedSet, Form, npt.NDArray[np.intp]]]:
-        """The sets of these records that are here, each with the positions of those not refused; the others are."""
-        is_asked = made["outcome"] != Outcome.REFUSED
-        if not is_asked.any():
+        self, connection: Connection, batch: Batch, which: npt.NDArray[np.bool_]
+    ) -> Iterator[tuple[tuple[NamedSet, Form] | None, npt.NDArray[np.intp]]]:
+        """The positions of these records by set, each with the set and its form; None where there is none here."""
+        if not which.any():
             return
         names = batch.rows["nftSetName"]
-        for name in np.unique(names[is_asked], axis=0):
-            positions = np.flatnonzero(is_asked & (names == name).all(axis=1))
+        for name in np.unique(names[which], axis=0):
+            positions = np.flatnonzero(which & (names == name).all(axis=1))
             named = self._sets.get(name.tobytes().rstrip(b"\0").decode("ascii", "replace"))
             form = None if named is None else _form(connection, named)
             if named is None or form is None or nft.why_not_carried(form):
-                if made["outcome"][positions[0]] == Outcome.IMPORTED:
-                    made[positions] = results(len(positions), Outcome.REFUSED, Reason.NO_ZONE)
-                continue
-            yield named, form, positions
+                yield None, positions
+            else:
+                yield (named, form), positions
 
 
 def _named(text: str) -> NamedSet:
