@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sami_plugin.cli.wording import Absent
 from sami_plugin.model.flows import Batch, FlowStatus, ZoneRole, said
 from sami_plugin.model.kinds import NEVER_SECONDS
 from sami_plugin.model.printable import printable
@@ -31,9 +32,9 @@ def rows(batches: Iterable[Batch], limit: int | None) -> Iterator[tuple[Any, ...
 def _row(batch: Batch, row: np.void) -> tuple[Any, ...]:
     if not batch.template.is_flow:
         seconds = int(row["remainingTimeoutSeconds"])
-        left = None if seconds == NEVER_SECONDS else seconds
+        left = Absent(None) if seconds == NEVER_SECONDS else seconds
         key = said(batch.template, row).removeprefix(batch.template.name).strip()
-        return batch.template.name, "", "", "", left, "", None, _name(ZoneRole, row["zoneRole"]), key
+        return batch.template.name, "", "", "", left, "", Absent(None), _name(ZoneRole, row["zoneRole"]), key
     fields = row.dtype.names or ()
     family = "IPv6" if batch.template.is_ipv6 else "IPv4"
     protocol = batch.template.protocol

@@ -38,12 +38,13 @@ class DepositDriver(FlowDriver):
     def __init__(self, folder: str = "/var/lib/sami/deposit", days: int = 30) -> None:
         """What nobody has fetched for so many days is thrown away: its guest has gone otherwise.
 
-        :raises NotAvailable: there can be no such folder; the message says why.
+        The folder is made when there is something to keep.
+
+        :raises NotAvailable: what is there is no folder that can be used; the message says why.
         """
         self._folder, self._days = Path(folder), days
         self._lock = threading.Lock()
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._throw_away()
         except OSError as error:
             raise NotAvailable(f"[deposit] folder: {folder} cannot be used: {error.strerror}") from error
@@ -126,6 +127,7 @@ class DepositDriver(FlowDriver):
             if not len(table):
                 path.unlink(missing_ok=True)
                 return
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".new", delete=False) as file:
                 kept: dict[str, Any] = {batch.template.name: batch.rows for batch in table.batches()}
                 np.savez(file, **kept)
@@ -135,6 +137,6 @@ class DepositDriver(FlowDriver):
 
     def _throw_away(self) -> None:
         oldest = time.time() - self._days * SECONDS_OF_DAY
-        for path in (*self._folder.glob("*.npz"), *self._folder.glob("*.new")):
-            if path.suffix == ".new" or path.stat().st_mtime < oldest:
+        for path in self._folder.iterdir() if self._folder.exists() else ():
+            if path.suffix == ".new" or (path.suffix == ".npz" and path.stat().st_mtime < oldest):
                 path.unlink(missing_ok=True)

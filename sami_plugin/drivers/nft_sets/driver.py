@@ -35,10 +35,7 @@ _REASONS = {
 }
 _MOST_TRIES = 5
 _MOST_AT_ONCE = 500
-LIMITS_ARE_FULL = (
-    "how much of a `limit` is used the kernel does not tell, so after a move it lets through a burst again; "
-    "`quota`, `counter` and timeouts go along"
-)
+A_LIMIT_IS_FULL = "how much of its `limit` is used the kernel does not tell: after a move it lets through a burst again"
 
 
 class NftSetsDriver(FlowDriver):
@@ -64,7 +61,8 @@ class NftSetsDriver(FlowDriver):
                 form = _form(connection, named)
                 if form is not None and (why := nft.why_not_carried(form)):
                     notes.append(f"{_words(named)} is not carried: {why}")
-        notes += [LIMITS_ARE_FULL] if self._sets else []
+                elif form is not None and "limit" in form.statements:
+                    notes.append(f"{_words(named)}: {A_LIMIT_IS_FULL}")
         kinds = _NAMES if self._sets else frozenset()
         return Capabilities(kinds, False, None, 0, f"nft_sets of {namespace or 'the agent'}", frozenset(), tuple(notes))
 

@@ -17,10 +17,12 @@ class CommandLine:
     device: MemoryDevice = field(default_factory=MemoryDevice)
     out: str = ""
     err: str = ""
+    templates: frozenset[str] | None = None
+    """Those that the driver declares, where it is to be others than it usually does."""
 
     @property
     def driver(self) -> MemoryDriver:
-        return MemoryDriver(self.device)
+        return MemoryDriver(self.device, templates=self.templates)
 
     def load_driver(self, name: str) -> FlowDriver:
         return self.driver

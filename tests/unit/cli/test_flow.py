@@ -21,7 +21,13 @@ from sami_plugin.errors import ConfigurationError, DeviceFailed, NotAvailable
 from sami_plugin.model.flows import TEMPLATES, Batch, Omitted, ZoneRole
 from sami_plugin.model.results import Reason
 from sami_plugin.model.scope import Scope
-from sami_plugin.testing.conformance import NEIGHBOUR_ADDRESSES, OUTSIDE_ADDRESSES, PORT_ADDRESSES, flows
+from sami_plugin.testing.conformance import (
+    NEIGHBOUR_ADDRESSES,
+    OUTSIDE_ADDRESSES,
+    PORT_ADDRESSES,
+    TIMEOUT_SECONDS,
+    flows,
+)
 from tests.unit.cli.command_line import CommandLine
 
 TCP, TCP6, NAT = TEMPLATES["tcp-ipv4"], TEMPLATES["tcp-ipv6"], TEMPLATES["tcp-nat-ipv4"]
@@ -48,6 +54,15 @@ def results(sami: CommandLine) -> dict[str, int]:
 
 
 # list
+
+
+def test_what_is_no_flow_is_told_by_the_words_of_its_kind(sami: CommandLine) -> None:
+    kind = TEMPLATES["nft-set-element-ipv4"]
+    sami.templates = frozenset({kind.name})
+    put(sami, 7, flows(kind, 1))
+    (row,) = listed(sami, "--zone", 7)
+    assert (row["Protocol"], row["Detail"]) == ("nft-set-element-ipv4", f"{GUEST} in")
+    assert (row["Timeout"], row["Source"], row["Mark"]) == (TIMEOUT_SECONDS, "", None)
 
 
 def test_list_shows_flows_in_words(sami: CommandLine) -> None:
