@@ -51,11 +51,11 @@ class Leaving:
             self.former.put(batch)
         return self.former
 
-    def changes(self) -> Changes:
+    def changes(self, *, is_last: bool) -> Changes:
         """What changed since the last call."""
         if self.watch is None:
             return Changes(is_complete=False)
-        told = self.watch.collect()
+        told = self.watch.collect_last() if is_last else self.watch.collect()
         if not self.stays:
             return told
         removals, upserts = (tuple(filter(self.leaves, batches)) for batches in (told.removals, told.upserts))

@@ -68,6 +68,10 @@ class Watch(abc.ABC):
     def collect(self) -> Changes:
         """All changes until now, merged: per flow only what it is now. Does not wait for any to happen."""
 
+    def collect_last(self) -> Changes:
+        """As `collect`, for the last time: the guest is paused, and nothing is put off."""
+        return self.collect()
+
     @abc.abstractmethod
     def close(self) -> None:
         """Ends the watch. May be repeated."""

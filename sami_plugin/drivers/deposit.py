@@ -7,12 +7,15 @@ each port's in a file, and their time stands still.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import os
 import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import numpy.typing as npt
 
 from sami_plugin.drivers.base import Capabilities, FlowDriver, Watch
 from sami_plugin.errors import DeviceFailed, NotAvailable, UndeclaredAbility
-from sami_plugin.model.flows import TEMPLATES, Batch, Omitted, has_end_in
+from sami_plugin.model.flows import TEMPLATES, Batch, Omitted, Rows, has_end_in
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.results import Outcome, Reason, Results, results
 from sami_plugin.model.scope import Scope
@@ -78,7 +81,8 @@ class DepositDriver(FlowDriver):
             taken = batch.take(made["outcome"] == Outcome.IMPORTED)
             taken.rows["flowId"] = 0
             table.put(taken)
-            self._write(scope, table)
+            if len(taken):
+                self._write(scope, table)
         return made
 
     def renew(self, scope: Scope, batch: Batch) -> Results:
@@ -100,43 +104,60 @@ class DepositDriver(FlowDriver):
             is_there = table.find(identities)[0] & scope.owns(identities)
             made["outcome"][is_there] = Outcome.REMOVED
             table.discard(identities.take(is_there))
-            self._write(scope, table)
+            if is_there.any():
+                self._write(scope, table)
         return made
 
     def _path(self, scope: Scope) -> Path:
         return self._folder / f"{hashlib.sha256(scope.port.encode()).hexdigest()[:32]}.npz"
 
     def _read(self, scope: Scope) -> FlowTable:
-        """What is kept of the port. A kind that is not known any more, or is another one now, is left out."""
+        """What is kept of the port, of the kinds that are known now."""
         table = FlowTable()
+        for name, rows in self._kept(scope).items():
+            if _is_known(name, rows):
+                table.put(Batch(TEMPLATES[name], rows))
+        return table
+
+    def _kept(self, scope: Scope) -> dict[str, Rows]:
+        """By kind, what the port's file has; a package may be gone for a while, and its kinds with it."""
         try:
             with np.load(self._path(scope), allow_pickle=False) as kept:
-                for name in kept.files:
-                    template = TEMPLATES.get(name)
-                    if template is not None and kept[name].dtype == template.dtype:
-                        table.put(Batch(template, kept[name]))
+                return {name: kept[name] for name in kept.files}
         except FileNotFoundError:
-            pass
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            return {}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DeviceFailed(f"{self._path(scope)} is no deposit any more: {error}; remove it") from error
-        return table
 
     def _write(self, scope: Scope, table: FlowTable) -> None:
         path = self._path(scope)
+        kept: dict[str, Any] = {name: rows for name, rows in self._kept(scope).items() if not _is_known(name, rows)}
+        kept |= {batch.template.name: batch.rows for batch in table.batches()}
         try:
-            if not len(table):
+            if not kept:
                 path.unlink(missing_ok=True)
                 return
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".new", delete=False) as file:
-                kept: dict[str, Any] = {batch.template.name: batch.rows for batch in table.batches()}
-                np.savez(file, **kept)
-            os.replace(file.name, path)
+                try:
+                    np.savez(file, **kept)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, path)
+                except OSError:
+                    os.unlink(file.name)
+                    raise
         except OSError as error:
             raise DeviceFailed(f"{path} cannot be written: {error.strerror}; make room in {self._folder}") from error
 
     def _throw_away(self) -> None:
-        oldest = time.time() - self._days * SECONDS_OF_DAY
+        days = {".npz": self._days, ".new": 1}  # the agent may be writing one
         for path in self._folder.iterdir() if self._folder.exists() else ():
-            if path.suffix == ".new" or (path.suffix == ".npz" and path.stat().st_mtime < oldest):
-                path.unlink(missing_ok=True)
+            oldest = time.time() - days.get(path.suffix, math.inf) * SECONDS_OF_DAY
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+
+
+def _is_known(name: str, rows: Rows) -> bool:
+    return name in TEMPLATES and TEMPLATES[name].dtype == rows.dtype

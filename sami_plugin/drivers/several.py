@@ -3,12 +3,13 @@
 Flows of one protocol and family are one kind here, with or without a NAT, helpers, and what these expect.
 
 The first driver is the host's firewall, and its failures are those of a driver that is alone. What another one cannot
-do costs the migration its own kinds and nothing else: what it did not export is omitted, what it did not take is
-refused, each by name.
+do, for whatever reason, costs the migration its own kinds and nothing else: what it did not export is omitted, what it
+did not take is refused, each by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sami_plugin.drivers.base import Capabilities, Changes, FlowDriver, Watch
-from sami_plugin.errors import SamiError, UndeclaredAbility
+from sami_plugin.errors import SamiError
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Omitted, Template
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.kinds import NEVER_SECONDS
@@ -30,7 +31,10 @@ from sami_plugin.model.scope import Scope
 LOG = logging.getLogger(__name__)
 
 LONGER_SECONDS = 2
-"""What lives so much longer than it did, for a second has ended in between, was given time."""
+"""What lives so much longer than it was told was given time: a second is begun here and there."""
+SHORT_SECONDS, PAUSES_PER_EXPORT = 0.02, 10
+"""An export that takes longer than this is made again when so many times as long has passed as it took, so that it
+does not keep a core busy."""
 
 T = TypeVar("T")
 
@@ -44,7 +48,7 @@ class SeveralDrivers(FlowDriver):
         self._drivers = [driver for _, driver in drivers]
         self._watches: list[ExportingWatch] = []
         self._owners: dict[str, int] = {}
-        """Whose each kind was when they were asked the last time."""
+        """Whose each kind is. One that fails for a while keeps its kinds."""
 
     def capabilities(self, scope: Scope | None = None) -> Capabilities:
         """The kinds of all. Capacity, device and functions are the first one's."""
@@ -57,12 +61,17 @@ class SeveralDrivers(FlowDriver):
             can = self._tried(position, lambda driver: driver.capabilities(scope), None) if position else first
             if can is None:
                 notes.append(f"the driver {name} fails; the agent's log says how")
+                former = [kind for kind, owner in self._owners.items() if owner == position]
+                owners |= dict.fromkeys(set(former) - owners.keys(), position)
                 continue
-            kinds = {_kind(TEMPLATES[template]) for template in can.templates}
+            if unknown := sorted(can.templates - TEMPLATES.keys()):
+                notes.append(f"{name}: {', '.join(unknown)} cannot be carried: its package did not bring the kind")
+            known = can.templates & TEMPLATES.keys()
+            kinds = {_kind(TEMPLATES[template]) for template in known}
             for kind in sorted(kinds & owners.keys()):
                 notes.append(f"{kind} is the driver {self._names[owners[kind]]}'s; {name} could carry it too")
             owners |= dict.fromkeys(kinds - owners.keys(), position)
-            own = {one for one in can.templates if owners[_kind(TEMPLATES[one])] == position}
+            own = {one for one in known if owners[_kind(TEMPLATES[one])] == position}
             templates |= own
             shared |= {one: device for one, device in can.shared.items() if one in own}
             notes += can.notes
@@ -83,87 +92,111 @@ class SeveralDrivers(FlowDriver):
                         for watch in tuple(self._watches):
                             watch.note(self._drivers[position], scope, piece)
                     yield piece
-            except SamiError as error:
+            except Exception as error:
                 if not position:
                     raise
+                _log(name, error)
                 yield Omitted(f"the driver {name} failed, and how much it has is not known: {error}", 0)
 
     def watch(self, scope: Scope) -> Watch:
-        first = self._drivers[0].watch(scope)
-        return _Watches(first, [self._watch_of(position, scope) for position in range(1, len(self._drivers))])
+        with contextlib.ExitStack() as opened:
+            watches: list[Watch] = [opened.enter_context(self._drivers[0].watch(scope))]
+            for position in range(1, len(self._drivers)):
+                watches.append(opened.enter_context(self._watch_of(position, scope)))
+            closing = opened.pop_all()
+        return _Watches(watches, self._names, self._owner, closing)
 
     def _watch_of(self, position: int, scope: Scope) -> Watch:
         driver = self._drivers[position]
         try:
             return driver.watch(scope)
-        except UndeclaredAbility:
+        except Exception:  # noqa: BLE001 - it cannot, or cannot now
             return ExportingWatch(driver, scope, self._watches)
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
         failed = results(len(batch), Outcome.REFUSED, Reason.DEVICE_ERROR)
-        made = self._asked(batch, lambda driver: driver.insert(scope, batch), failed)
+        nobodys = results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
+        made = self._asked(batch, lambda driver: driver.insert(scope, batch), failed, nobodys)
         if made is failed:  # some of it may be in the device
             victims = batch.identities
             victims.rows["flowId"] = 0
-            self._asked(victims, lambda driver: driver.remove(scope, victims), failed)
+            self._asked(victims, lambda driver: driver.remove(scope, victims), failed, nobodys)
         return made
 
     def renew(self, scope: Scope, batch: Batch) -> Results:
         failed = results(len(batch), Outcome.REFUSED, Reason.DEVICE_ERROR)
-        return self._asked(batch, lambda driver: driver.renew(scope, batch), failed)
+        nobodys = results(len(batch), Outcome.ABSENT)
+        return self._asked(batch, lambda driver: driver.renew(scope, batch), failed, nobodys)
 
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
-        """Of a device that fails nothing is known: its records count as there, with nothing in them but their names."""
-        unknown = batch.template.empty(len(batch))
-        for name in (*(one[0] for one in batch.template.key), "flowId"):
-            unknown[name] = batch.rows[name]
-        failed = Batch(batch.template, unknown), np.ones(len(batch), bool)
-        return self._asked(batch, lambda driver: driver.read_back(scope, batch), failed)
+        """Of a device that fails nothing is known: its records count as there, as they were asked for."""
+        failed = Batch(batch.template, batch.rows.copy()), np.ones(len(batch), bool)
+        nobodys = Batch(batch.template, batch.template.empty(len(batch))), np.zeros(len(batch), bool)
+        return self._asked(batch, lambda driver: driver.read_back(scope, batch), failed, nobodys)
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
         failed = results(len(identities), Outcome.REFUSED, Reason.DEVICE_ERROR)
-        return self._asked(identities, lambda driver: driver.remove(scope, identities), failed)
+        nobodys = results(len(identities), Outcome.ABSENT)
+        return self._asked(identities, lambda driver: driver.remove(scope, identities), failed, nobodys)
 
-    def _owner(self, template: Template) -> int:
-        """Whose records of this template are, or the names of some; the first one's where nobody declares it."""
+    def _owner(self, template: Template) -> int | None:
+        """Whose records of this template are, or the names of some. Flows that nobody declares are the first one's."""
         if not self._owners:
             self.capabilities()
-        return self._owners.get(_kind(template), 0)
+        return self._owners.get(_kind(template), 0 if template.is_flow else None)
 
-    def _asked(self, batch: Batch, work: Callable[[FlowDriver], T], failed: T) -> T:
-        return self._tried(self._owner(batch.template), work, failed)
+    def _asked(self, batch: Batch, work: Callable[[FlowDriver], T], failed: T, nobodys: T) -> T:
+        position = self._owner(batch.template)
+        return nobodys if position is None else self._tried(position, work, failed)
 
     def _tried(self, position: int, work: Callable[[FlowDriver], T], failed: T) -> T:
         """What the driver answers; `failed` of one that does, but the first."""
         try:
             return work(self._drivers[position])
-        except SamiError as error:
+        except Exception as error:
             if not position:
                 raise
-            LOG.warning("the driver %s: %s", self._names[position], error)
+            _log(self._names[position], error)
             return failed
 
 
 class _Watches(Watch):
     """Those of all drivers. One that fails tells nothing; the first one's failure is all of theirs."""
 
-    def __init__(self, first: Watch, others: list[Watch]) -> None:
-        self._first, self._others = first, others
+    def __init__(
+        self,
+        watches: list[Watch],
+        names: list[str],
+        owner: Callable[[Template], int | None],
+        closing: contextlib.ExitStack,
+    ) -> None:
+        self._watches, self._names, self._owner, self._closing = watches, names, owner, closing
 
     def collect(self) -> Changes:
-        told = [self._first.collect()]
-        for watch in self._others:
+        return self._collected(lambda watch: watch.collect())
+
+    def collect_last(self) -> Changes:
+        return self._collected(lambda watch: watch.collect_last())
+
+    def _collected(self, how: Callable[[Watch], Changes]) -> Changes:
+        told = [how(self._watches[0])]
+        for position, watch in enumerate(self._watches[1:], 1):
             try:
-                told.append(watch.collect())
-            except SamiError as error:
-                LOG.warning("changes are not known: %s", error)
+                changes = how(watch)
+            except Exception as error:  # noqa: BLE001 - as in all that others than the first do
+                _log(self._names[position], error)
+                continue
+            own = [
+                tuple(batch for batch in batches if self._owner(batch.template) == position)
+                for batches in (changes.removals, changes.upserts)
+            ]
+            told.append(Changes(own[0], own[1], changes.is_complete))
         removals = tuple(batch for changes in told for batch in changes.removals)
         upserts = tuple(batch for changes in told for batch in changes.upserts)
         return Changes(removals, upserts, all(changes.is_complete for changes in told))
 
     def close(self) -> None:
-        for watch in (self._first, *self._others):
-            watch.close()
+        self._closing.close()
 
 
 class ExportingWatch(Watch):
@@ -176,11 +209,14 @@ class ExportingWatch(Watch):
         """`watches` are those that are open; this one among them, until it is closed."""
         self._driver, self._scope, self._watches = driver, scope, watches
         self._lock = threading.Lock()
+        self._began_at = self._free_at = time.monotonic()
+        self._told = FlowTable()
+        """As it was told, with the time that it would have had left when the watch began."""
         self._seen = FlowTable()
         """What others have exported since."""
-        self._told, self._told_at = FlowTable(), time.monotonic()
         try:
-            self._told = self._exported()
+            for batch in self._exported().batches():
+                self._told.put(batch)
         except SamiError as error:
             LOG.warning("what there is will be told when it can be read: %s", error)
         watches.append(self)
@@ -192,27 +228,53 @@ class ExportingWatch(Watch):
                 self._seen.put(batch)
 
     def collect(self) -> Changes:
-        now, there = time.monotonic(), self._exported()
+        return Changes() if time.monotonic() < self._free_at else self.collect_last()
+
+    def collect_last(self) -> Changes:
+        there = self._exported()
         with self._lock:
-            upserts = [self._changed(batch, now - self._told_at) for batch in there.batches()]
-            for batch in self._told.batches():
-                self._seen.put(batch)
-            removals = [_gone(batch.take(~there.find(batch)[0])) for batch in self._seen.batches()]
-            self._told, self._told_at, self._seen = there, now, FlowTable()
-        return Changes(tuple(filter(len, removals)), tuple(filter(len, upserts)))
+            seen, self._seen = self._seen, FlowTable()
+        for batch in self._told.batches():
+            seen.put(batch)
+        missing = [batch.take(~there.find(batch)[0]) for batch in seen.batches()]
+        # An export may run past what is there while others come and go: it is asked for by name.
+        gone = [batch.take(~self._is_there(batch)) for batch in missing if len(batch)]
+        upserts = [self._changed(batch) for batch in there.batches()]
+        for batch in gone:
+            self._told.discard(batch)
+        for batch in upserts:
+            self._told.put(batch)
+        age = self._age()
+        return Changes(
+            tuple(_deleted(batch) for batch in gone if len(batch)),
+            tuple(_later(batch, -age) for batch in upserts if len(batch)),
+        )
+
+    def _is_there(self, batch: Batch) -> npt.NDArray[np.bool_]:
+        found, is_there = self._driver.read_back(self._scope, batch)
+        if batch.template.is_flow:
+            is_there &= found.rows["flowMark"] & np.uint32(self._scope.barred_marks) == 0
+        return is_there
 
     def _exported(self) -> FlowTable:
-        there = FlowTable()
+        """All that is there, with the time that it would have had left when the watch began."""
+        there, at = FlowTable(), time.monotonic()
         for piece in self._driver.export(self._scope):
             if isinstance(piece, Batch):
-                there.put(piece)
+                there.put(_later(piece, self._age()))
+        took = time.monotonic() - at
+        self._free_at = time.monotonic() + (PAUSES_PER_EXPORT * took if took > SHORT_SECONDS else 0)
         return there
 
-    def _changed(self, batch: Batch, seconds: float) -> Batch:
+    def _age(self) -> int:
+        return int(time.monotonic() - self._began_at)
+
+    def _changed(self, batch: Batch) -> Batch:
+        """What is new or is not what was told, or was given time since."""
         known, rows = self._told.rows_of(batch)
-        left, before = batch.rows["remainingTimeoutSeconds"], rows["remainingTimeoutSeconds"].astype(np.int64)
-        was_given_time = (left > before - int(seconds) + LONGER_SECONDS) & (left != NEVER_SECONDS)
-        is_same = (lost_fields(batch, rows) == 0) & (batch.rows["flowId"] == rows["flowId"]) & ~was_given_time
+        left, before = (one["remainingTimeoutSeconds"].astype(np.int64) for one in (batch.rows, rows))
+        is_same = (lost_fields(batch, rows) == 0) & (batch.rows["flowId"] == rows["flowId"])
+        is_same &= (left <= before + LONGER_SECONDS) & ((left == NEVER_SECONDS) == (before == NEVER_SECONDS))
         return batch.take(~(known & is_same))
 
     def close(self) -> None:
@@ -226,7 +288,21 @@ def _kind(template: Template) -> str:
     return template.name.removesuffix("-identity")
 
 
-def _gone(batch: Batch) -> Batch:
+def _later(batch: Batch, seconds: int) -> Batch:
+    """The records with so many seconds more, or fewer; what has no end keeps that."""
+    rows = batch.rows.copy()
+    left = rows["remainingTimeoutSeconds"].astype(np.int64)
+    moved = np.clip(left + seconds, 0, NEVER_SECONDS - 1)
+    rows["remainingTimeoutSeconds"] = np.where(left == NEVER_SECONDS, NEVER_SECONDS, moved)
+    return Batch(batch.template, rows)
+
+
+def _deleted(batch: Batch) -> Batch:
     names = batch.identities
     names.rows["firewallEvent"] = FirewallEvent.DELETED
     return names
+
+
+def _log(name: str, error: Exception) -> None:
+    # What is none of ours is a fault of the driver's, whose author will want to see where.
+    LOG.warning("the driver %s: %s", name, error, exc_info=not isinstance(error, SamiError))

@@ -459,7 +459,9 @@ class DestinationSession(Session):
         return mine if is_admitted.all() else mine.take(is_admitted)
 
     def _with_a_place(self, port: Arriving, batch: Batch) -> Batch:
-        """Those of the flows for which there is room; the others are refused by name."""
+        """Those of the flows for which there is room; the others are refused by name. What is no flow takes none."""
+        if not batch.template.is_flow:
+            return batch
         is_new = ~port.held.find(batch)[0]
         for part in self._unverified:  # is held only when it was looked at
             if part.port is port:

@@ -330,7 +330,7 @@ class SourceSession(Session):
         gone: list[Batch] = []
         told: list[Batch] = []
         for port in self._ports:
-            changes = port.changes()
+            changes = port.changes(is_last=action.is_last)
             if changes.is_complete:
                 differences: Iterable[tuple[Leaving, Iterable[Batch], Iterable[Batch]]]
                 differences = [(port, changes.removals, changes.upserts)]

@@ -68,8 +68,9 @@ def weigh(
             losses[Reason.NOT_ADMITTED] += count
         else:
             taken[kind] = count
+    others = sum(count for kind, count in taken.items() if not TEMPLATES[kind].is_flow)
     wanted = taken.total()
-    places = promise(wanted) if wanted else 0
+    places = others + promise(wanted - others) if wanted > others else others
     losses[Reason.NO_PLACE] = wanted - places
     degraded = {NOT_KEPT.format(function=one): places for one in demand.functions if one not in functions and places}
     named = {WORDS[reason]: count for reason, count in losses.items() if count}

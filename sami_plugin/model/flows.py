@@ -74,7 +74,8 @@ class Template:
     key: tuple[Field, ...]
     state: tuple[Field, ...]
     ends: tuple[str, ...] = field(default=(), compare=False)
-    """Of a kind that is none of flows: the fields of its key that hold an address of the guest's port."""
+    """Of a kind that is none of flows: the field of its key that holds an address of the guest's port, and those that
+    hold others, which may be another port's."""
     words: str = field(default="", compare=False)
     """And how people read a record: a format of the fields of its key, as ``{elementIPv4Address} in {nftSetName}``."""
     is_renewed: bool = field(default=True, compare=False)
@@ -422,10 +423,10 @@ def importance(batch: Batch) -> npt.NDArray[np.int64]:
     """Where there is no place for all, the flows of which this is greater come first.
 
     First come those that were seen both ways (ASSURED), and of these the ones that have more time left. What is no flow
-    comes last.
+    comes before them all, for it takes no place of a flow.
     """
     if not batch.template.is_flow:
-        return batch.rows["remainingTimeoutSeconds"].astype(np.int64)
+        return np.full(len(batch), 1 << 40, np.int64)
     is_assured = (batch.rows["conntrackStatus"] & int(FlowStatus.ASSURED)) != 0
     ranks: npt.NDArray[np.int64] = (is_assured.astype(np.int64) << 32) + batch.rows["remainingTimeoutSeconds"]
     return ranks

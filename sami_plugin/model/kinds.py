@@ -35,8 +35,9 @@ _FIRST_OF_STATE: tuple[Field, ...] = (("flowId", ">u4"), ("remainingTimeoutSecon
 class Kinds:
     """What a driver brings: templates with `ends`, and the elements of their fields that SAMI does not know.
 
-    A key begins with ``zoneRole`` and has in `ends` an address of the guest's port; a state begins with ``flowId`` and
-    ``remainingTimeoutSeconds``. A vendor's elements have `Origin.VENDOR`, and its enterprise number as their `vendor`.
+    A key begins with ``zoneRole`` and has an address of the guest's port, the first of the `ends`; a state begins with
+    ``flowId`` and ``remainingTimeoutSeconds``. A vendor's elements have `Origin.VENDOR`, and its enterprise number as
+    their `vendor`.
     """
 
     templates: tuple[Template, ...]

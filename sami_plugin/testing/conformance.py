@@ -141,8 +141,7 @@ def _records(template: Template, numbers: npt.NDArray[np.int_], source: Addresse
     """Records of a kind that is none of flows: the last field of the key that is no end tells them apart."""
     rows = template.empty(len(numbers))
     rows["zoneRole"], rows["remainingTimeoutSeconds"] = ZoneRole.PORT, TIMEOUT_SECONDS
-    for end in template.ends:
-        rows[end] = _address(source, template.is_ipv6)
+    rows[template.ends[0]] = _address(source, template.is_ipv6)
     other = [field[0] for field in template.key[1:] if field[0] not in template.ends][-1:]
     for name in other:
         column = rows[name] if rows[name].ndim == 1 else rows[name][:, -1]
@@ -368,6 +367,16 @@ class FlowDriverConformance:
                 f"{batch.template.name} is refused for {made['reason'].tolist()}, not as NOT_DECLARED",
             )
         _promise(not _exported(driver, scope), "refused flows are in the device")
+
+    def test_kind_of_another_driver_is_not_there_and_does_no_harm(self) -> None:
+        driver, scope = self.make_driver(), self.make_scope()
+        declared = driver.capabilities(scope).templates
+        for template in (one for name, one in TEMPLATES.items() if not one.is_flow and name not in declared):
+            for batch in (_records(template, np.arange(2), PORT_ADDRESSES), Batch(template, template.empty())):
+                _promise(not driver.read_back(scope, batch)[1].any(), f"{template.name} is read back, and undeclared")
+                made = driver.renew(scope, batch)
+                _promise(not (made["outcome"] == Outcome.IMPORTED).any(), f"{template.name} is renewed, and undeclared")
+                _all(driver.remove(scope, batch.identities), Outcome.ABSENT, f"removing undeclared {template.name}")
 
     # Removing.
 
@@ -709,8 +718,7 @@ class FlowDriverConformance:
         if template.is_flow:
             return flows(template, 2, source=NEIGHBOUR_ADDRESSES, first=first)
         made = self.some_flows(template, 2, first)
-        for end in template.ends:
-            made.rows[end] = _address(NEIGHBOUR_ADDRESSES, template.is_ipv6)
+        made.rows[template.ends[0]] = _address(NEIGHBOUR_ADDRESSES, template.is_ipv6)
         return made
 
     def _each_template(self) -> Iterable[tuple[Template, FlowDriver, Scope]]:

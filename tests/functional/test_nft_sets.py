@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 import time
 from collections.abc import Iterator
@@ -21,10 +22,10 @@ from lab.namespace import Namespace
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.drivers.nft_sets import NftSetsDriver
-from sami_plugin.drivers.nft_sets.kinds import IPV4, IPV6, Statements
+from sami_plugin.drivers.nft_sets.kinds import IPV4, IPV6, NO_OTHER, Statements
 from sami_plugin.drivers.several import SeveralDrivers
 from sami_plugin.errors import ConfigurationError
-from sami_plugin.model.flows import Batch, Omitted, Template, ZoneRole, names
+from sami_plugin.model.flows import Batch, Omitted, Template, ZoneRole, has_end_in, names
 from sami_plugin.model.kinds import NEVER_SECONDS
 from sami_plugin.model.results import Outcome, Reason, lost_fields
 from sami_plugin.model.scope import Scope
@@ -104,7 +105,7 @@ class TestPromises(FlowDriverConformance):
         if template in (IPV4, IPV6):
             name, address = (b"ports4", 4) if template == IPV4 else (b"ports6", 16)
             made.rows["nftSetName"] = np.frombuffer(name.ljust(32, b"\0"), ">u8")
-            made.rows["nftSetKeyOctets"] = address + 4
+            made.rows["nftSetKeyOctets"], made.rows["nftOtherAddressOffset"] = address + 4, NO_OTHER
             made.rows["nftSetKey"] = [
                 np.frombuffer((bytes(address) + (1 + first + number).to_bytes(2, "big")).ljust(64, b"\0"), ">u8")
                 for number in range(count)
@@ -360,3 +361,101 @@ def test_element_that_ends_while_the_guest_moves_does_not_come_back(place: Names
     time.sleep(1.2)  # pacing: its end is what is waited for
     assert not told(driver, scope)
     assert driver.remove(scope, batch.identities)["outcome"].tolist() == [Outcome.ABSENT]
+
+
+# ------------------------------------------------------------------------------------------------- what peers may send
+
+
+def test_element_that_is_a_neighbours_too_is_left_alone(place: Namespace) -> None:
+    add(place, "pairs", f"{GUEST} . {NEIGHBOUR_ADDRESSES[0]} timeout 2h")
+    driver = driver_of("pairs")
+    scope = dataclasses.replace(scope_of(place), is_shared=True, neighbours=NEIGHBOUR_ADDRESSES)
+    (batch,) = told(driver, scope)
+    assert has_end_in(batch, NEIGHBOUR_ADDRESSES).all(), "who purges has to see whose it is as well"
+    batch.rows["remainingTimeoutSeconds"], batch.rows["nftElementTimeoutMilliseconds"] = 5, 5000
+    assert driver.insert(scope, batch)["outcome"].tolist() == [Outcome.PRESENT]
+    assert driver.remove(scope, batch.identities)["outcome"].tolist() == [Outcome.REFUSED]
+    assert told(driver, scope)[0].rows["remainingTimeoutSeconds"] > 7000
+    driver.remove(scope_of(place), batch.identities)
+    made = driver.insert(scope, batch)
+    assert (made["outcome"].tolist(), made["reason"].tolist()) == ([Outcome.REFUSED], [Reason.LOCAL_PORTS_OWN])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("plain", {"nftSetKey": np.frombuffer(b"\1".ljust(64, b"\0"), ">u8")}),
+        ("plain", {"nftSetKey": np.frombuffer(bytes(32) + b"\1".ljust(32, b"\0"), ">u8")}),
+        ("plain", {"nftAddressOffset": 60}),
+        ("plain", {"nftOtherAddressOffset": 200}),
+        ("plain", {"nftSetKeyOctets": 64}),
+        ("plain", {"nftSetDataOctets": 4}),
+        ("pairs", {"nftAddressOffset": 0, "nftOtherAddressOffset": 4}),
+        ("pairs", {"nftOtherAddressOffset": NO_OTHER}),
+    ],
+)
+def test_other_name_of_an_element_is_refused(place: Namespace, name: str, change: dict[str, object]) -> None:
+    add(place, name, ELEMENTS[name])
+    driver, scope = driver_of(name), scope_of(place)
+    (batch,) = told(driver, scope)
+    driver.remove(scope, batch.identities)
+    for field, value in change.items():
+        batch.rows[field] = value
+    if change.get("nftAddressOffset") == 0:  # the guest at both ends: the first is its own
+        batch.rows["otherIPv4Address"] = batch.rows["elementIPv4Address"]
+        batch.rows["nftAddressOffset"], batch.rows["nftOtherAddressOffset"] = 4, 0
+    made = driver.insert(scope, batch)
+    assert (made["outcome"].tolist(), made["reason"].tolist()) == ([Outcome.REFUSED], [Reason.INVALID])
+    assert not told(driver, scope)
+
+
+def test_what_a_set_here_allows_is_not_the_peers_to_say(place: Namespace) -> None:
+    add(place, "spent", GUEST)
+    driver, scope = driver_of("spent"), scope_of(place)
+    (batch,) = told(driver, scope)
+    batch.rows["nftQuotaOctets"], batch.rows["nftQuotaConsumedOctets"] = 1 << 62, 4000
+    batch.rows["nftElementStatements"] |= np.uint8(Statements.LIMIT)
+    batch.rows["nftLimitRate"], batch.rows["nftLimitUnitSeconds"] = 1 << 30, 1
+    assert driver.insert(scope, batch)["outcome"].tolist() == [Outcome.IMPORTED]
+    (kept,) = told(driver, scope)
+    assert (kept.rows["nftQuotaOctets"][0], kept.rows["nftQuotaConsumedOctets"][0]) == (5000, 4000)
+    assert kept.rows["nftElementStatements"].tolist() == [Statements.QUOTA | Statements.COUNTER]
+
+
+def test_any_values_are_taken_or_refused_and_never_raise(place: Namespace) -> None:
+    generator = np.random.default_rng(7)
+    for name, element in ELEMENTS.items():
+        add(place, name, element)
+        driver, scope = driver_of(name), scope_of(place)
+        (batch,) = told(driver, scope)
+        rows = batch.rows[np.zeros(60, int)]
+        octets = rows.view(np.uint8).reshape(60, -1)
+        for row in octets:
+            row[generator.integers(0, octets.shape[1], 12)] = generator.choice([0, 1, 4, 127, 255], 12)
+        hostile = Batch(IPV4, rows)
+        driver.insert(scope, hostile)
+        driver.read_back(scope, hostile)
+        driver.remove(scope, hostile.identities)
+        for left in told(driver, scope):
+            assert set(driver.remove(scope, left.identities)["outcome"]) == {Outcome.REMOVED}
+
+
+# ------------------------------------------------------------------------------------------------- times
+
+
+def test_element_without_time_left_is_refused_and_none_without_an_end_gets_one(place: Namespace) -> None:
+    place.run(["nft", "-f", "-"], "add set inet filter openly { type ipv4_addr; flags dynamic,timeout; }\n")
+    add(place, "openly", f"{GUEST} timeout 300s expires 100s")
+    driver, scope = driver_of("openly"), scope_of(place)
+    (batch,) = told(driver, scope)
+    for sent, milliseconds, found in ((100, 300_000, 100), (50, 0, 50), (NEVER_SECONDS, 0, NEVER_SECONDS)):
+        batch.rows["remainingTimeoutSeconds"], batch.rows["nftElementTimeoutMilliseconds"] = sent, milliseconds
+        assert driver.insert(scope, batch)["outcome"].tolist() == [Outcome.IMPORTED]
+        assert told(driver, scope)[0].rows["remainingTimeoutSeconds"].tolist() == [found]
+    batch.rows["remainingTimeoutSeconds"] = 0
+    made = driver.insert(scope, batch)
+    assert (made["outcome"].tolist(), made["reason"].tolist()) == ([Outcome.REFUSED], [Reason.EXPIRED])
+    (timed,) = (add(place, "timed", GUEST), told(driver_of("timed"), scope))[1]
+    timed.rows["remainingTimeoutSeconds"] = NEVER_SECONDS
+    driver_of("timed").insert(scope, timed)
+    assert told(driver_of("timed"), scope)[0].rows["remainingTimeoutSeconds"].tolist() == [NEVER_SECONDS]

@@ -196,6 +196,8 @@ class LinuxConntrackDriver(FlowDriver):
             return watch
 
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, Mask]:
+        if not batch.template.is_flow:
+            return Batch(batch.template, batch.template.empty(len(batch))), np.zeros(len(batch), bool)
         if batch.template.is_expectation:
             with self._connections.lend(scope.namespace) as connection:
                 return expectations.read_back(connection, scope, batch)
@@ -253,6 +255,8 @@ class LinuxConntrackDriver(FlowDriver):
         return made
 
     def renew(self, scope: Scope, batch: Batch) -> Results:
+        if not batch.template.is_flow:
+            return results(len(batch), Outcome.ABSENT)
         # The kernel also takes an entry that is this flow turned round; giving it time does no harm. It takes no other
         # timeout where one is fixed, as in all that was inserted of GRE (`encode.requests`): those are PRESENT.
         made = results(len(batch))
@@ -269,6 +273,8 @@ class LinuxConntrackDriver(FlowDriver):
         return made
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
+        if not identities.template.is_flow:
+            return results(len(identities), Outcome.ABSENT)
         identities = identities.identities
         made = results(len(identities), Outcome.REMOVED)
         _absent(made, ~_may_be_there(scope, identities))

@@ -332,6 +332,8 @@ class Connection:
             for start, number in zip(found.starts, headers["sequence"] - np.uint32(sequence), strict=True):
                 codes[number] = -int(found.words[(start >> 2) + 4].view(np.int32))
                 left -= 0 < number < len(messages) - 1
+        if codes[0]:  # all was in order, and yet it could not be made so: nothing is done
+            raise failure(codes[0], "transaction")
         return codes
 
     def events(self) -> tuple[list[Messages], bool]:

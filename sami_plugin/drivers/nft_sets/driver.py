@@ -6,7 +6,6 @@ import contextlib
 import errno
 from collections.abc import Iterator, Sequence
 
-import netaddr
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +13,7 @@ from sami_plugin.drivers.base import Capabilities, FlowDriver, Watch
 from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Torn
 from sami_plugin.drivers.nft_sets import elements as nft
 from sami_plugin.drivers.nft_sets.elements import Element, Form, NamedSet
-from sami_plugin.drivers.nft_sets.kinds import IPV4, IPV6, KEY_OCTETS, NAME_OCTETS
+from sami_plugin.drivers.nft_sets.kinds import IPV4, IPV6, KEY_OCTETS, NAME_OCTETS, NO_OTHER
 from sami_plugin.errors import ConfigurationError, DeviceFailed, UndeclaredAbility
 from sami_plugin.model.flows import Batch, Omitted, Template, has_end_in
 from sami_plugin.model.keys import KeyIndex
@@ -84,8 +83,14 @@ class NftSetsDriver(FlowDriver):
                     made[positions] = results(len(positions), Outcome.REFUSED, Reason.NO_ZONE)
                     continue
                 named, form = place
-                there = KeyIndex(_held(connection, scope, named, form, batch.template))
-                for some in _pieces(positions[_fits(form, batch, positions, made)]):
+                fitting = positions[_fits(scope, named, form, batch, positions, made)]
+                held = _held(connection, scope, named, form, batch.template, batch.take(fitting))
+                is_there = KeyIndex(held).find(batch.take(fitting)) >= 0
+                is_theirs = has_end_in(batch.take(fitting), scope.neighbours) & scope.is_shared
+                made[fitting[is_theirs]] = results(int(is_theirs.sum()), Outcome.REFUSED, Reason.LOCAL_PORTS_OWN)
+                made[fitting[is_theirs & is_there]] = results(int((is_theirs & is_there).sum()), Outcome.PRESENT)
+                there = dict(zip(fitting.tolist(), is_there.tolist(), strict=True))
+                for some in _pieces(fitting[~is_theirs]):
                     _put_in(connection, named, form, batch, some, there, made)
         return made
 
@@ -103,7 +108,7 @@ class NftSetsDriver(FlowDriver):
             for place, positions in self._by_set(connection, batch, scope.owns(batch)):
                 if place is None:
                     continue
-                held = _held(connection, scope, *place, batch.template)
+                held = _held(connection, scope, *place, batch.template, batch.take(positions))
                 at = KeyIndex(held).find(batch.take(positions))
                 rows[positions[at >= 0]], is_there[positions[at >= 0]] = held.rows[at[at >= 0]], True
         return Batch(batch.template, rows), is_there
@@ -117,8 +122,11 @@ class NftSetsDriver(FlowDriver):
             for place, positions in self._by_set(connection, identities, scope.owns(identities)):
                 if place is None:
                     continue
-                held = KeyIndex(_held(connection, scope, *place, template))
+                held = KeyIndex(_held(connection, scope, *place, template, identities.take(positions)))
                 victims = positions[held.find(identities.take(positions)) >= 0]
+                is_theirs = has_end_in(identities.take(victims), scope.neighbours) & scope.is_shared
+                made[victims[is_theirs]] = results(int(is_theirs.sum()), Outcome.REFUSED, Reason.LOCAL_PORTS_OWN)
+                victims = victims[~is_theirs]
                 for some in _pieces(victims):
                     gone = _taken_out(connection, place[0], {one: _key(identities.rows[one]) for one in some})
                     made["outcome"][gone] = Outcome.REMOVED
@@ -142,15 +150,15 @@ class NftSetsDriver(FlowDriver):
         """The positions of these records by set, each with the set and its form; None where there is none here."""
         if not which.any():
             return
-        names = batch.rows["nftSetName"]
-        for name in np.unique(names[which], axis=0):
-            positions = np.flatnonzero(which & (names == name).all(axis=1))
-            named = self._sets.get(name.tobytes().rstrip(b"\0").decode("ascii", "replace"))
-            form = None if named is None else _form(connection, named)
-            if named is None or form is None or nft.why_not_carried(form):
-                yield None, positions
-            else:
-                yield (named, form), positions
+        names, is_nobodys = batch.rows["nftSetName"], which.copy()
+        for named in self._sets.values():
+            is_its = which & (names == _octets(named.name.encode(), NAME_OCTETS)).all(axis=1)
+            form = _form(connection, named) if is_its.any() else None
+            if form is not None and not nft.why_not_carried(form):
+                is_nobodys &= ~is_its
+                yield (named, form), np.flatnonzero(is_its)
+        if is_nobodys.any():
+            yield None, np.flatnonzero(is_nobodys)
 
 
 def _named(text: str) -> NamedSet:
@@ -173,6 +181,10 @@ def _words(named: NamedSet) -> str:
     return f"the set {family} {named.table} {named.set}"
 
 
+def _code(number: int) -> str:
+    return errno.errorcode.get(number, str(number))
+
+
 def _connected(namespace: str | None) -> contextlib.closing[Connection]:
     """A socket for one call: it would keep the namespace alive, and entering one costs less than a set's dump."""
     return contextlib.closing(Connection(namespace))
@@ -185,7 +197,7 @@ def _form(connection: Connection, named: NamedSet) -> Form | None:
     if codes[0]:
         if codes[0] in (errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
             return None
-        raise DeviceFailed(f"{_words(named)}: the kernel answers with {errno.errorcode.get(int(codes[0]), codes[0])}")
+        raise DeviceFailed(f"{_words(named)}: the kernel answers with {_code(int(codes[0]))}")
     messages = [one for found, _ in answers for one in _raw(found)]
     if not messages:
         raise DeviceFailed(f"{_words(named)}: the kernel says nothing of it")
@@ -231,56 +243,83 @@ def _told(connection: Connection, scope: Scope, named: NamedSet, form: Form) -> 
             yield batch
 
 
-def _held(connection: Connection, scope: Scope, named: NamedSet, form: Form, template: Template) -> Batch:
-    packed = [address.packed for address in scope.addresses]
-    found = [one for one in _elements(connection, named, packed) if one is not None] if packed else []
+def _held(
+    connection: Connection, scope: Scope, named: NamedSet, form: Form, template: Template, wanted: Batch
+) -> Batch:
+    """What there is of these names, asked for by key: a dump may run past what is there while others come and go."""
+    found: list[Element] = []
+    keys = [key for row in wanted.rows if len(key := _key(row)) == form.key_octets]
+    for some in _pieces(np.arange(len(keys))):
+        requests = [np.frombuffer(nft.get_element(named, keys[one]), np.uint8) for one in some]
+        codes, answers = connection.ask(np.stack(requests))
+        if failed := [code for code in codes.tolist() if code not in (0, errno.ENOENT)]:
+            raise DeviceFailed(f"{_words(named)}: the kernel tells no element ({_code(failed[0])})")
+        for messages, _ in answers:
+            found += [one for raw in _raw(messages) for one in nft.elements_of(raw, (b"",)) if one is not None]
     return _rows(scope, named, form, template, found)
 
 
 def _rows(scope: Scope, named: NamedSet, form: Form, template: Template, elements: list[Element]) -> Batch:
     """The records of those elements that have an address of the port where the set has addresses of this family."""
-    version = 6 if template.is_ipv6 else 4
-    own = {address.packed: address for address in scope.addresses if address.version == version}
-    size = 16 if template.is_ipv6 else 4
-    chosen: list[tuple[Element, int]] = []
+    version, size = (6, 16) if template.is_ipv6 else (4, 4)
+    places = form.places.get(version, ())
+    own = {address.packed for address in scope.addresses if address.version == version}
+    chosen: list[tuple[Element, int, int]] = []
     for element in elements:
-        at = next((at for at in form.places.get(version, ()) if element.key[at : at + size] in own), None)
+        at = next((at for at in places if element.key[at : at + size] in own), None)
         if at is not None:
-            chosen.append((element, at))
+            chosen.append((element, at, next((place for place in places if place != at), NO_OTHER)))
     rows = template.empty(len(chosen))
     rows["zoneRole"] = int(min(scope.zones, default=0))
     rows["nftSetName"] = _octets(named.name.encode(), NAME_OCTETS)
-    (field,) = template.ends
-    for row, (element, at) in zip(rows, chosen, strict=True):
-        address = own[element.key[at : at + size]]
-        row[field] = _halves(address) if template.is_ipv6 else int(address)
-        row["nftAddressOffset"], row["nftSetKeyOctets"] = at, len(element.key)
-        row["nftSetKey"] = _octets(element.key[:at] + bytes(size) + element.key[at + size :], KEY_OCTETS)
+    for row, (element, at, other) in zip(rows, chosen, strict=True):
+        key = bytearray(element.key)
+        for end, place in zip(template.ends, (at, other), strict=True):
+            if place != NO_OTHER:
+                address = bytes(key[place : place + size])
+                row[end] = np.frombuffer(address, ">u8") if template.is_ipv6 else int.from_bytes(address, "big")
+                key[place : place + size] = bytes(size)
+        row["nftAddressOffset"], row["nftOtherAddressOffset"] = at, other
+        row["nftSetKeyOctets"], row["nftSetKey"] = len(element.key), _octets(bytes(key), KEY_OCTETS)
         row["nftSetDataOctets"], row["nftSetData"] = len(element.data), _octets(element.data, KEY_OCTETS)
         row["nftElementTimeoutMilliseconds"] = element.timeout
         never = element.expiration is None
-        row["remainingTimeoutSeconds"] = NEVER_SECONDS if never else -(-(element.expiration or 0) // 1000)
+        row["remainingTimeoutSeconds"] = NEVER_SECONDS if never else max(1, -(-(element.expiration or 0) // 1000))
         nft.fill(row, element)
     return Batch(template, rows)
 
 
 def _key(row: np.void) -> bytes:
-    """The key of a record, with its address in its place."""
-    field = next(name for name in row.dtype.names or () if name.startswith("element") and name.endswith("Address"))
-    address = row[field].tobytes() if np.ndim(row[field]) else int(row[field]).to_bytes(4, "big")
-    at = int(row["nftAddressOffset"])
-    key = row["nftSetKey"].tobytes()[: int(row["nftSetKeyOctets"])]
-    return key[:at] + address + key[at + len(address) :]
+    """The key of a record, with its addresses in their places."""
+    key = bytearray(row["nftSetKey"].tobytes()[: int(row["nftSetKeyOctets"])])
+    for end, offset in (("element", "nftAddressOffset"), ("other", "nftOtherAddressOffset")):
+        at = int(row[offset])
+        if at != NO_OTHER:
+            address = _address(row, end)
+            key[at : at + len(address)] = address
+    return bytes(key)
 
 
-def _fits(form: Form, batch: Batch, positions: npt.NDArray[np.intp], made: Results) -> npt.NDArray[np.bool_]:
-    """Which records are of such a set; the others are refused."""
+def _address(row: np.void, end: str) -> bytes:
+    if f"{end}IPv6Address" in (row.dtype.names or ()):
+        return row[f"{end}IPv6Address"].tobytes()
+    return int(row[f"{end}IPv4Address"]).to_bytes(4, "big")
+
+
+def _fits(
+    scope: Scope, named: NamedSet, form: Form, batch: Batch, positions: npt.NDArray[np.intp], made: Results
+) -> npt.NDArray[np.bool_]:
+    """Which records are of such a set, each named as it would be named here, and have time left; others are refused."""
     rows = batch.rows[positions]
-    places = form.places.get(6 if batch.template.is_ipv6 else 4, ())
-    fits = (rows["nftSetKeyOctets"] == form.key_octets) & np.isin(rows["nftAddressOffset"], places)
-    fits &= rows["nftSetDataOctets"] == form.data_octets
-    made[positions[~fits]] = results(int((~fits).sum()), Outcome.REFUSED, Reason.INVALID)
-    return np.asarray(fits)
+    fits = (rows["nftSetKeyOctets"] == form.key_octets) & (rows["nftSetDataOctets"] == form.data_octets)
+    names = [Element(_key(row)) if is_fit else None for row, is_fit in zip(rows, fits, strict=True)]
+    ours = _rows(scope, named, form, batch.template, [one for one in names if one is not None])
+    # Another name of the same element would never be found again.
+    fits &= KeyIndex(ours).find(Batch(batch.template, rows)) >= 0
+    is_over = fits & (rows["remainingTimeoutSeconds"] == 0)
+    for reason, which in ((Reason.INVALID, ~fits), (Reason.EXPIRED, is_over)):
+        made[positions[which]] = results(int(which.sum()), Outcome.REFUSED, reason)
+    return np.asarray(fits & ~is_over)
 
 
 def _pieces(positions: npt.NDArray[np.intp]) -> Iterator[list[int]]:
@@ -297,7 +336,7 @@ def _taken_out(connection: Connection, named: NamedSet, keys: dict[int, bytes]) 
         if not any(codes.values()):
             return list(keys)
         if failed := [code for code in codes.values() if code not in (0, errno.ENOENT)]:
-            raise DeviceFailed(f"{_words(named)}: the kernel removes no element ({errno.errorcode[failed[0]]})")
+            raise DeviceFailed(f"{_words(named)}: the kernel removes no element ({_code(failed[0])})")
         keys = {one: key for one, key in keys.items() if not codes[one]}  # the others have ended meanwhile
     raise DeviceFailed(f"{_words(named)}: it changes faster than elements can be removed from it")
 
@@ -308,11 +347,10 @@ def _put_in(
     form: Form,
     batch: Batch,
     wanted: list[int],
-    there: KeyIndex,
+    is_there: dict[int, bool],
     made: Results,
 ) -> None:
     """All that the kernel takes, at once; what is there of the same key makes way in the same moment."""
-    is_there = dict(zip(wanted, (there.find(batch.take(np.array(wanted, np.intp))) >= 0).tolist(), strict=True))
     for _ in range(_MOST_TRIES):
         requests, whose = [], []
         for position in wanted:
@@ -342,7 +380,7 @@ def _element(row: np.void, key: bytes, form: Form) -> Element:
     if left is not None:
         left = min(left, timeout or form.timeout or left)  # rounded up, it may be more than the kernel takes
     data = row["nftSetData"].tobytes()[: int(row["nftSetDataOctets"])]
-    return Element(key, data, timeout, left, nft.statements_of(row, form.statements))
+    return Element(key, data, timeout, left, nft.statements_of(row, form))
 
 
 def _transacted(connection: Connection, requests: list[bytes]) -> list[int]:
@@ -357,7 +395,3 @@ def _transacted(connection: Connection, requests: list[bytes]) -> list[int]:
 
 def _octets(content: bytes, octets: int) -> npt.NDArray[np.uint64]:
     return np.frombuffer(content.ljust(octets, b"\0"), ">u8")
-
-
-def _halves(address: netaddr.IPAddress) -> tuple[int, int]:
-    return divmod(int(address), 1 << 64)

@@ -34,7 +34,7 @@ _GENERIC = struct.Struct("!BBH")
 _IPADDR, _IP6ADDR = 7, 8
 _OCTETS_OF_TYPE = {_IP6ADDR: 16, 9: 8, 41: 16, 29: 16}  # ether_addr, ifname, ct_label
 _UNKNOWN_TYPES = (0, 2, 3, 4, 5, 6)  # of no fixed length: bit masks, integers, strings, link-layer addresses
-_IFINDEX = 20
+_IFINDEX, _IFNAME = 20, 41
 _VERDICT_DATA = 0xFFFF_FF00
 
 _COUNTER, _QUOTA, _LIMIT, _CONNLIMIT, _LAST = "counter", "quota", "limit", "connlimit", "last"
@@ -59,8 +59,8 @@ class Form:
     flags: int
     timeout: int
     """Milliseconds that its elements live by default; 0: for ever."""
-    statements: tuple[str, ...]
-    """The names of those that each element has, in the order in which the kernel wants to be given them."""
+    statements: Mapping[str, dict[int, int]]
+    """Those that each element has, as they are set, in the order in which the kernel wants to be given them."""
     places: Mapping[int, tuple[int, ...]]
     """By IP version, the octets of a key where an address may begin."""
 
@@ -104,7 +104,15 @@ STATES: dict[str, tuple[Statements, tuple[tuple[int, str, int], ...]]] = {
     _LAST: (Statements.LAST, ((2, "nftLastMilliseconds", 8),)),
 }
 _LAST_SET, _LAST_MSECS = 1, 2
-_OVER = 1
+_QUOTA_FLAGS, _OVER = 2, 1
+_USED: dict[str, tuple[int, ...]] = {
+    _COUNTER: (1, 2),
+    _QUOTA: (4,),
+    _LIMIT: (),
+    _CONNLIMIT: (),
+    _LAST: (_LAST_SET, _LAST_MSECS),
+}
+"""What of a statement's numbers is its state, and not how it is set."""
 
 
 def attribute(kind: int, *content: bytes) -> bytes:
@@ -134,10 +142,14 @@ def new_element(named: NamedSet, form: Form, element: Element) -> bytes:
     parts = [attribute(1 | _NESTED, attribute(1, element.key))]
     if form.flags & MAP:
         parts.append(attribute(2 | _NESTED, attribute(1, element.data)))
-    if form.has_timeouts and element.expiration is not None:
-        if element.timeout:
-            parts.append(attribute(4, element.timeout.to_bytes(8, "big")))
-        parts.append(attribute(5, element.expiration.to_bytes(8, "big")))
+    if form.has_timeouts:
+        timeout, left = element.timeout, element.expiration
+        if left is None:  # said so, or it would get the set's
+            parts.append(attribute(4, bytes(8)))
+        elif timeout or not form.timeout:
+            parts.append(attribute(4, (timeout or left).to_bytes(8, "big")))
+        if left is not None:
+            parts.append(attribute(5, left.to_bytes(8, "big")))
     told = [attribute(1 | _NESTED, _statement(name, state)) for name, state in element.statements.items()]
     if len(told) == 1:
         parts.append(attribute(7 | _NESTED, told[0][4:]))
@@ -161,9 +173,16 @@ def form_of(raw: bytes) -> Form:
     if not 0 < octets <= KEY_OCTETS:
         raise Malformed(f"a set has keys of {octets} octets", "NFTA_SET_KEY_LEN")
     is_plain_map = numbers[3] & MAP and not numbers[3] & OBJECT and numbers[6] != _VERDICT_DATA
-    statements = tuple(_name(attributes_of(one)) for one in _expressions(told, 17, 18))
+    is_plain_map = is_plain_map and not {_IFINDEX, _IFNAME} & set(_parts(numbers[6]))
+    statements = _statements(_expressions(told, 17, 18))
     places = _places(numbers[4], octets)
     return Form(octets, numbers[7] if is_plain_map else 0, numbers[3], numbers[11], statements, places)
+
+
+def get_element(named: NamedSet, key: bytes) -> bytes:
+    """The request for one element, by its key."""
+    names = attribute(1 | _NESTED, attribute(1 | _NESTED, attribute(1, key)))
+    return message(GETSETELEM, 0, named.family, _place(named) + attribute(3 | _NESTED, names))
 
 
 def why_not_carried(form: Form) -> str:
@@ -171,7 +190,7 @@ def why_not_carried(form: Form) -> str:
     if form.flags & (INTERVAL | CONSTANT):
         return "it is of intervals, or constant: traffic adds nothing to it"
     if form.flags & OBJECT or (form.flags & MAP and not form.data_octets):
-        return "it maps to verdicts or objects, which are of one host"
+        return "it maps to verdicts, objects or interfaces, which are of one host"
     if not any(form.places.values()):
         return "there is no address in its keys, or not at one place, or an index of an interface is"
     return ""
@@ -179,10 +198,7 @@ def why_not_carried(form: Form) -> str:
 
 def _places(key_type: int, octets: int) -> dict[int, tuple[int, ...]]:
     """Where in a key addresses begin. Of one part of unknown length it follows from the others."""
-    parts: list[int] = []
-    while key_type:
-        parts.insert(0, key_type & 0x3F)
-        key_type >>= 6
+    parts = _parts(key_type)
     lengths = [None if part in _UNKNOWN_TYPES else _OCTETS_OF_TYPE.get(part, 4) for part in parts]
     rest = (octets + 3 & ~3) - sum(length for length in lengths if length is not None)
     if lengths.count(None) > 1 or (None not in lengths and rest) or rest < 0 or _IFINDEX in parts:
@@ -195,6 +211,15 @@ def _places(key_type: int, octets: int) -> dict[int, tuple[int, ...]]:
             found[version] += (at,)
         at += rest if length is None else length
     return found
+
+
+def _parts(data_type: int) -> list[int]:
+    """The types of a concatenation's parts."""
+    parts: list[int] = []
+    while data_type:
+        parts.insert(0, data_type & 0x3F)
+        data_type >>= 6
+    return parts
 
 
 def elements_of(raw: bytes, wanted: Sequence[bytes]) -> Iterator[Element | None]:
@@ -223,14 +248,8 @@ def _element(told: dict[int, bytes]) -> Element | None:
     made = Element(key, attributes_of(told.get(2, b"")).get(1, b""), int.from_bytes(told.get(4, b""), "big"))
     if 5 in told:
         made.expiration = int.from_bytes(told[5], "big")
-    for one in _expressions(told, 7, 11):
-        parts = attributes_of(one)
-        name = _name(parts)
-        if name not in STATES:
-            return None
-        numbers = attributes_of(parts.get(2, b""))
-        made.statements[name] = {kind: int.from_bytes(value, "big") for kind, value in numbers.items()}
-    return made
+    made.statements = _statements(_expressions(told, 7, 11))
+    return None if made.statements.keys() - STATES.keys() else made
 
 
 def _expressions(told: dict[int, bytes], single: int, several: int) -> list[bytes]:
@@ -238,8 +257,14 @@ def _expressions(told: dict[int, bytes], single: int, several: int) -> list[byte
     return _listed(told[several]) if several in told else [told[single]] if single in told else []
 
 
-def _name(expression: dict[int, bytes]) -> str:
-    return expression.get(1, b"").rstrip(b"\0").decode("ascii", "replace")
+def _statements(expressions: list[bytes]) -> dict[str, dict[int, int]]:
+    """By name, the numbers of each."""
+    made = {}
+    for expression in map(attributes_of, expressions):
+        name = expression.get(1, b"").rstrip(b"\0").decode("ascii", "replace")
+        numbers = attributes_of(expression.get(2, b""))
+        made[name] = {kind: int.from_bytes(value, "big") for kind, value in numbers.items()}
+    return made
 
 
 def _listed(raw: bytes) -> list[bytes]:
@@ -273,8 +298,8 @@ def fill(row: np.void, element: Element) -> None:
             row["nftLastMilliseconds"] = state.get(_LAST_MSECS, 0) + 1 if state.get(_LAST_SET) else 0
 
 
-def statements_of(row: np.void, order: Sequence[str]) -> dict[str, dict[int, int]]:
-    """The other way round: those of a set in its order."""
+def statements_of(row: np.void, form: Form) -> dict[str, dict[int, int]]:
+    """The other way round. Where the set here has statements of its own, a record says only what is used of them."""
     made: dict[str, dict[int, int]] = {}
     for name, (flag, numbers) in STATES.items():
         if int(row["nftElementStatements"]) & flag:
@@ -282,7 +307,15 @@ def statements_of(row: np.void, order: Sequence[str]) -> dict[str, dict[int, int
     if _LAST in made:
         milliseconds = made[_LAST][_LAST_MSECS]
         made[_LAST] = {_LAST_SET: 1, _LAST_MSECS: milliseconds - 1} if milliseconds else {_LAST_SET: 0}
-    return {name: made[name] for name in sorted(made, key=lambda name: (name not in order, [*order, name].index(name)))}
+    if not form.statements:
+        return made
+    ours = {name: dict(state) for name, state in form.statements.items() if name in STATES}
+    for name, state in ours.items():
+        used = made.get(name, {})
+        state |= {kind: used.get(kind, 0) for kind in _USED[name]}
+        if name == _QUOTA:
+            state[_QUOTA_FLAGS] &= _OVER
+    return ours
 
 
 def _place(named: NamedSet) -> bytes:

@@ -42,7 +42,11 @@ _STATEMENTS: tuple[Field, ...] = (
 )
 
 
-def _template(family: str, address: Field) -> Template:
+NO_OTHER = 0xFF
+"""As `nftOtherAddressOffset`: the key has no second address."""
+
+
+def _template(family: str, address: Field, other: Field) -> Template:
     return Template(
         f"nft-set-element-{family}",
         (
@@ -50,6 +54,8 @@ def _template(family: str, address: Field) -> Template:
             ("nftSetName", ">u8", (NAME_OCTETS // 8,)),
             address,
             ("nftAddressOffset", "u1"),
+            other,
+            ("nftOtherAddressOffset", "u1"),
             ("nftSetKeyOctets", "u1"),
             ("nftSetKey", ">u8", (KEY_OCTETS // 8,)),
         ),
@@ -61,7 +67,7 @@ def _template(family: str, address: Field) -> Template:
             ("nftSetData", ">u8", (KEY_OCTETS // 8,)),
             *_STATEMENTS,
         ),
-        ends=(address[0],),
+        ends=(address[0], other[0]),
         words=f"{{{address[0]}}} in {{nftSetName}}",
         is_renewed=False,
     )
@@ -115,13 +121,36 @@ _ELEMENTS = (
         data_type=DataType.IPV6_ADDRESS,
     ),
     _element("nftAddressOffset", 0x43 | _CRITICAL, 1, _QUANTITY, "The octet of the key where that address begins."),
+    _element(
+        "otherIPv4Address",
+        0x57 | _CRITICAL,
+        4,
+        _DEFAULT,
+        "The first other address in the key: another guest may be its own; 0 where there is none.",
+        data_type=DataType.IPV4_ADDRESS,
+    ),
+    _element(
+        "otherIPv6Address",
+        0x58 | _CRITICAL,
+        16,
+        _DEFAULT,
+        "The first other address in the key: another guest may be its own; 0 where there is none.",
+        data_type=DataType.IPV6_ADDRESS,
+    ),
+    _element(
+        "nftOtherAddressOffset",
+        0x59 | _CRITICAL,
+        1,
+        _QUANTITY,
+        "The octet of the key where that one begins; 255 where there is none.",
+    ),
     _element("nftSetKeyOctets", 0x44 | _CRITICAL, 1, _QUANTITY, "How many octets the key has."),
     _element(
         "nftSetKey",
         0x45 | _CRITICAL,
         KEY_OCTETS,
         _DEFAULT,
-        "NFTA_SET_ELEM_KEY of Linux's nf_tables.h with zeros for the guest's address, filled up with zeros. Each part "
+        "NFTA_SET_ELEM_KEY of Linux's nf_tables.h with zeros for these addresses, filled up with zeros. Each part "
         "of a concatenation begins at a multiple of four octets.",
     ),
     _element(
@@ -161,6 +190,6 @@ _ELEMENTS = (
     ),
 )
 
-IPV4 = _template("ipv4", ("elementIPv4Address", ">u4"))
-IPV6 = _template("ipv6", ("elementIPv6Address", ">u8", (2,)))
+IPV4 = _template("ipv4", ("elementIPv4Address", ">u4"), ("otherIPv4Address", ">u4"))
+IPV6 = _template("ipv6", ("elementIPv6Address", ">u8", (2,)), ("otherIPv6Address", ">u8", (2,)))
 KINDS = Kinds((IPV4, IPV6), _ELEMENTS)

@@ -98,6 +98,9 @@ SAMI_NUMBERS = {
     "nftConnectionLimit": 84,
     "nftConnectionLimitFlags": 85,
     "nftLastMilliseconds": 86,
+    "otherIPv4Address": 0x2057,
+    "otherIPv6Address": 0x2058,
+    "nftOtherAddressOffset": 0x2059,
 }
 
 

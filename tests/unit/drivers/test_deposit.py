@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sami_plugin.drivers import deposit
@@ -65,7 +67,11 @@ def test_it_is_there_after_a_start_and_the_file_goes_with_the_last_record(tmp_pa
 def test_what_nobody_has_fetched_is_thrown_away_at_last(tmp_path: Path, records: Batch) -> None:
     DepositDriver(str(tmp_path), days=2).insert(SCOPE, records)
     (path,) = tmp_path.iterdir()
-    (tmp_path / "half.new").touch()
+    half = tmp_path / "half.new"
+    half.touch()
+    DepositDriver(str(tmp_path))
+    assert half.exists(), "an agent may be writing it"
+    os.utime(half, (0, 0))
     for days, left in ((1.9, 3), (2.1, 0)):
         then = time.time() - days * deposit.SECONDS_OF_DAY
         os.utime(path, (then, then))
@@ -79,9 +85,14 @@ def test_kind_that_is_not_known_any_more_costs_nothing_else(
 ) -> None:
     driver = DepositDriver(str(tmp_path))
     driver.insert(SCOPE, records)
-    driver.insert(SCOPE, flows(TEMPLATES["nft-set-element-ipv6"], 2))
-    monkeypatch.delitem(TEMPLATES, "nft-set-element-ipv4")
-    assert [len(one) for one in driver.export(SCOPE)] == [2]  # type: ignore[arg-type]
+    others = flows(TEMPLATES["nft-set-element-ipv6"], 2)
+    driver.insert(SCOPE, others)
+    with monkeypatch.context() as patch:
+        patch.delitem(TEMPLATES, "nft-set-element-ipv4")
+        assert [len(one) for one in driver.export(SCOPE)] == [2]  # type: ignore[arg-type]
+        driver.remove(SCOPE, others.identities)
+        assert not list(driver.export(SCOPE))
+    assert [len(one) for one in driver.export(SCOPE)] == [3], "its package came back"  # type: ignore[arg-type]
 
 
 def test_more_than_one_keeps_is_refused_by_name(
@@ -103,10 +114,28 @@ def test_spoiled_file_is_told_and_left(tmp_path: Path, records: Batch) -> None:
     driver = DepositDriver(str(tmp_path))
     driver.insert(SCOPE, records)
     (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(DeviceFailed, match=r"is no deposit any more.*remove it"):
-        list(driver.export(SCOPE))
-    assert path.exists()
+    for octets in (path.read_bytes()[:50], b"", b"PK" + bytes(200)):
+        path.write_bytes(octets)
+        for work in (lambda: list(driver.export(SCOPE)), lambda: driver.insert(SCOPE, records)):
+            with pytest.raises(DeviceFailed, match=r"is no deposit any more.*remove it"):
+                work()
+        assert path.read_bytes() == octets
+
+
+def test_full_disk_is_told_and_leaves_what_was_there(
+    tmp_path: Path, records: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = DepositDriver(str(tmp_path))
+    driver.insert(SCOPE, records)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DeviceFailed, match="No space left on device; make room"):
+        driver.remove(SCOPE, records.take(np.array([0])).identities)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert kept(tmp_path) == 3
 
 
 def test_folder_that_cannot_be_is_told(tmp_path: Path) -> None:

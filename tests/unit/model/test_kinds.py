@@ -112,7 +112,7 @@ def test_people_read_its_words(lease: Batch) -> None:
 def test_what_is_asked_of_flows_is_answered_for_it(lease: Batch) -> None:
     assert has_end_in(lease, PORT_ADDRESSES).all()
     assert not has_end_in(lease, (netaddr.IPAddress("192.0.2.11"),)).any()
-    assert (importance(lease) < importance(flows(TEMPLATES["udp-ipv4"], 1))[0]).all()
+    assert (importance(lease) > importance(flows(TEMPLATES["udp-ipv4"], 1))[0]).all()
     here, is_ambiguous = AddressMap.parse(["192.0.2.0/24=198.51.100.0/24"]).applied(lease)
     assert not is_ambiguous.any()
     assert has_end_in(here, (netaddr.IPAddress("198.51.100.10"),)).all()
@@ -124,6 +124,10 @@ def test_what_is_asked_of_flows_is_answered_for_it(lease: Batch) -> None:
     assert sorted((one.template.name, len(one)) for one in table.batches()) == [("lease-ipv4", 2), ("udp-ipv4", 3)]
 
 
+def never(wanted: int) -> int:
+    raise AssertionError("what is no flow takes no place of one")
+
+
 def test_negotiation_counts_it_like_any_other(lease: Batch) -> None:
     demand = Demand.of(Offer(2, 1, ("lease-ipv4", "udp-ipv4"), (3, 2), (), (), ()))
     found = weigh(
@@ -132,9 +136,12 @@ def test_negotiation_counts_it_like_any_other(lease: Batch) -> None:
     assert found.places == 2
     assert list(found.losses.values()) == [3]
     found = weigh(
-        demand, declared=set(TEMPLATES), admitted=lambda kind: "lease" in kind, functions=(), promise=lambda wanted: 9
+        demand, declared=set(TEMPLATES), admitted=lambda kind: True, functions=(), promise=lambda wanted: wanted - 1
     )
-    assert found.kinds == ("lease-ipv4",)
+    assert (found.places, found.kinds) == (3 + 1, ("lease-ipv4", "udp-ipv4"))
+    assert list(found.losses.values()) == [1]
+    found = weigh(demand, declared=set(TEMPLATES), admitted=lambda kind: "lease" in kind, functions=(), promise=never)
+    assert (found.places, found.kinds) == (3, ("lease-ipv4",))
 
 
 def test_the_same_may_be_brought_again(lease: Batch) -> None:
