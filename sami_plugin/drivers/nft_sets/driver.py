@@ -104,6 +104,8 @@ class NftSetsDriver(FlowDriver):
 
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
         rows, is_there = batch.template.empty(len(batch)), np.zeros(len(batch), bool)
+        if batch.template.name not in _NAMES:
+            return Batch(batch.template, rows), is_there
         with _connected(scope.namespace) as connection:
             for place, positions in self._by_set(connection, batch, scope.owns(batch)):
                 if place is None:
