@@ -9,7 +9,7 @@ natural timing the lab's small guest is there sooner, the destination is open at
 luck; that is shown besides. Each side begins with a migration there and one back that do not count: a nova-compute
 that has just been started takes seconds longer for its first one, and SAMI's driver takes effect by such a start.
 How long migrations take is compared at last, in turns:
-there and back with no agent and no hook, there and back with them, for a machine is faster now and slower then. The
+there and back with no agent and no hook, then with them, for a machine is faster now and slower then. The
 output folder gets result.json, demo.png and all logs. Exit code: 0 when every
 connection with SAMI survived and most without it died, 1 when not (stderr says why) or when the lab failed, 125 when it
 cannot run here: it takes the machine's root and what `tools/prepare openstack` gets.
@@ -22,6 +22,7 @@ import contextlib
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ HOLD_SECONDS = 4.0
 SETTLED_OCTETS = 5 * traffic.PIECE_OCTETS
 SETTLE_SECONDS = 20.0
 LOOK_SECONDS = 0.1
+QUIET_SECONDS = 3.0
 TITLES = {
     "a": "the destination's rules are in force before the guest runs there",
     "b": "natural timing",
@@ -142,19 +144,27 @@ class Demo:
         return made
 
     def in_turns(self, sami: Sami, turns: int) -> dict[str, list[float]]:
-        """Seconds that migrations take with natural timing, there and back without agents and hooks, and then with."""
+        """Seconds that migrations take with natural timing, there and back without agents and hooks, and then with.
+
+        The first one of agents that have just been started does not count. Each begins when the one before it is over
+        for everybody.
+        """
         seconds: dict[str, list[float]] = {"without": [], "with": []}
-        before = min(agent.ended(self.guest.uuid) for agent in sami.agents.values())
         for turn in range(1, turns + 1):
             with sami.away():
                 seconds["without"] += [self._seconds() for _ in self.lab.hosts]
-            seconds["with"] += [self._seconds() for _ in self.lab.hosts]
-            sami.reports(self.guest, before + turn * len(self.lab.hosts))
+            before = min(agent.ended(self.guest.uuid) for agent in sami.agents.values())
+            timed = []
+            for number in range(1, len(self.lab.hosts) + 2):
+                timed.append(self._seconds())
+                sami.reports(self.guest, before + number)
+            seconds["with"] += timed[1:]
             sides = (" and ".join(f"{one:.1f} s" for one in seconds[side][-2:]) for side in seconds)
             say(f"turn {turn}: without {' with '.join(sides)}")
         return seconds
 
     def _seconds(self) -> float:
+        time.sleep(QUIET_SECONDS)  # pacing: Neutron's and Nova's own work afterwards is over in a second or two
         destination = next(name for name in self.lab.hosts if name != self.guest.host)
         result = self.lab.start_migration(self.guest, destination).wait()
         if (result.status, result.host) != ("completed", destination):
