@@ -18,7 +18,7 @@ demo: prepare-demo ## two hosts, one guest that moves, and its connections with 
 demo-libvirt: prepare-libvirt ## the same with two real libvirt hosts and QEMU guests, as root
 	$(PYTHON_HERE) -m lab.libvirt.demo $(ARGS)
 
-demo-nova: prepare-openstack ## the same with a small OpenStack, whose Nova migrates the guest; as root, 10 minutes
+demo-nova: prepare-openstack ## the same with a small OpenStack, whose Nova migrates the guest; as root, 15 minutes
 	$(PYTHON_HERE) -m lab.openstack.demo $(ARGS)
 
 # -k: when lint fails the tests run all the same, and make still fails.
