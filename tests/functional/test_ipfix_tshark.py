@@ -59,7 +59,8 @@ def written() -> list[Batch]:
     batches = []
     for template in TEMPLATES.values():
         batch = flows(template, COUNT)
-        batch.rows["conntrackStatus"] |= np.uint32(0x8000)
+        if template.is_flow:
+            batch.rows["conntrackStatus"] |= np.uint32(0x8000)
         batch.rows["flowId"] += np.uint32(0xFFFF0000)
         names = batch.take(np.arange(3)).identities
         names.rows["firewallEvent"] = FirewallEvent.DELETED
