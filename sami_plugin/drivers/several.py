@@ -10,6 +10,7 @@ did not take is refused, each by name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -58,7 +59,7 @@ class SeveralDrivers(FlowDriver):
         notes: list[str] = []
         first = self._drivers[0].capabilities(scope)
         for position, name in enumerate(self._names):
-            can = self._tried(position, lambda driver: driver.capabilities(scope), None) if position else first
+            can = self._tried(position, lambda driver: driver.capabilities(scope), _nothing) if position else first
             if can is None:
                 notes.append(f"the driver {name} fails; the agent's log says how")
                 former = [kind for kind, owner in self._owners.items() if owner == position]
@@ -80,7 +81,7 @@ class SeveralDrivers(FlowDriver):
 
     def attend(self, namespace: str | None) -> None:
         for position in range(len(self._drivers)):
-            self._tried(position, lambda driver: driver.attend(namespace), None)
+            self._tried(position, lambda driver: driver.attend(namespace), _nothing)
 
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
         for position, name in enumerate(self._names):
@@ -114,30 +115,33 @@ class SeveralDrivers(FlowDriver):
             return ExportingWatch(driver, scope, self._watches)
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
-        failed = results(len(batch), Outcome.REFUSED, Reason.DEVICE_ERROR)
-        nobodys = results(len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
-        made = self._asked(batch, lambda driver: driver.insert(scope, batch), failed, nobodys)
-        if made is failed:  # some of it may be in the device
+        def taken_back() -> Results:  # some of it may be in the device
             victims = batch.identities
             victims.rows["flowId"] = 0
-            self._asked(victims, lambda driver: driver.remove(scope, victims), failed, nobodys)
-        return made
+            self.remove(scope, victims)
+            return _refused(batch)
+
+        nobodys = functools.partial(results, len(batch), Outcome.REFUSED, Reason.NOT_DECLARED)
+        return self._asked(batch, lambda driver: driver.insert(scope, batch), taken_back, nobodys)
 
     def renew(self, scope: Scope, batch: Batch) -> Results:
-        failed = results(len(batch), Outcome.REFUSED, Reason.DEVICE_ERROR)
-        nobodys = results(len(batch), Outcome.ABSENT)
-        return self._asked(batch, lambda driver: driver.renew(scope, batch), failed, nobodys)
+        nobodys = functools.partial(results, len(batch), Outcome.ABSENT)
+        return self._asked(batch, lambda driver: driver.renew(scope, batch), lambda: _refused(batch), nobodys)
 
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
         """Of a device that fails nothing is known: its records count as there, as they were asked for."""
-        failed = Batch(batch.template, batch.rows.copy()), np.ones(len(batch), bool)
-        nobodys = Batch(batch.template, batch.template.empty(len(batch))), np.zeros(len(batch), bool)
-        return self._asked(batch, lambda driver: driver.read_back(scope, batch), failed, nobodys)
+        return self._asked(
+            batch,
+            lambda driver: driver.read_back(scope, batch),
+            lambda: (Batch(batch.template, batch.rows.copy()), np.ones(len(batch), bool)),
+            lambda: (Batch(batch.template, batch.template.empty(len(batch))), np.zeros(len(batch), bool)),
+        )
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
-        failed = results(len(identities), Outcome.REFUSED, Reason.DEVICE_ERROR)
-        nobodys = results(len(identities), Outcome.ABSENT)
-        return self._asked(identities, lambda driver: driver.remove(scope, identities), failed, nobodys)
+        nobodys = functools.partial(results, len(identities), Outcome.ABSENT)
+        return self._asked(
+            identities, lambda driver: driver.remove(scope, identities), lambda: _refused(identities), nobodys
+        )
 
     def _owner(self, template: Template) -> int | None:
         """Whose records of this template are, or the names of some. Flows that nobody declares are the first one's."""
@@ -145,11 +149,13 @@ class SeveralDrivers(FlowDriver):
             self.capabilities()
         return self._owners.get(_kind(template), 0 if template.is_flow else None)
 
-    def _asked(self, batch: Batch, work: Callable[[FlowDriver], T], failed: T, nobodys: T) -> T:
+    def _asked(
+        self, batch: Batch, work: Callable[[FlowDriver], T], failed: Callable[[], T], nobodys: Callable[[], T]
+    ) -> T:
         position = self._owner(batch.template)
-        return nobodys if position is None else self._tried(position, work, failed)
+        return nobodys() if position is None else self._tried(position, work, failed)
 
-    def _tried(self, position: int, work: Callable[[FlowDriver], T], failed: T) -> T:
+    def _tried(self, position: int, work: Callable[[FlowDriver], T], failed: Callable[[], T]) -> T:
         """What the driver answers; `failed` of one that does, but the first."""
         try:
             return work(self._drivers[position])
@@ -157,7 +163,7 @@ class SeveralDrivers(FlowDriver):
             if not position:
                 raise
             _log(self._names[position], error)
-            return failed
+            return failed()
 
 
 class _Watches(Watch):
@@ -280,6 +286,14 @@ class ExportingWatch(Watch):
     def close(self) -> None:
         if self in self._watches:
             self._watches.remove(self)
+
+
+def _refused(batch: Batch) -> Results:
+    return results(len(batch), Outcome.REFUSED, Reason.DEVICE_ERROR)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _kind(template: Template) -> str:

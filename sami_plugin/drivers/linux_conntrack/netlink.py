@@ -27,6 +27,7 @@ Octets = npt.NDArray[np.uint8]
 
 HEADER = np.dtype([("length", "=u4"), ("type", "=u2"), ("flags", "=u2"), ("sequence", "=u4"), ("port", "=u4")])
 HEADER_OCTETS = 16
+_ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length, type
 GENERIC_OCTETS = 4  # struct nfgenmsg: family, version, resource
 
 _CHUNK = 1 << 20
@@ -400,14 +401,18 @@ def attributes_of(raw: bytes) -> dict[int, bytes]:
 
     :raises Malformed: they do not fill it.
     """
-    found, at = {}, 0
+    return dict(each_attribute(raw))
+
+
+def each_attribute(raw: bytes) -> Iterator[tuple[int, bytes]]:
+    """The same in order, where several may have one number."""
+    at = 0
     while at < len(raw):
-        size, kind = np.frombuffer(raw, np.uint16, 2, at).tolist() if len(raw) - at >= 4 else (0, 0)
-        if size < 4 or at + size > len(raw):
+        size, kind = _ATTRIBUTE.unpack_from(raw, at) if len(raw) - at >= _ATTRIBUTE.size else (0, 0)
+        if size < _ATTRIBUTE.size or at + size > len(raw):
             raise errors.Malformed("an attribute's length is wrong", f"octet {at}")
-        found[kind & nl.NLA_TYPE_MASK] = raw[at + 4 : at + size]
-        at += (size + 3) & ~3
-    return found
+        yield kind & nl.NLA_TYPE_MASK, raw[at + _ATTRIBUTE.size : at + size]
+        at += _aligned(size)
 
 
 class Torn(errors.DeviceFailed):

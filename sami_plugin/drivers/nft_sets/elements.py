@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER_OCTETS, attributes_of
+from sami_plugin.drivers.linux_conntrack import attributes as nl
+from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER_OCTETS, attributes_of, each_attribute
 from sami_plugin.drivers.nft_sets.kinds import KEY_OCTETS, Statements
 from sami_plugin.errors import Malformed
 
@@ -16,7 +17,6 @@ SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
 NEWSET, GETSET = SUBSYSTEM | 9, SUBSYSTEM | 10
 NEWSETELEM, GETSETELEM, DELSETELEM = SUBSYSTEM | 12, SUBSYSTEM | 13, SUBSYSTEM | 14
 BATCH_BEGIN, BATCH_END = 0x10, 0x11
-REQUEST, ACK, DUMP, CREATE = 0x1, 0x4, 0x300, 0x400
 
 FAMILIES = {"ip": 2, "inet": 1, "arp": 3, "netdev": 5, "bridge": 7, "ip6": 10}
 """NFPROTO_*, by nft's names of them."""
@@ -124,7 +124,7 @@ def attribute(kind: int, *content: bytes) -> bytes:
 def message(kind: int, flags: int, family: int, body: bytes = b"", resource: int = 0) -> bytes:
     """One message; who sends it fills in its sequence number."""
     octets = HEADER_OCTETS + GENERIC_OCTETS + len(body)
-    return _HEADER.pack(octets, kind, flags | REQUEST, 0, 0) + _GENERIC.pack(family, 0, resource) + body
+    return _HEADER.pack(octets, kind, flags | nl.NLM_F_REQUEST, 0, 0) + _GENERIC.pack(family, 0, resource) + body
 
 
 def get_set(named: NamedSet) -> bytes:
@@ -134,7 +134,7 @@ def get_set(named: NamedSet) -> bytes:
 
 def dump_elements(named: NamedSet) -> bytes:
     """The request for all elements of a set."""
-    return message(GETSETELEM, DUMP, named.family, _place(named))
+    return message(GETSETELEM, nl.NLM_F_DUMP, named.family, _place(named))
 
 
 def new_element(named: NamedSet, form: Form, element: Element) -> bytes:
@@ -156,13 +156,13 @@ def new_element(named: NamedSet, form: Form, element: Element) -> bytes:
     elif told:
         parts.append(attribute(11 | _NESTED, *told))
     body = _place(named) + attribute(3 | _NESTED, attribute(1 | _NESTED, *parts))
-    return message(NEWSETELEM, CREATE | ACK, named.family, body)
+    return message(NEWSETELEM, nl.NLM_F_CREATE | nl.NLM_F_ACK, named.family, body)
 
 
 def delete_element(named: NamedSet, key: bytes) -> bytes:
     """The request that takes out an element, by its key."""
     names = attribute(1 | _NESTED, attribute(1 | _NESTED, attribute(1, key)))
-    return message(DELSETELEM, ACK, named.family, _place(named) + attribute(3 | _NESTED, names))
+    return message(DELSETELEM, nl.NLM_F_ACK, named.family, _place(named) + attribute(3 | _NESTED, names))
 
 
 def form_of(raw: bytes) -> Form:
@@ -230,15 +230,9 @@ def elements_of(raw: bytes, wanted: Sequence[bytes]) -> Iterator[Element | None]
     if not any(octets in raw for octets in wanted):  # most messages: nothing is done for each of their elements
         return
     lists = attributes_of(raw[HEADER_OCTETS + GENERIC_OCTETS :]).get(3, b"")
-    at = 0
-    while at < len(lists):
-        size = _ATTRIBUTE.unpack_from(lists, at)[0] if len(lists) - at >= 4 else 0
-        if size < 4 or at + size > len(lists):
-            raise Malformed("an element's length is wrong", f"octet {at}")
-        one = lists[at + 4 : at + size]
+    for _, one in each_attribute(lists):
         if any(octets in one for octets in wanted):
             yield _element(attributes_of(one))
-        at += size + 3 & ~3
 
 
 def _element(told: dict[int, bytes]) -> Element | None:
@@ -254,7 +248,9 @@ def _element(told: dict[int, bytes]) -> Element | None:
 
 def _expressions(told: dict[int, bytes], single: int, several: int) -> list[bytes]:
     """Statements, which the kernel tells under one number where there is one, and else under another."""
-    return _listed(told[several]) if several in told else [told[single]] if single in told else []
+    if several in told:
+        return [one for _, one in each_attribute(told[several])]
+    return [told[single]] if single in told else []
 
 
 def _statements(expressions: list[bytes]) -> dict[str, dict[int, int]]:
@@ -265,18 +261,6 @@ def _statements(expressions: list[bytes]) -> dict[str, dict[int, int]]:
         numbers = attributes_of(expression.get(2, b""))
         made[name] = {kind: int.from_bytes(value, "big") for kind, value in numbers.items()}
     return made
-
-
-def _listed(raw: bytes) -> list[bytes]:
-    """The contents of attributes that all have one number."""
-    found, at = [], 0
-    while at < len(raw):
-        size = _ATTRIBUTE.unpack_from(raw, at)[0] if len(raw) - at >= 4 else 0
-        if size < 4 or at + size > len(raw):
-            raise Malformed("an attribute's length is wrong", f"octet {at}")
-        found.append(raw[at + 4 : at + size])
-        at += size + 3 & ~3
-    return found
 
 
 def _statement(name: str, state: dict[int, int]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 from sami_plugin.model.flows import Template
-from sami_plugin.model.information_elements import DataType, InformationElement, Origin, Semantics, Units
+from sami_plugin.model.information_elements import CRITICAL, DataType, InformationElement, Origin, Semantics, Units
 from sami_plugin.model.kinds import Kinds
 from sami_plugin.model.protocols import Field
 
@@ -95,18 +95,17 @@ _DEFAULT, _QUANTITY, _FLAGS, _IDENTIFIER = (
     Semantics.FLAGS,
     Semantics.IDENTIFIER,
 )
-_CRITICAL = 0x2000
 _ELEMENTS = (
     _element(
         "nftSetName",
-        0x40 | _CRITICAL,
+        0x40 | CRITICAL,
         NAME_OCTETS,
         _DEFAULT,
         "The name by which both hosts call the set or map ([nft_sets] sets), in ASCII, filled up with zeros.",
     ),
     _element(
         "elementIPv4Address",
-        0x41 | _CRITICAL,
+        0x41 | CRITICAL,
         4,
         _DEFAULT,
         "The guest's address in the element's key.",
@@ -114,16 +113,16 @@ _ELEMENTS = (
     ),
     _element(
         "elementIPv6Address",
-        0x42 | _CRITICAL,
+        0x42 | CRITICAL,
         16,
         _DEFAULT,
         "The guest's address in the element's key.",
         data_type=DataType.IPV6_ADDRESS,
     ),
-    _element("nftAddressOffset", 0x43 | _CRITICAL, 1, _QUANTITY, "The octet of the key where that address begins."),
+    _element("nftAddressOffset", 0x43 | CRITICAL, 1, _QUANTITY, "The octet of the key where that address begins."),
     _element(
         "otherIPv4Address",
-        0x57 | _CRITICAL,
+        0x57 | CRITICAL,
         4,
         _DEFAULT,
         "The first other address in the key: another guest may be its own; 0 where there is none.",
@@ -131,7 +130,7 @@ _ELEMENTS = (
     ),
     _element(
         "otherIPv6Address",
-        0x58 | _CRITICAL,
+        0x58 | CRITICAL,
         16,
         _DEFAULT,
         "The first other address in the key: another guest may be its own; 0 where there is none.",
@@ -139,15 +138,15 @@ _ELEMENTS = (
     ),
     _element(
         "nftOtherAddressOffset",
-        0x59 | _CRITICAL,
+        0x59 | CRITICAL,
         1,
         _QUANTITY,
         "The octet of the key where that one begins; 255 where there is none.",
     ),
-    _element("nftSetKeyOctets", 0x44 | _CRITICAL, 1, _QUANTITY, "How many octets the key has."),
+    _element("nftSetKeyOctets", 0x44 | CRITICAL, 1, _QUANTITY, "How many octets the key has."),
     _element(
         "nftSetKey",
-        0x45 | _CRITICAL,
+        0x45 | CRITICAL,
         KEY_OCTETS,
         _DEFAULT,
         "NFTA_SET_ELEM_KEY of Linux's nf_tables.h with zeros for these addresses, filled up with zeros. Each part "
