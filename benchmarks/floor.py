@@ -65,6 +65,8 @@ def namespaces(count: int = 2) -> Iterator[list[str]]:
         release.set()
         for thread in held:
             thread.join()
+        while any(os.path.exists(path) for path in paths):  # a thread is joined a moment before the kernel has ended it
+            time.sleep(0.001)
 
 
 def flows(count: int) -> Batch:

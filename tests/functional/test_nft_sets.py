@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ GUEST, OTHER = "192.0.2.10", "192.0.2.77"
 
 @pytest.fixture
 def place() -> Iterator[Namespace]:
-    made = Namespace("sets")
+    made = Namespace(f"sets-{os.getpid()}")
     made.run(["nft", "-f", "-"], SETS)
     yield made
     made.close()
@@ -81,7 +82,7 @@ class TestPromises(FlowDriverConformance):
     @pytest.fixture(autouse=True)
     def places(self) -> Iterator[None]:
         with contextlib.ExitStack() as undo:
-            self.namespaces = [Namespace(f"sets-{name}") for name in ("one", "other")]
+            self.namespaces = [Namespace(f"sets-{os.getpid()}-{name}") for name in ("one", "other")]
             for namespace in self.namespaces:
                 undo.callback(namespace.close)
                 namespace.run(["nft", "-f", "-"], SETS)
