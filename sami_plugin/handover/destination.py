@@ -524,7 +524,9 @@ class DestinationSession(Session):
         for port in self._ports:
             for batch in (held for held in port.held.batches() if held.template.is_renewed):
                 # The rows are as they were when they were looked at, which is no longer ago than the session is old.
-                short = batch.take(batch.rows["remainingTimeoutSeconds"] < age + 2 * hold)
+                # What is no flow is looked after whatever time it has: its device may have begun anew.
+                is_short = batch.rows["remainingTimeoutSeconds"] < age + 2 * hold
+                short = batch.take(is_short | (not batch.template.is_flow))
                 short.rows["remainingTimeoutSeconds"] = np.maximum(short.rows["remainingTimeoutSeconds"], hold)
                 made = self.host.driver.renew(port.scope, short)
                 vanished = short.take(came_out(made, Outcome.ABSENT))

@@ -80,6 +80,8 @@ class Template:
     """And how people read a record: a format of the fields of its key, as ``{elementIPv4Address} in {nftSetName}``."""
     is_renewed: bool = field(default=True, compare=False)
     """Whether traffic renews its time, so that it is kept alive where the guest does not run yet."""
+    varies: frozenset[str] = field(default=frozenset(), compare=False)
+    """Fields of its state that differ from device to device by nature, and that nobody compares."""
 
     # What follows from them is asked for with every batch, and computed once.
     dtype: np.dtype[np.void] = field(init=False, compare=False, repr=False)

@@ -138,7 +138,7 @@ def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint32]:
     lost = np.zeros(len(sent), np.uint32)
     for position, field in enumerate(sent.template.state):
         name = field[0]
-        if name in NOT_COMPARED:
+        if name in NOT_COMPARED or name in sent.template.varies:
             continue
         wanted, found = sent.rows[name], kept[name]
         if name in COMPARED_BITS:

@@ -718,7 +718,10 @@ class FlowDriverConformance:
         if template.is_flow:
             return flows(template, 2, source=NEIGHBOUR_ADDRESSES, first=first)
         made = self.some_flows(template, 2, first)
-        made.rows[template.ends[0]] = _address(NEIGHBOUR_ADDRESSES, template.is_ipv6)
+        own = made.rows[template.ends[0]].copy()
+        for name in template.address_fields:
+            if np.array_equal(made.rows[name], own):  # wherever the port's own address stands
+                made.rows[name] = _address(NEIGHBOUR_ADDRESSES, template.is_ipv6)
         return made
 
     def _each_template(self) -> Iterable[tuple[Template, FlowDriver, Scope]]:
