@@ -27,6 +27,7 @@ OVS = cfg.OptGroup("ovs", title="Open vSwitch on this host, for the scope finder
 OVN = cfg.OptGroup("ovn", title="OVN, for the scope finder `ovn`")
 DEPOSIT = cfg.OptGroup("deposit", title="What is kept for other hosts' devices, for the driver `deposit`")
 NFT_SETS = cfg.OptGroup("nft_sets", title="nftables' sets and maps, for the driver `nft_sets`")
+PCP = cfg.OptGroup("pcp", title="Mappings of a NAT or firewall that PCP controls, for the driver `pcp`")
 
 AGENT_OPTIONS = [
     cfg.HostAddressOpt(
@@ -45,8 +46,8 @@ AGENT_OPTIONS = [
     cfg.ListOpt(
         "further_drivers",
         default=[],
-        help="Drivers of what else this host keeps of its guests, beside the firewall's own: `nft_sets`, those of "
-        "other packages, and last of all `deposit`, which keeps what only other hosts' devices know of. What one of "
+        help="Drivers of what else this host keeps of its guests, beside the firewall's own: `nft_sets`, `pcp`, those "
+        "of other packages, and last of all `deposit`, which keeps what only other hosts' devices know of. What one of "
         "them cannot do costs a migration that driver's kinds and nothing else. A kind that several carry is the "
         "first one's.",
     ),
@@ -178,6 +179,28 @@ NFT_SETS_OPTIONS: list[cfg.Opt] = [
         "`inet filter throttled`. NAME is what both hosts call it, by default SET. An element is a guest's if one of "
         "the guest's addresses is in its key. Name sets that packets add to, whose elements mean the same on each "
         "host.",
+    ),
+]
+
+PCP_OPTIONS: list[cfg.Opt] = [
+    cfg.IPOpt(
+        "server",
+        default="127.0.0.1",
+        help="Where the PCP server (RFC 6887) answers that controls the NAT or firewall of this host's guests, asked "
+        "from the network namespace that a port's flows are in. It has to take mappings for third parties from this "
+        "host (miniupnpd: pcp_allow_thirdparty) and to speak NAT-PMP too, as miniupnpd does.",
+    ),
+    cfg.ListOpt(
+        "lease_files",
+        default=[],
+        help="The files in which that server keeps what it has, for PCP itself lists no mappings: miniupnpd's "
+        "lease_file and, of the holes in its IPv6 firewall, lease_file6. {namespace} in a path stands for the name of "
+        "the network namespace, where each has a server of its own. Without them the guests' mappings stay behind.",
+    ),
+    cfg.StrOpt(
+        "device",
+        help="Name of the device, where it serves several hosts. Hosts with the same name here have the same one: "
+        "what it keeps of a guest that moves between them stays in it, and the report says so.",
     ),
 ]
 
@@ -603,6 +626,8 @@ def driver_options(conf: cfg.ConfigOpts) -> dict[str, dict[str, object]]:
         made["deposit"] |= {"folder": conf.deposit.folder, "days": conf.deposit.days}
     if "nft_sets" in made:
         made["nft_sets"]["sets"] = conf.nft_sets.sets
+    if "pcp" in made:
+        made["pcp"] |= {name: conf.pcp[name] for name in ("server", "lease_files", "device")}
     return made
 
 
@@ -669,6 +694,7 @@ _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (OVN, OVN_OPTIONS),
     (DEPOSIT, DEPOSIT_OPTIONS),
     (NFT_SETS, NFT_SETS_OPTIONS),
+    (PCP, PCP_OPTIONS),
     (MIGRATION, MIGRATION_OPTIONS),
     (POLICY, POLICY_OPTIONS),
     (TLS, TLS_OPTIONS),

@@ -53,6 +53,8 @@ class Reason(enum.IntEnum):
     TRANSLATION_TAKEN = 22
     NO_ZONE = 23
     SET_FULL = 24
+    NOT_AUTHORIZED = 25
+    DEVICE_FULL = 26
 
 
 MEND_NO_PLACE = "raise nf_conntrack_max or capacity, or lower headroom_percent"
@@ -80,9 +82,12 @@ WORDS: dict[Reason, str] = {
     "if something does, set peers_follow",
     Reason.FOREIGN_TRANSLATION: "it is translated from or to an address that is not the port's",
     Reason.BARRED: "the firewall's mark on it says that its packets are dropped",
-    Reason.TRANSLATION_TAKEN: "what it is translated to is another flow's on this host (EEXIST)",
+    Reason.TRANSLATION_TAKEN: "what it is translated to is another flow's on this host, or is not to be had there "
+    "(EEXIST)",
     Reason.NO_ZONE: "what tracks it on this host, such as the guest's router, is not here",
     Reason.SET_FULL: "its set is full; raise the set's size (ENFILE)",
+    Reason.NOT_AUTHORIZED: "the device's own rules do not allow it (PCP's NOT_AUTHORIZED)",
+    Reason.DEVICE_FULL: "the device has no room for it, or gives the guest no more (PCP's NO_RESOURCES, USER_EX_QUOTA)",
     Reason.NO_PLACE: f"there was no free place for it; {MEND_NO_PLACE}",
 }
 

@@ -140,7 +140,7 @@ def test_wrong_arguments_end_in_one_line_that_says_why(arguments: tuple[object, 
 @pytest.mark.usefixtures("machine_root")
 def test_driver_list_is_of_use_to_an_ordinary_user(open_clone: Path) -> None:
     usable = {row["Name"]: row["Usable"] for row in table("driver", "list")}
-    assert usable == {"deposit": True, "linux_conntrack": True, "memory": True, "nft_sets": True}
+    assert usable == {"deposit": True, "linux_conntrack": True, "memory": True, "nft_sets": True, "pcp": True}
     ordinary = {row["Name"]: row for row in table("driver", "list", as_ordinary_user_in=open_clone)}
     assert ordinary["memory"]["Usable"]
     assert not ordinary["linux_conntrack"]["Usable"]

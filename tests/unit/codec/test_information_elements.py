@@ -101,6 +101,8 @@ SAMI_NUMBERS = {
     "otherIPv4Address": 0x2057,
     "otherIPv6Address": 0x2058,
     "nftOtherAddressOffset": 0x2059,
+    "pcpMappingNonce": 0x205A,
+    "pcpEpochTime": 91,
 }
 
 

@@ -132,11 +132,13 @@ def test_capacity_is_the_driver_s_only_where_it_is_said(read: Read) -> None:
 
 
 def test_further_drivers_have_options_of_their_own(read: Read) -> None:
-    agent = "[agent]\ncapacity = 9\nfurther_drivers = nft_sets, acme, deposit\n"
-    text = f"{agent}[nft_sets]\nsets = inet filter one, two=ip a b\n"
+    agent = "[agent]\ncapacity = 9\nfurther_drivers = nft_sets, pcp, acme, deposit\n"
+    pcp = "[pcp]\nserver = 192.0.2.1\nlease_files = /a, /b6\n"
+    text = f"{agent}[nft_sets]\nsets = inet filter one, two=ip a b\n{pcp}"
     found = options.driver_options(read(text))
-    assert list(found) == ["linux_conntrack", "nft_sets", "acme", "deposit"]
+    assert list(found) == ["linux_conntrack", "nft_sets", "pcp", "acme", "deposit"]
     assert found["nft_sets"] == {"sets": ["inet filter one", "two=ip a b"]}
+    assert found["pcp"] == {"server": "192.0.2.1", "lease_files": ["/a", "/b6"], "device": None}
     assert found["deposit"] == {"folder": "/var/lib/sami/deposit", "days": 30}
     assert found["acme"] == {}
 
