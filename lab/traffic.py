@@ -5,8 +5,10 @@ Every function starts its processes and returns once bytes flow; the processes e
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ from lab.verdict import Sample, parse_samples
 
 START_SECONDS = 20.0
 BYTES_PER_SECOND = 2e6
+COMES_SECONDS = 0.4
 _ports = itertools.count(7000)
 
 
@@ -140,6 +143,24 @@ def quiet(guest: Guest, host: Host, number: int) -> None:
     """Makes an entry of the guest's in its zone there, of a UDP stream in which nothing is said."""
     ends = ["-s", guest.v4, "-d", addresses.OUTSIDE_V4, "-p", "udp", "--sport", str(5000 + number), "--dport", "53"]
     host.run(["conntrack", "-I", "-w", str(host.zone(guest)), *ends, "-t", "600", "-u", "SEEN_REPLY,ASSURED"])
+
+
+def comes(lab: Lab, guest: Guest, family: int, port: int) -> bool:
+    """Whether a datagram of the guest comes to the outside."""
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    outside = addresses.OUTSIDE_V4 if family == 4 else addresses.OUTSIDE_V6
+    with lab.outside.inside():
+        there = socket.socket(kind, socket.SOCK_DGRAM)
+    with guest.namespace.inside():
+        here = socket.socket(kind, socket.SOCK_DGRAM)
+    with there, here:
+        there.settimeout(COMES_SECONDS)
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        there.bind((outside, port))
+        here.sendto(bytes(200), (outside, port))
+        with contextlib.suppress(TimeoutError):
+            return len(there.recv(500)) == 200
+    return False
 
 
 def _udp(lab: Lab, guest: Guest, family: int, packets: float, answers: float) -> Traffic:

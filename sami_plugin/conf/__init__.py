@@ -176,7 +176,8 @@ NFT_SETS_OPTIONS: list[cfg.Opt] = [
         "sets",
         default=[],
         help="The sets and maps of which a guest's elements go with it, each as [NAME=]FAMILY TABLE SET, such as "
-        "`inet filter throttled`. NAME is what both hosts call it, by default SET. An element is a guest's if one of "
+        "`inet filter throttled`, or [NAME=]ipset SET. NAME is what both hosts call it, by default SET. An element is "
+        "a guest's if one of "
         "the guest's addresses is in its key. Name sets that packets add to, whose elements mean the same on each "
         "host.",
     ),

@@ -14,12 +14,12 @@ import netaddr
 import numpy as np
 import pytest
 
-from lab import addresses
 from lab.carrier import Carrier
 from lab.contract import NoCarrier
 from lab.guest import Guest
 from lab.lab import Lab
 from lab.namespace import Namespace
+from lab.traffic import comes
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.drivers.nft_sets import NftSetsDriver
@@ -296,29 +296,10 @@ LIMITS = """table inet limits {
 }
 """
 NAMES = [f"inet limits {kind}{family}" for kind in ("spent", "barred") for family in (4, 6)]
-SECONDS = 0.4
 
 
 def _drivers() -> FlowDriver:
     return SeveralDrivers((("linux_conntrack", LinuxConntrackDriver()), ("nft_sets", NftSetsDriver(NAMES))))
-
-
-def _comes(lab: Lab, guest: Guest, family: int, port: int) -> bool:
-    """Whether a datagram of the guest comes to the outside."""
-    kind = socket.AF_INET if family == 4 else socket.AF_INET6
-    outside = addresses.OUTSIDE_V4 if family == 4 else addresses.OUTSIDE_V6
-    with lab.outside.inside():
-        there = socket.socket(kind, socket.SOCK_DGRAM)
-    with guest.namespace.inside():
-        here = socket.socket(kind, socket.SOCK_DGRAM)
-    with there, here:
-        there.settimeout(SECONDS)
-        there.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        there.bind((outside, port))
-        here.sendto(bytes(200), (outside, port))
-        with contextlib.suppress(TimeoutError):
-            return len(there.recv(500)) == 200
-    return False
 
 
 @pytest.mark.usefixtures("world")
@@ -331,15 +312,15 @@ def test_a_rate_limit_is_not_reset_by_moving_and_is_without_sami() -> None:
             carrier.start(lab)
             try:
                 for family in (4, 6):
-                    assert [_comes(lab, guest, family, 5001) for _ in range(4)] == [True, True, False, False]
-                    assert [_comes(lab, guest, family, 5002) for _ in range(3)] == [True, False, False]
+                    assert [comes(lab, guest, family, 5001) for _ in range(4)] == [True, True, False, False]
+                    assert [comes(lab, guest, family, 5002) for _ in range(3)] == [True, False, False]
                 record = lab.migrate(guest, "a", "b", carrier.tell, copy_seconds=0.3)
                 assert record.errors == []
                 if isinstance(carrier, Carrier):
                     found = carrier.result(guest)["flows"]
                     assert found["refused"] == 0
                     assert _left(lab, guest) == 0, "what moved is still at the source"
-                return {(family, port): _comes(lab, guest, family, port) for family in (4, 6) for port in (5001, 5002)}
+                return {(family, port): comes(lab, guest, family, port) for family in (4, 6) for port in (5001, 5002)}
             finally:
                 carrier.stop()
 

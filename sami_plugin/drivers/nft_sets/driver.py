@@ -1,20 +1,22 @@
-"""nftables' sets and maps as a SAMI driver."""
+"""nftables' sets and maps, and ipsets, as a SAMI driver."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from sami_plugin.drivers.base import Capabilities, FlowDriver, Watch
-from sami_plugin.drivers.linux_conntrack.netlink import Connection, Messages, Torn
+from sami_plugin.drivers.linux_conntrack.netlink import Connection
 from sami_plugin.drivers.nft_sets import elements as nft
+from sami_plugin.drivers.nft_sets import ipsets, nf_tables
 from sami_plugin.drivers.nft_sets.elements import Element, Form, NamedSet
 from sami_plugin.drivers.nft_sets.kinds import IPV4, IPV6, KEY_OCTETS, NAME_OCTETS, NO_OTHER
-from sami_plugin.errors import ConfigurationError, DeviceFailed, UndeclaredAbility
+from sami_plugin.errors import ConfigurationError, UndeclaredAbility
 from sami_plugin.model.flows import Batch, Omitted, Template, has_end_in
 from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.kinds import NEVER_SECONDS
@@ -31,9 +33,11 @@ _REASONS = {
     errno.EOPNOTSUPP: Reason.NOT_SUPPORTED,
     errno.EEXIST: Reason.EXISTS,
     errno.ENOENT: Reason.NO_ZONE,
+    errno.EBUSY: Reason.BUSY,
+    ipsets.FULL: Reason.SET_FULL,
 }
-_MOST_TRIES = 5
 _MOST_AT_ONCE = 500
+_IPSET = "ipset"
 A_LIMIT_IS_FULL = "how much of its `limit` is used the kernel does not tell: after a move it lets through a burst again"
 
 
@@ -44,7 +48,8 @@ class NftSetsDriver(FlowDriver):
     """
 
     def __init__(self, sets: Sequence[str] = ()) -> None:
-        """`sets` are ``[NAME=]FAMILY TABLE SET`` each; NAME is what both hosts call it, and by default SET.
+        """`sets` are ``[NAME=]FAMILY TABLE SET`` or ``[NAME=]ipset SET`` each; NAME is what both hosts call it, and by
+        default SET.
 
         :raises ConfigurationError: one is not; says which.
         """
@@ -57,11 +62,11 @@ class NftSetsDriver(FlowDriver):
         notes = [] if self._sets else ["no set is named; name those that traffic adds to in [nft_sets] sets"]
         with _connected(namespace) as connection:
             for named in self._sets.values():
-                form = _form(connection, named)
+                form = _kernel(named).form_of(connection, named)
                 if form is not None and (why := nft.why_not_carried(form)):
-                    notes.append(f"{_words(named)} is not carried: {why}")
+                    notes.append(f"{named.words} is not carried: {why}")
                 elif form is not None and "limit" in form.statements:
-                    notes.append(f"{_words(named)}: {A_LIMIT_IS_FULL}")
+                    notes.append(f"{named.words}: {A_LIMIT_IS_FULL}")
         kinds = _NAMES if self._sets else frozenset()
         return Capabilities(kinds, False, None, 0, f"nft_sets of {namespace or 'the agent'}", frozenset(), tuple(notes))
 
@@ -71,7 +76,7 @@ class NftSetsDriver(FlowDriver):
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
         with _connected(scope.namespace) as connection:
             for named in self._sets.values():
-                form = _form(connection, named)
+                form = _kernel(named).form_of(connection, named)
                 if form is not None:
                     yield from _told(connection, scope, named, form)
 
@@ -130,7 +135,9 @@ class NftSetsDriver(FlowDriver):
                 made[victims[is_theirs]] = results(int(is_theirs.sum()), Outcome.REFUSED, Reason.LOCAL_PORTS_OWN)
                 victims = victims[~is_theirs]
                 for some in _pieces(victims):
-                    gone = _taken_out(connection, place[0], {one: _key(identities.rows[one]) for one in some})
+                    named, form = place
+                    keys = {one: _key(identities.rows[one]) for one in some}
+                    gone = _kernel(named).take_out(connection, named, form, keys)
                     made["outcome"][gone] = Outcome.REMOVED
         return made
 
@@ -155,7 +162,7 @@ class NftSetsDriver(FlowDriver):
         names, is_nobodys = batch.rows["nftSetName"], which.copy()
         for named in self._sets.values():
             is_its = which & (names == _octets(named.name.encode(), NAME_OCTETS)).all(axis=1)
-            form = _form(connection, named) if is_its.any() else None
+            form = _kernel(named).form_of(connection, named) if is_its.any() else None
             if form is not None and not nft.why_not_carried(form):
                 is_nobodys &= ~is_its
                 yield (named, form), np.flatnonzero(is_its)
@@ -166,25 +173,46 @@ class NftSetsDriver(FlowDriver):
 def _named(text: str) -> NamedSet:
     name, is_named, words = text.rpartition("=")
     parts = words.split()
-    if len(parts) != 3 or parts[0] not in nft.FAMILIES:
+    is_ipset = len(parts) == 2 and parts[0] == _IPSET
+    if not is_ipset and (len(parts) != 3 or parts[0] not in nft.FAMILIES):
         raise ConfigurationError(
-            f"[nft_sets] sets: {text!r} is no [NAME=]FAMILY TABLE SET; FAMILY is one of {', '.join(nft.FAMILIES)}"
+            f"[nft_sets] sets: {text!r} is no [NAME=]FAMILY TABLE SET and no [NAME=]{_IPSET} SET; "
+            f"FAMILY is one of {', '.join(nft.FAMILIES)}"
         )
-    name = name.strip() if is_named else parts[2]
+    name = name.strip() if is_named else parts[-1]
     if not name or not name.isascii() or not name.isprintable() or len(name) > NAME_OCTETS:
         raise ConfigurationError(
             f"[nft_sets] sets: {text!r}: a name has 1 to {NAME_OCTETS} ASCII characters; write NAME=FAMILY TABLE SET"
         )
-    return NamedSet(name, nft.FAMILIES[parts[0]], parts[1], parts[2])
+    return NamedSet(name, None, "", parts[1]) if is_ipset else NamedSet(name, nft.FAMILIES[parts[0]], *parts[1:])
 
 
-def _words(named: NamedSet) -> str:
-    family = next(word for word, number in nft.FAMILIES.items() if number == named.family)
-    return f"the set {family} {named.table} {named.set}"
+class _Kernel(Protocol):
+    """What is asked of the kernel about sets of one sort; the modules say what each does."""
+
+    def form_of(self, connection: Connection, named: NamedSet) -> Form | None: ...
+
+    def elements_of(
+        self, connection: Connection, named: NamedSet, form: Form, addresses: Sequence[bytes]
+    ) -> list[Element | None]: ...
+
+    def held(self, connection: Connection, named: NamedSet, form: Form, keys: Sequence[bytes]) -> list[Element]: ...
+
+    def put(
+        self,
+        connection: Connection,
+        named: NamedSet,
+        form: Form,
+        wanted: Mapping[int, Element],
+        former: Sequence[int],
+    ) -> dict[int, int]: ...
+
+    def take_out(self, connection: Connection, named: NamedSet, form: Form, keys: Mapping[int, bytes]) -> list[int]: ...
 
 
-def _code(number: int) -> str:
-    return errno.errorcode.get(number, str(number))
+def _kernel(named: NamedSet) -> _Kernel:
+    """Who knows how the kernel is asked of such a set."""
+    return ipsets if named.family is None else nf_tables
 
 
 def _connected(namespace: str | None) -> contextlib.closing[Connection]:
@@ -192,53 +220,17 @@ def _connected(namespace: str | None) -> contextlib.closing[Connection]:
     return contextlib.closing(Connection(namespace))
 
 
-def _form(connection: Connection, named: NamedSet) -> Form | None:
-    """What the set is like here; None where there is none."""
-    request = np.frombuffer(nft.get_set(named), np.uint8)[None, :].copy()
-    codes, answers = connection.ask(request)
-    if codes[0]:
-        if codes[0] in (errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
-            return None
-        raise DeviceFailed(f"{_words(named)}: the kernel answers with {_code(int(codes[0]))}")
-    messages = [one for found, _ in answers for one in _raw(found)]
-    if not messages:
-        raise DeviceFailed(f"{_words(named)}: the kernel says nothing of it")
-    return nft.form_of(messages[0])
-
-
-def _raw(messages: Messages) -> Iterator[bytes]:
-    for start, length in zip(messages.starts.tolist(), messages.lengths.tolist(), strict=True):
-        yield messages.octets[start : start + length].tobytes()
-
-
-def _elements(connection: Connection, named: NamedSet, addresses: Sequence[bytes]) -> list[Element | None]:
-    """Those with one of these octets in them. A dump that traffic tore is made again."""
-    request = np.frombuffer(nft.dump_elements(named), np.uint8)
-    for left in reversed(range(_MOST_TRIES)):
-        try:
-            return [
-                element
-                for messages in connection.dump(request, nft.NEWSETELEM)
-                for raw in _raw(messages)
-                for element in nft.elements_of(raw, addresses)
-            ]
-        except Torn:
-            if not left:
-                raise
-    raise AssertionError
-
-
 def _told(connection: Connection, scope: Scope, named: NamedSet, form: Form) -> Iterator[Batch | Omitted]:
     """The set's elements that are the port's."""
     packed = [address.packed for address in scope.addresses]
-    found = _elements(connection, named, packed) if packed and scope.zones else []
+    found = _kernel(named).elements_of(connection, named, form, packed) if packed and scope.zones else []
     if why := nft.why_not_carried(form):
         if found:
-            yield Omitted(f"{_words(named)}: {why}", len(found))
+            yield Omitted(f"{named.words}: {why}", len(found))
         return
     unclear = sum(element is None for element in found)
     if unclear:
-        yield Omitted(f"{_words(named)}: elements with statements that are not known here, or of intervals", unclear)
+        yield Omitted(f"{named.words}: elements with statements that are not known here, or of intervals", unclear)
     for template in _TEMPLATES.values():
         batch = _rows(scope, named, form, template, [element for element in found if element is not None])
         if len(batch):
@@ -248,17 +240,27 @@ def _told(connection: Connection, scope: Scope, named: NamedSet, form: Form) -> 
 def _held(
     connection: Connection, scope: Scope, named: NamedSet, form: Form, template: Template, wanted: Batch
 ) -> Batch:
-    """What there is of these names, asked for by key: a dump may run past what is there while others come and go."""
+    """What there is of these names."""
     found: list[Element] = []
     keys = [key for row in wanted.rows if len(key := _key(row)) == form.key_octets]
     for some in _pieces(np.arange(len(keys))):
-        requests = [np.frombuffer(nft.get_element(named, keys[one]), np.uint8) for one in some]
-        codes, answers = connection.ask(np.stack(requests))
-        if failed := [code for code in codes.tolist() if code not in (0, errno.ENOENT)]:
-            raise DeviceFailed(f"{_words(named)}: the kernel tells no element ({_code(failed[0])})")
-        for messages, _ in answers:
-            found += [one for raw in _raw(messages) for one in nft.elements_of(raw, (b"",)) if one is not None]
+        found += _kernel(named).held(connection, named, form, [keys[one] for one in some])
     return _rows(scope, named, form, template, found)
+
+
+def _put_in(
+    connection: Connection,
+    named: NamedSet,
+    form: Form,
+    batch: Batch,
+    positions: list[int],
+    is_there: dict[int, bool],
+    made: Results,
+) -> None:
+    wanted = {one: _element(batch.rows[one], _key(batch.rows[one]), form) for one in positions}
+    former = [one for one in positions if is_there[one]]
+    for position, code in _kernel(named).put(connection, named, form, wanted, former).items():
+        made[position] = (Outcome.REFUSED, _REASONS.get(code, Reason.INVALID), 0)
 
 
 def _rows(scope: Scope, named: NamedSet, form: Form, template: Template, elements: list[Element]) -> Batch:
@@ -330,52 +332,6 @@ def _pieces(positions: npt.NDArray[np.intp]) -> Iterator[list[int]]:
         yield positions[first : first + _MOST_AT_ONCE].tolist()
 
 
-def _taken_out(connection: Connection, named: NamedSet, keys: dict[int, bytes]) -> list[int]:
-    """Takes out elements, and says which were there. :raises DeviceFailed: the kernel does not let them go."""
-    for _ in range(_MOST_TRIES):
-        requests = [nft.delete_element(named, key) for key in keys.values()]
-        codes = dict(zip(keys, _transacted(connection, requests), strict=True))
-        if not any(codes.values()):
-            return list(keys)
-        if failed := [code for code in codes.values() if code not in (0, errno.ENOENT)]:
-            raise DeviceFailed(f"{_words(named)}: the kernel removes no element ({_code(failed[0])})")
-        keys = {one: key for one, key in keys.items() if not codes[one]}  # the others have ended meanwhile
-    raise DeviceFailed(f"{_words(named)}: it changes faster than elements can be removed from it")
-
-
-def _put_in(
-    connection: Connection,
-    named: NamedSet,
-    form: Form,
-    batch: Batch,
-    wanted: list[int],
-    is_there: dict[int, bool],
-    made: Results,
-) -> None:
-    """All that the kernel takes, at once; what is there of the same key makes way in the same moment."""
-    for _ in range(_MOST_TRIES):
-        requests, whose = [], []
-        for position in wanted:
-            row = batch.rows[position]
-            key = _key(row)
-            if is_there[position]:
-                requests.append(nft.delete_element(named, key))
-                whose.append(position)
-            requests.append(nft.new_element(named, form, _element(row, key, form)))
-            whose.append(position)
-        codes = _transacted(connection, requests)
-        failed = {position: code for position, code in zip(whose, codes, strict=True) if code}
-        if not failed:
-            return
-        for position, code in failed.items():
-            if code == errno.ENOENT and is_there[position]:
-                is_there[position] = False  # it has ended meanwhile
-            else:
-                wanted.remove(position)
-                made[position] = (Outcome.REFUSED, _REASONS.get(code, Reason.INVALID), 0)
-    made[wanted] = results(len(wanted), Outcome.REFUSED, Reason.BUSY)
-
-
 def _element(row: np.void, key: bytes, form: Form) -> Element:
     seconds = int(row["remainingTimeoutSeconds"])
     timeout, left = int(row["nftElementTimeoutMilliseconds"]), None if seconds == NEVER_SECONDS else seconds * 1000
@@ -383,16 +339,6 @@ def _element(row: np.void, key: bytes, form: Form) -> Element:
         left = min(left, timeout or form.timeout or left)  # rounded up, it may be more than the kernel takes
     data = row["nftSetData"].tobytes()[: int(row["nftSetDataOctets"])]
     return Element(key, data, timeout, left, nft.statements_of(row, form))
-
-
-def _transacted(connection: Connection, requests: list[bytes]) -> list[int]:
-    """Per request an errno; 0 for all, and all is done, or nothing is."""
-    if not requests:
-        return []
-    begin = nft.message(nft.BATCH_BEGIN, 0, 0, resource=nft.SUBSYSTEM >> 8)
-    end = nft.message(nft.BATCH_END, 0, 0, resource=nft.SUBSYSTEM >> 8)
-    codes = connection.transact([begin, *requests, end])
-    return codes[1:-1]
 
 
 def _octets(content: bytes, octets: int) -> npt.NDArray[np.uint64]:

@@ -42,12 +42,19 @@ _COUNTER, _QUOTA, _LIMIT, _CONNLIMIT, _LAST = "counter", "quota", "limit", "conn
 
 @dataclass(frozen=True, slots=True)
 class NamedSet:
-    """A set or map: where it is, as a command of nft has it, and what both hosts call it."""
+    """A set or map: where it is, as a command of nft has it, and what both hosts call it. An ipset has no family."""
 
     name: str
-    family: int
+    family: int | None
     table: str
     set: str
+
+    @property
+    def words(self) -> str:
+        if self.family is None:
+            return f"the ipset {self.set}"
+        family = next(word for word, number in FAMILIES.items() if number == self.family)
+        return f"the set {family} {self.table} {self.set}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,8 @@ class Form:
     """Those that each element has, as they are set, in the order in which the kernel wants to be given them."""
     places: Mapping[int, tuple[int, ...]]
     """By IP version, the octets of a key where an address may begin."""
+    parts: tuple[int, ...] = ()
+    """Of an ipset, what its keys consist of (IPSET_ATTR_*)."""
 
     @property
     def has_timeouts(self) -> bool:
@@ -129,12 +138,12 @@ def message(kind: int, flags: int, family: int, body: bytes = b"", resource: int
 
 def get_set(named: NamedSet) -> bytes:
     """The request for a set's form."""
-    return message(GETSET, 0, named.family, attribute(1, _text(named.table)) + attribute(2, _text(named.set)))
+    return message(GETSET, 0, _family(named), attribute(1, _text(named.table)) + attribute(2, _text(named.set)))
 
 
 def dump_elements(named: NamedSet) -> bytes:
     """The request for all elements of a set."""
-    return message(GETSETELEM, nl.NLM_F_DUMP, named.family, _place(named))
+    return message(GETSETELEM, nl.NLM_F_DUMP, _family(named), _place(named))
 
 
 def new_element(named: NamedSet, form: Form, element: Element) -> bytes:
@@ -156,13 +165,13 @@ def new_element(named: NamedSet, form: Form, element: Element) -> bytes:
     elif told:
         parts.append(attribute(11 | _NESTED, *told))
     body = _place(named) + attribute(3 | _NESTED, attribute(1 | _NESTED, *parts))
-    return message(NEWSETELEM, nl.NLM_F_CREATE | nl.NLM_F_ACK, named.family, body)
+    return message(NEWSETELEM, nl.NLM_F_CREATE | nl.NLM_F_ACK, _family(named), body)
 
 
 def delete_element(named: NamedSet, key: bytes) -> bytes:
     """The request that takes out an element, by its key."""
     names = attribute(1 | _NESTED, attribute(1 | _NESTED, attribute(1, key)))
-    return message(DELSETELEM, nl.NLM_F_ACK, named.family, _place(named) + attribute(3 | _NESTED, names))
+    return message(DELSETELEM, nl.NLM_F_ACK, _family(named), _place(named) + attribute(3 | _NESTED, names))
 
 
 def form_of(raw: bytes) -> Form:
@@ -182,7 +191,7 @@ def form_of(raw: bytes) -> Form:
 def get_element(named: NamedSet, key: bytes) -> bytes:
     """The request for one element, by its key."""
     names = attribute(1 | _NESTED, attribute(1 | _NESTED, attribute(1, key)))
-    return message(GETSETELEM, 0, named.family, _place(named) + attribute(3 | _NESTED, names))
+    return message(GETSETELEM, 0, _family(named), _place(named) + attribute(3 | _NESTED, names))
 
 
 def why_not_carried(form: Form) -> str:
@@ -300,6 +309,11 @@ def statements_of(row: np.void, form: Form) -> dict[str, dict[int, int]]:
         if name == _QUOTA:
             state[_QUOTA_FLAGS] &= _OVER
     return ours
+
+
+def _family(named: NamedSet) -> int:
+    assert named.family is not None
+    return named.family
 
 
 def _place(named: NamedSet) -> bytes:

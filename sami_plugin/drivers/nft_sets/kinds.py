@@ -101,7 +101,7 @@ _ELEMENTS = (
         0x40 | CRITICAL,
         NAME_OCTETS,
         _DEFAULT,
-        "The name by which both hosts call the set or map ([nft_sets] sets), in ASCII, filled up with zeros.",
+        "The name by which both hosts call the set, map or ipset ([nft_sets] sets), in ASCII, filled up with zeros.",
     ),
     _element(
         "elementIPv4Address",
@@ -150,7 +150,8 @@ _ELEMENTS = (
         KEY_OCTETS,
         _DEFAULT,
         "NFTA_SET_ELEM_KEY of Linux's nf_tables.h with zeros for these addresses, filled up with zeros. Each part "
-        "of a concatenation begins at a multiple of four octets.",
+        "of a concatenation begins at a multiple of four octets. Of an ipset, its parts as a concatenation: addresses, "
+        "port and protocol, mark, Ethernet address.",
     ),
     _element(
         "nftElementTimeoutMilliseconds",
