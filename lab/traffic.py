@@ -27,6 +27,8 @@ from lab.verdict import Sample, parse_samples
 START_SECONDS = 20.0
 BYTES_PER_SECOND = 2e6
 COMES_SECONDS = 0.4
+ONCE = 0.001
+"""Packets a second: the next one is a quarter of an hour away."""
 _ports = itertools.count(7000)
 
 
@@ -117,6 +119,11 @@ def udp_echo(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 50.0) 
 def udp_stream(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 50.0) -> Traffic:
     """The guest and the outside each send `packets` a second, the guest first; the guest's receiving counts."""
     return _udp(lab, guest, family, packets, packets)
+
+
+def udp_download(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 50.0) -> Traffic:
+    """The guest asks once; then only the outside speaks, `packets` a second. What the guest gets counts."""
+    return _udp(lab, guest, family, ONCE, packets)
 
 
 def icmp_echo(lab: Lab, guest: Guest, *, family: int = 4, packets: float = 20.0) -> Traffic:

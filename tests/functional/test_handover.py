@@ -101,7 +101,11 @@ def test_a_download_lives_with_sami_and_dies_without(kind: str) -> None:
         assert list(both.map(lives, (Carrier(), NoCarrier()))) == [True, False]
 
 
-BEGINNINGS = {"download": traffic.download, "serve": lambda lab, guest, **more: traffic.serve(lab, guest, 80, **more)}
+BEGINNINGS = {
+    "download": traffic.download,
+    "serve": lambda lab, guest, **more: traffic.serve(lab, guest, 80, **more),
+    "udp": traffic.udp_download,
+}
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -116,7 +120,7 @@ def test_a_translated_download_lives_with_sami_and_dies_without(begun: str, fami
             carrier.start(lab)
             try:
                 flow = BEGINNINGS[begun](lab, guest, family=family)
-                goes_on(flow)
+                goes_on(flow, 1000)
                 before = translated(lab, "a", guest)
                 assert len(before) == 1
                 record = lab.migrate(guest, "a", "b", carrier.tell, copy_seconds=0.5)
