@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +34,7 @@ from sami_plugin.drivers.pcp.messages import External, Internal, ResultCode, Ser
 from sami_plugin.drivers.several import SeveralDrivers
 from sami_plugin.errors import DeviceFailed, NotPermitted
 from sami_plugin.model.flows import Batch, Omitted, Template, ZoneRole
-from sami_plugin.model.results import Outcome, Reason
+from sami_plugin.model.results import Outcome, Reason, Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Limits, Settings
 from sami_plugin.testing.conformance import NEIGHBOUR_ADDRESSES, PORT_ADDRESSES, FlowDriverConformance, flows
@@ -203,6 +205,58 @@ def test_former_mapping_comes_back_where_the_new_one_is_refused(
     assert exported(driver, scope) == {("pcp-mapping-ipv4", 6, 1): (30099, OTHER_NONCE)}
 
 
+def test_further_places_of_a_port_and_mappings_without_number_are_named(
+    place: tuple[Namespace, PcpServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, server = place
+    for outer_port in (8080, 9090):
+        given(there, Internal(6, GUEST, 80), outer_port)
+    given(there, Internal(17, GUEST, 81), 8181)
+    driver, scope = driver_of(tmp_path), scope_of(there)
+    omitted = {one.reason: one.count for one in driver.export(scope) if isinstance(one, Omitted)}
+    assert omitted == {"further mappings of ports that have one already": 1}
+    monkeypatch.setattr("sami_plugin.drivers.pcp.driver.MOST_MAPPINGS", 1)
+    omitted = {one.reason: one.count for one in driver.export(scope) if isinstance(one, Omitted)}
+    assert omitted["mappings of a guest that has more than 1"] == 1
+    monkeypatch.undo()
+    told = next(one for one in driver.export(scope) if isinstance(one, Batch))
+    assert set(driver.remove(scope, told.identities)["outcome"]) == {Outcome.REMOVED}
+    assert not exported(driver, scope)
+    assert "dnat" not in server.rules(), "a further place is left"
+
+
+def test_mapping_that_no_file_tells_of_is_given_back(place: tuple[Namespace, PcpServer], tmp_path: Path) -> None:
+    there, server = place
+    driver, scope = PcpDriver(lease_files=server.lease_files[:1]), scope_of(there)
+    made = driver.insert(scope, mappings(IPV6, 1))
+    assert (Outcome(made["outcome"][0]), Reason(made["reason"][0])) == (Outcome.REFUSED, Reason.VANISHED)
+    assert " th dport" not in server.rules(), "a hole is left that nobody knows"
+
+
+def test_hole_that_its_guest_has_renewed_ends_by_itself(place: tuple[Namespace, PcpServer], tmp_path: Path) -> None:
+    """miniupnpd forgets the nonce of it, so nobody can close it."""
+    there, _ = place
+    for _ in range(2):
+        given(there, Internal(6, GUEST_V6, 80), 80)
+    driver, scope = driver_of(tmp_path), scope_of(there)
+    told = next(one for one in driver.export(scope) if isinstance(one, Batch))
+    made = driver.remove(scope, told.identities)
+    assert (Outcome(made["outcome"][0]), Reason(made["reason"][0])) == (Outcome.REFUSED, Reason.NOT_AUTHORIZED)
+    wait_until(lambda: not exported(driver, scope), "the hole to end", 10)
+
+
+def test_server_that_is_silent_holds_nobody_up_for_long(place: tuple[Namespace, PcpServer], tmp_path: Path) -> None:
+    there, _ = place
+    driver, scope = driver_of(tmp_path), scope_of(there)
+    there.stop_processes()
+    began = time.monotonic()
+    for ask in (driver.export, driver.capabilities):
+        with pytest.raises(DeviceFailed, match="no PCP server answers"):
+            list(ask(scope))  # type: ignore[call-overload]
+    assert 1 < time.monotonic() - began < 3
+    assert driver.insert(scope, Batch(IPV4, IPV4.empty()))["outcome"].tolist() == []
+
+
 def test_any_values_are_taken_or_refused_and_never_raise(place: tuple[Namespace, PcpServer], tmp_path: Path) -> None:
     there, _ = place
     driver, scope = driver_of(tmp_path), scope_of(there)
@@ -252,8 +306,8 @@ def test_a_server_that_has_begun_anew_is_noticed(
     wanted = mappings(IPV4, 2)
     driver.insert(scope, wanted)
     epochs = next(one for one in driver.export(scope) if isinstance(one, Batch)).rows["pcpEpochTime"]
-    wait_until(lambda: Server("127.0.0.1", there.path).announce().epoch >= epochs[0] + 4, "4 s of the server's")
-    list(driver.export(scope))
+    wait_until(lambda: Server("127.0.0.1", there.path).announce()[0] >= epochs[0] + 4, "4 s of the server's")
+    driver.insert(scope, wanted)
     assert "has begun anew" not in caplog.text
     server.forget()
     assert not driver.read_back(scope, wanted)[1].any()
@@ -280,10 +334,20 @@ def routers(device: str | None = None) -> Iterator[tuple[Lab, dict[str, PcpServe
         files = [f"{lab.folder}/{{namespace}}/{name}" for name in ("leases", "leases6")]
 
         def driver() -> FlowDriver:
-            pcp = PcpDriver(lease_files=files, device=device)
+            pcp = Looking(lease_files=files, device=device)
             return SeveralDrivers((("linux_conntrack", LinuxConntrackDriver()), ("pcp", pcp)))
 
         yield lab, servers, driver
+
+
+class Looking(PcpDriver):
+    """Tells when it looks after what waits for its guest."""
+
+    looked = threading.Event()
+
+    def renew(self, scope: Scope, batch: Batch) -> Results:
+        self.looked.set()
+        return super().renew(scope, batch)
 
 
 def add_guest(lab: Lab, name: str = "g") -> Guest:
@@ -386,8 +450,8 @@ def test_what_a_server_loses_before_the_guest_comes_is_asked_for_again() -> None
         try:
             moved = meanwhile.submit(lab.migrate, guest, "a", "b", carrier.tell, copy_seconds=7)
             wait_until(lambda: has_all(servers["b"]), "the mappings to come", 5)
-            first = servers["b"].rules()
-            wait_until(lambda: has_all(servers["b"]) and servers["b"].rules() != first, "a renewal", 5)
+            Looking.looked.clear()
+            assert Looking.looked.wait(5), "what came is not looked after"
             servers["b"].forget()
             assert not has_all(servers["b"])
             wait_until(lambda: has_all(servers["b"]), "the mappings to come again", 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from sami_plugin.drivers.base import Capabilities, FlowDriver, Watch
 from sami_plugin.drivers.pcp import leases
 from sami_plugin.drivers.pcp.kinds import IPV4, IPV6
 from sami_plugin.drivers.pcp.leases import Lease
-from sami_plugin.drivers.pcp.messages import Clock, External, Internal, ResultCode, Server
+from sami_plugin.drivers.pcp.messages import External, Internal, ResultCode, Server
 from sami_plugin.errors import DeviceFailed, NotPermitted, UndeclaredAbility
 from sami_plugin.model.flows import Batch, Omitted, Template, has_end_in
 from sami_plugin.model.kinds import NEVER_SECONDS
@@ -35,10 +34,10 @@ _REASONS: dict[int, Reason] = {
 _PROTOCOLS = (6, 17)
 """miniupnpd 2.3.1 makes of a mapping of any other protocol a rule for all of that protocol's packets."""
 _MOST_TRIES = 3
+MOST_MAPPINGS = 256
+"""Of one guest and family: each costs messages, and it is the guest who says how many there are."""
 _NAMESPACE = "{namespace}"
 """In the path of a lease file: each network namespace has a server of its own, and the agent's own may have none."""
-
-LOG = logging.getLogger(__name__)
 
 
 class PcpDriver(FlowDriver):
@@ -54,14 +53,16 @@ class PcpDriver(FlowDriver):
         `device` is the server's name where it serves several hosts, the same on each of them.
         """
         self._address, self._files, self._shared_device = server, tuple(lease_files), device
-        self._clocks: dict[str | None, Clock] = {}
+        self._servers: dict[str | None, Server] = {}
+        self._known: dict[str | None, tuple[leases.Signature, _Held]] = {}
+        """By network namespace, what was read of it last, of files that were so."""
         self._lock = threading.Lock()
 
     def capabilities(self, scope: Scope | None = None) -> Capabilities:
         namespace = scope.namespace if scope is not None else None
         notes = []
         is_here = scope is not None or not any(_NAMESPACE in path for path in self._files)
-        if self._files and is_here and not Server(self._address, namespace).serves_third_parties():
+        if self._files and is_here and not self._server(namespace).serves_third_parties():
             raise NotPermitted(
                 f"the PCP server at {self._address} takes no mappings for others (THIRD_PARTY); miniupnpd does with "
                 "pcp_allow_thirdparty=yes"
@@ -88,46 +89,66 @@ class PcpDriver(FlowDriver):
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
         if not self._files or not scope.zones:
             return
-        held, unknown, epoch = self._held(scope)
-        own = [lease for lease in held.values() if lease.internal.address in scope.addresses]
+        held = self._held(scope)
+        own = [lease for lease in held.leases if lease.internal.address in scope.addresses]
         if others := sum(lease.nonce is None for lease in own):
             yield Omitted("mappings that were not made by PCP, but by UPnP or NAT-PMP", others)
-        if unknown:
-            yield Omitted("lines of lease files of other protocols than TCP and UDP, whosever they are", unknown)
+        if held.unknown:
+            yield Omitted("lines of lease files of other protocols than TCP and UDP, whosever they are", held.unknown)
+        mapped = [lease for lease in own if lease.nonce is not None]
+        chosen = [lease for lease in mapped if held.of(lease.internal) == lease]
+        if further := len(mapped) - len(chosen):
+            yield Omitted("further mappings of ports that have one already", further)
         for version, template in _TEMPLATES.items():
-            chosen = [one for one in own if one.nonce is not None and one.internal.address.version == version]
-            if chosen:
-                yield self._rows(scope, template, chosen, epoch)
+            its = [one for one in chosen if one.internal.address.version == version]
+            if len(its) > MOST_MAPPINGS:
+                yield Omitted(f"mappings of a guest that has more than {MOST_MAPPINGS}", len(its) - MOST_MAPPINGS)
+            if its:
+                yield self._rows(scope, template, its[:MOST_MAPPINGS], held)
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
         made = self._refusals(scope, batch)
         wanted = np.flatnonzero(made["outcome"] == Outcome.IMPORTED).tolist()
-        if wanted:
-            server, (held, _, _) = Server(self._address, scope.namespace), self._held(scope)
-            outer = None if batch.template.is_ipv6 else server.external_address()
-            for position in wanted:
-                if reason := _put(server, batch.template, batch.rows[position], outer, held):
-                    made[position] = (Outcome.REFUSED, reason, 0)
+        if not wanted:
+            return made
+        server, held = self._server(scope.namespace), self._held(scope)
+        outer = None if batch.template.is_ipv6 else server.external_address()
+        for position in wanted:
+            if reason := _put(server, batch.template, batch.rows[position], outer, held):
+                made[position] = (Outcome.REFUSED, reason, 0)
+        # Of what its files do not tell nobody would ever know again: it is given back now.
+        told = self._held(scope)
+        for position in np.flatnonzero(made["outcome"] == Outcome.IMPORTED).tolist():
+            row = batch.rows[position]
+            internal = _internal(batch.template, row)
+            if told.of(internal) is None:
+                server.unmap(internal, row["pcpMappingNonce"].tobytes())
+                made[position] = (Outcome.REFUSED, Reason.VANISHED, 0)
         return made
 
     def renew(self, scope: Scope, batch: Batch) -> Results:
-        """Asks for what is there once more: the server's restart may have cost it, whatever its file says."""
+        """Asks once more for what is there and has less than half of the time that it is to have."""
         made = results(len(batch), Outcome.ABSENT)
         found, is_there = self.read_back(scope, batch)
-        found.rows["remainingTimeoutSeconds"] = batch.rows["remainingTimeoutSeconds"]
-        made[is_there] = self.insert(scope, found.take(is_there))
+        made["outcome"][is_there] = Outcome.PRESENT
+        wanted = batch.rows["remainingTimeoutSeconds"].copy()
+        is_short = is_there & (found.rows["remainingTimeoutSeconds"] < wanted // 2 + 1)
+        found.rows["remainingTimeoutSeconds"] = wanted
+        made[is_short] = self.insert(scope, found.take(is_short))
         return made
 
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
         rows, is_there = batch.template.empty(len(batch)), np.zeros(len(batch), bool)
         if batch.template.name in _NAMES and self._files and len(batch):
-            held, _, epoch = self._held(scope)
-            is_own = scope.owns(batch)
-            for position, row in enumerate(batch.rows):
-                lease = held.get(_internal(batch.template, row)) if is_own[position] else None
-                if lease is not None and lease.nonce is not None:
-                    rows[position] = self._rows(scope, batch.template, [lease], epoch).rows[0]
-                    is_there[position] = True
+            held, is_own = self._held(scope), scope.owns(batch)
+            found = {
+                position: lease
+                for position, row in enumerate(batch.rows)
+                if is_own[position] and (lease := held.of(_internal(batch.template, row))) and lease.nonce is not None
+            }
+            if found:
+                is_there[list(found)] = True
+                rows[list(found)] = self._rows(scope, batch.template, list(found.values()), held).rows
         return Batch(batch.template, rows), is_there
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
@@ -135,14 +156,19 @@ class PcpDriver(FlowDriver):
         template = next((one for one in _TEMPLATES.values() if one.key == identities.template.key), None)
         if template is None or not self._files or not len(identities):
             return made
-        server, (held, _, _) = Server(self._address, scope.namespace), self._held(scope)
+        server, held = self._server(scope.namespace), self._held(scope)
+        refused: dict[int, int] = {}
         for position in np.flatnonzero(scope.owns(identities)).tolist():
-            lease = held.get(_internal(template, identities.rows[position]))
-            if lease is not None and lease.nonce is not None:
-                result = server.unmap(lease.internal, lease.nonce).result
+            for lease in held.all_of(_internal(template, identities.rows[position])):
+                result = _given_back(server, lease, held)
                 if result == ResultCode.SUCCESS:
                     made["outcome"][position] = Outcome.REMOVED
-                elif lease.internal in self._held(scope)[0]:
+                else:
+                    refused[position] = result
+        if refused:  # unless it has ended meanwhile
+            left = self._held(scope)
+            for position, result in refused.items():
+                if left.of(_internal(template, identities.rows[position])) is not None:
                     made[position] = (Outcome.REFUSED, _reason(result), 0)
         return made
 
@@ -162,46 +188,44 @@ class PcpDriver(FlowDriver):
             made["outcome"][which], made["reason"][which] = Outcome.REFUSED, reason
         return made
 
-    def _held(self, scope: Scope) -> tuple[dict[Internal, Lease], int, int]:
-        """What the server has now, how many lines tell nothing that is known, and its epoch time.
+    def _held(self, scope: Scope) -> _Held:
+        """What the server has now. Nothing is asked of it while its files are as they were.
 
         While it answers, it changes nothing: what a line that is just being written anew lacks in the files that are
         read before its answer, those have that are read after it, or the other way round. A server that starts reads
         its own files before it answers, and its epoch time tells.
         """
-        server = Server(self._address, scope.namespace)
+        server, paths = self._server(scope.namespace), self._paths(scope)
+        seen = leases.signature(paths)
+        if (known := self._known.get(scope.namespace)) is not None and known[0] == seen:
+            return known[1].now()
         for _ in range(_MOST_TRIES):
-            self._epoch(server, scope.namespace)
-            before, unknown = self._listed(scope)
-            epoch, has_begun_anew = self._epoch(server, scope.namespace)
-            after, _ = self._listed(scope)
+            server.announce()
+            before = leases.signature(paths)
+            first, _ = leases.read(paths)
+            epoch, has_begun_anew = server.announce()
+            second, unknown = leases.read(paths)
             if not has_begun_anew:
-                now = time.time()
-                found = [one for one in (*before, *after) if not one.expiry or one.expiry > now]
-                # Those of PCP come last: UPnP may give a port of the guest's several outer ones.
-                found.sort(key=lambda one: one.nonce is not None)
-                return {one.internal: one for one in found}, unknown, epoch
+                held = _Held(tuple(dict.fromkeys((*second, *first))), unknown, epoch)
+                if before == leases.signature(paths):
+                    self._known[scope.namespace] = before, held
+                return held.now()
         raise DeviceFailed(f"the PCP server at {self._address} begins anew faster than what it has can be read")
 
-    def _listed(self, scope: Scope) -> tuple[list[Lease], int]:
+    def _paths(self, scope: Scope) -> list[str]:
         name = (scope.namespace or "").rpartition("/")[2]
-        read = [leases.read(path.replace(_NAMESPACE, name)) for path in self._files]
-        return [lease for found, _ in read for lease in found], sum(unknown for _, unknown in read)
+        return [path.replace(_NAMESPACE, name) for path in self._files]
 
-    def _epoch(self, server: Server, namespace: str | None) -> tuple[int, bool]:
-        epoch = server.announce().epoch
+    def _server(self, namespace: str | None) -> Server:
         with self._lock:
-            has_begun_anew = self._clocks.setdefault(namespace, Clock()).has_begun_anew(epoch, time.monotonic())
-        if has_begun_anew:
-            LOG.warning("the PCP server at %s has begun anew: what it had may be lost", self._address)
-        return epoch, has_begun_anew
+            return self._servers.setdefault(namespace, Server(self._address, namespace))
 
-    def _rows(self, scope: Scope, template: Template, chosen: list[Lease], epoch: int) -> Batch:
+    def _rows(self, scope: Scope, template: Template, chosen: list[Lease], held: _Held) -> Batch:
         rows = template.empty(len(chosen))
         now = time.time()
         family = "IPv6" if template.is_ipv6 else "IPv4"
-        outer = None if template.is_ipv6 else Server(self._address, scope.namespace).external_address()
-        rows["zoneRole"], rows["pcpEpochTime"] = int(min(scope.zones, default=0)), epoch
+        outer = None if template.is_ipv6 else self._server(scope.namespace).external_address()
+        rows["zoneRole"], rows["pcpEpochTime"] = int(min(scope.zones, default=0)), held.epoch
         for row, lease in zip(rows, chosen, strict=True):
             row["protocolIdentifier"], row["sourceTransportPort"] = lease.internal.protocol, lease.internal.port
             row[f"source{family}Address"] = _number(lease.internal.address)
@@ -212,54 +236,103 @@ class PcpDriver(FlowDriver):
         return Batch(template, rows)
 
 
+class _Held:
+    """What a server has, by whose it is."""
+
+    def __init__(self, every: Sequence[Lease], unknown: int, epoch: int) -> None:
+        """`unknown` is how many lines of its files tell nothing that is known."""
+        self.leases, self.unknown, self.epoch = every, unknown, epoch
+        self._by_internal: dict[Internal, list[Lease]] = {}
+        self._by_place: dict[tuple[int, int], Internal] = {}
+        for lease in every:
+            self.put(lease)
+
+    def now(self) -> _Held:
+        """That of it which has not ended."""
+        now = time.time()
+        return _Held([one for one in self.leases if not one.expiry or one.expiry > now], self.unknown, self.epoch)
+
+    def put(self, lease: Lease) -> None:
+        self._by_internal.setdefault(lease.internal, []).append(lease)
+        if lease.internal.address.version == 4:  # behind an IPv6 firewall each has its own address
+            self._by_place[lease.internal.protocol, lease.external_port] = lease.internal
+
+    def drop(self, internal: Internal) -> None:
+        self._by_internal.pop(internal, None)
+
+    def of(self, internal: Internal) -> Lease | None:
+        """The mapping of this port, one of PCP's if there is one: UPnP may give it several places."""
+        its = self._by_internal.get(internal, [])
+        return next((one for one in its if one.nonce is not None), its[0] if its else None)
+
+    def all_of(self, internal: Internal) -> list[Lease]:
+        """Those that are PCP's."""
+        return [one for one in self._by_internal.get(internal, []) if one.nonce is not None]
+
+    def is_anothers(self, internal: Internal, outer_port: int) -> bool:
+        """Whether the place is given to something else."""
+        whose = self._by_place.get((internal.protocol, outer_port), internal)
+        return internal.address.version == 4 and whose != internal and bool(self._by_internal.get(whose))
+
+
 def _internal(template: Template, row: np.void) -> Internal:
     address = _address(row["sourceIPv6Address" if template.is_ipv6 else "sourceIPv4Address"])
     return Internal(int(row["protocolIdentifier"]), address, int(row["sourceTransportPort"]))
 
 
-def _put(
-    server: Server, template: Template, row: np.void, outer: netaddr.IPAddress | None, held: dict[Internal, Lease]
-) -> Reason:
+def _put(server: Server, template: Template, row: np.void, outer: netaddr.IPAddress | None, held: _Held) -> Reason:
     """Gets the mapping from the server, in the place of what the guest had there; NONE, or why not."""
     internal, nonce = _internal(template, row), row["pcpMappingNonce"].tobytes()
     address = _address(row["postNATSourceIPv6Address" if template.is_ipv6 else "postNATSourceIPv4Address"])
     external, seconds = External(address, int(row["postNAPTSourceTransportPort"])), int(row["remainingTimeoutSeconds"])
-    if address != (outer or internal.address) or _is_anothers(internal, external, held):
+    if address != (outer or internal.address) or held.is_anothers(internal, external.port):
         return Reason.TRANSLATION_TAKEN
-    former = held.get(internal)
+    former = held.of(internal)
+    is_same = former is not None and (former.nonce, former.external_port) == (nonce, external.port)
     # What is only to be renewed is renewed, but not in an IPv6 firewall: miniupnpd up to 2.3.11, lease_file6_update(),
     # gives all lines of its file one id when a hole is renewed, and takes out all of that id when one is closed.
-    is_in_the_way = former is not None and (
-        template.is_ipv6 or (former.nonce, former.external_port) != (nonce, external.port)
-    )
+    is_in_the_way = former is not None and (template.is_ipv6 or not is_same)
     if former is not None and is_in_the_way:
-        if former.nonce is None or server.unmap(internal, former.nonce).result != ResultCode.SUCCESS:
+        is_gone = former.nonce is not None and server.unmap(internal, former.nonce).result == ResultCode.SUCCESS
+        if not is_gone and not is_same:
             return Reason.EXISTS
-        del held[internal]
-    answer = server.map(internal, nonce, external, seconds)
-    if answer.result == ResultCode.SUCCESS and answer.external == external:
-        held[internal] = Lease(internal, external.port, int(time.time()) + seconds, nonce)
-        return Reason.NONE
-    if answer.result == ResultCode.SUCCESS:
-        # miniupnpd 2.3.1 gives another port, PREFER_FAILURE or not, where it finds that this one is in use.
-        server.unmap(internal, nonce)
-    if former is not None and is_in_the_way and former.nonce is not None:
-        left = max(1, former.expiry - int(time.time()))
-        server.map(internal, former.nonce, External(address, former.external_port), left)
-    return Reason.TRANSLATION_TAKEN if answer.result == ResultCode.SUCCESS else _reason(answer.result)
+        held.drop(internal)
+    try:
+        answer = server.map(internal, nonce, external, seconds)
+        if answer.result == ResultCode.SUCCESS and answer.external == external:
+            held.put(Lease(internal, external.port, int(time.time()) + seconds, nonce))
+            return Reason.NONE
+        if answer.result == ResultCode.SUCCESS:
+            # miniupnpd 2.3.1 gives another port, PREFER_FAILURE or not, where it finds that this one is in use.
+            server.unmap(internal, nonce)
+            return _given_again(server, former, address, Reason.TRANSLATION_TAKEN)
+        return _given_again(server, former, address, _reason(answer.result))
+    except DeviceFailed:
+        server.is_worth_asking()
+        _given_again(server, former, address, Reason.DEVICE_ERROR)
+        raise
+
+
+def _given_again(server: Server, former: Lease | None, address: netaddr.IPAddress, reason: Reason) -> Reason:
+    """Puts back what made way in vain."""
+    if former is not None and former.nonce is not None:
+        left = max(1, former.expiry - int(time.time())) if former.expiry else NEVER_SECONDS
+        server.map(former.internal, former.nonce, External(address, former.external_port), left)
+    return reason
+
+
+def _given_back(server: Server, lease: Lease, held: _Held) -> int:
+    """Ends a mapping, and says what the server answered."""
+    assert lease.nonce is not None
+    result = server.unmap(lease.internal, lease.nonce).result
+    if lease.internal.address.version == 6 and result == ResultCode.NOT_AUTHORIZED:
+        # miniupnpd forgets the nonce of a hole that its guest renews. It still takes another time.
+        server.map(lease.internal, lease.nonce, External(lease.internal.address, lease.external_port), 1)
+    return result
 
 
 def _reason(result: int) -> Reason:
     return _REASONS.get(result, Reason.DEVICE_ERROR)
-
-
-def _is_anothers(internal: Internal, external: External, held: dict[Internal, Lease]) -> bool:
-    """Whether the outer port is given to something else. Behind an IPv6 firewall each has its own address."""
-    return internal.address.version == 4 and any(
-        one.external_port == external.port and other != internal and other.protocol == internal.protocol
-        for other, one in held.items()
-        if other.address.version == 4
-    )
 
 
 def _address(column: Any) -> netaddr.IPAddress:

@@ -8,8 +8,10 @@ by PCP the description is ``PCP MAP`` and the nonce, each four octets of it as a
 
 from __future__ import annotations
 
+import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import netaddr
@@ -34,22 +36,43 @@ class Lease:
     nonce: bytes | None
 
 
-def read(path: str) -> tuple[list[Lease], int]:
-    """The mappings in it, and how many lines are of other protocols than TCP and UDP, or of nothing that is known.
+Signature = tuple[tuple[int, int, int] | None, ...]
+"""By file, what differs when it was written to; None where there is none."""
+
+
+def signature(paths: Sequence[str]) -> Signature:
+    """What these files are like now."""
+    return tuple(map(_signature, paths))
+
+
+def read(paths: Sequence[str]) -> tuple[list[Lease], int]:
+    """The mappings in them, and how many lines are of other protocols than TCP and UDP, or of nothing that is known.
 
     There is no file while the server has no mapping.
 
-    :raises DeviceFailed: it cannot be read.
+    :raises DeviceFailed: one cannot be read.
     """
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            lines = [line for line in map(str.strip, file) if line]
-    except FileNotFoundError:
-        return [], 0
-    except OSError as error:
-        raise DeviceFailed(f"[pcp] lease_files: {path} cannot be read: {error.strerror}") from error
+    lines = [line for path in paths for line in _lines(path)]
     found = [lease for lease in map(_lease, lines) if lease is not None]
     return found, len(lines) - len(found)
+
+
+def _signature(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="ascii", errors="replace", newline="\n") as file:
+            return [line for line in map(str.strip, file) if line]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DeviceFailed(f"[pcp] lease_files: {path} cannot be read: {error.strerror}") from error
 
 
 def _lease(line: str) -> Lease | None:
@@ -62,15 +85,21 @@ def _lease(line: str) -> Lease | None:
         return None
     try:
         internal = Internal(_PROTOCOLS[protocol], netaddr.IPAddress(address), _port(port))
-        return Lease(internal, _port(external_port), int(expiry), _nonce(description))
+        return Lease(internal, _port(external_port), _below(int(expiry), 1 << 32), _nonce(description))
     except (KeyError, ValueError, netaddr.AddrFormatError):
         return None
 
 
 def _port(text: str) -> int:
-    if not 0 < (port := int(text)) < 1 << 16:
+    if not (port := int(text)):
         raise ValueError
-    return port
+    return _below(port, 1 << 16)
+
+
+def _below(number: int, bound: int) -> int:
+    if number >= bound:
+        raise ValueError
+    return number
 
 
 def _nonce(description: str) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 import socket
 import struct
 import time
@@ -23,8 +24,12 @@ _MAP_BODY = struct.Struct("!12sB3xHH16s")
 _MOST_OCTETS = 1100
 _EXTERNAL_ADDRESS = bytes(2)
 """The request of NAT-PMP (RFC 6886, section 3.2): PCP itself tells the address with a mapping only."""
-_ATTEMPT_SECONDS = (0.25, 0.5, 1.0, 2.0)
-"""RFC 6887, 8.1.1, begins with 3 s, for a server that may be far. This one is on the host or next to it."""
+_ATTEMPT_SECONDS = (0.5, 1.0)
+"""RFC 6887, 8.1.1, begins with 3 s, for a server that may be far. This one is near, and a guest may wait for it."""
+_SILENT_SECONDS = 10.0
+"""For so long one that did not answer is not asked again."""
+
+LOG = logging.getLogger(__name__)
 
 
 class ResultCode(enum.IntEnum):
@@ -73,16 +78,43 @@ class Answer:
     external: External | None = None
 
 
+class Clock:
+    """Tells from a server's epoch times whether it has lost its state since it was asked before (section 8.5)."""
+
+    def __init__(self) -> None:
+        self._before: tuple[int, float] | None = None
+
+    def has_begun_anew(self, epoch: int, now: float) -> bool:
+        before, self._before = self._before, (epoch, now)
+        if before is None:
+            return False
+        server, client = epoch - before[0], now - before[1]
+        return server < -1 or client + 2 < server - server / 16 or server + 2 < client - client / 16
+
+
 class Server:
     """A PCP server, asked from one network namespace. Each request has a socket of its own, so that no late answer to
     an earlier one is taken for its."""
 
     def __init__(self, address: str, namespace: str | None) -> None:
         self.address, self._namespace = address, namespace
+        self._clock = Clock()
+        self._silent_until = 0.0
 
-    def announce(self) -> Answer:
-        """:raises DeviceFailed: it does not answer, or not in PCP; so do the others."""
-        return self._asked(_ANNOUNCE, 0, b"", b"")
+    def announce(self) -> tuple[int, bool]:
+        """Its epoch time, and whether it has begun anew since it was asked for that before.
+
+        :raises DeviceFailed: it does not answer, or not in PCP; so do the others.
+        """
+        epoch = self._asked(_ANNOUNCE, 0, b"", b"").epoch
+        has_begun_anew = self._clock.has_begun_anew(epoch, time.monotonic())
+        if has_begun_anew:
+            LOG.warning("the PCP server at %s has begun anew: what it had may be lost", self.address)
+        return epoch, has_begun_anew
+
+    def is_worth_asking(self) -> None:
+        """What it is asked next is sent, though it was silent a moment ago."""
+        self._silent_until = 0.0
 
     def map(self, internal: Internal, nonce: bytes, external: External, seconds: int) -> Answer:
         """Asks for this mapping and no other one; the server may still give another one, or another time."""
@@ -110,9 +142,11 @@ class Server:
 
     def external_address(self) -> netaddr.IPAddress:
         """Its IPv4 address outside, by NAT-PMP, which PCP servers speak on the same port."""
-        told = self._exchanged(lambda own: _EXTERNAL_ADDRESS, lambda octets: len(octets) == 12 and octets[1] == 0x80)
-        version, result, address = told[0], int.from_bytes(told[2:4], "big"), int.from_bytes(told[8:12], "big")
-        if version or result or not address:
+        told = self._exchanged(lambda own: _EXTERNAL_ADDRESS, lambda octets: len(octets) >= 4 and octets[1] == 0x80)
+        result, address = int.from_bytes(told[2:4], "big"), int.from_bytes(told[8:12], "big")
+        if told[0] or len(told) != 12:
+            raise DeviceFailed(f"the PCP server at {self.address} speaks no NAT-PMP; miniupnpd needs enable_natpmp=yes")
+        if result or not address:
             raise DeviceFailed(
                 f"the PCP server at {self.address} does not tell its outer IPv4 address (NAT-PMP result {result}); "
                 "look whether its outer interface has one"
@@ -155,6 +189,8 @@ class Server:
         return asking
 
     def _exchanged(self, request: Callable[[str], bytes], is_its: Callable[[bytes], bool]) -> bytes:
+        if time.monotonic() < self._silent_until:
+            raise self._silent(f"not a moment ago; it is asked again {_SILENT_SECONDS:.0f} s after that")
         with self._connected() as asking:
             asked = request(str(asking.getsockname()[0]))
             for seconds in _ATTEMPT_SECONDS:
@@ -170,26 +206,13 @@ class Server:
                     continue
                 except OSError as error:
                     raise self._silent(error.strerror) from error
-        raise self._silent(f"not in {sum(_ATTEMPT_SECONDS):.0f} s")
+        self._silent_until = time.monotonic() + _SILENT_SECONDS
+        raise self._silent(f"not in {sum(_ATTEMPT_SECONDS)} s")
 
     def _silent(self, why: str | None) -> DeviceFailed:
         return DeviceFailed(
             f"no PCP server answers at {self.address} port {PORT} ({why}); start it, or correct [pcp] server"
         )
-
-
-class Clock:
-    """Tells from a server's epoch times whether it has lost its state since it was asked before (section 8.5)."""
-
-    def __init__(self) -> None:
-        self._before: tuple[int, float] | None = None
-
-    def has_begun_anew(self, epoch: int, now: float) -> bool:
-        before, self._before = self._before, (epoch, now)
-        if before is None:
-            return False
-        server, client = epoch - before[0], now - before[1]
-        return server < -1 or client + 2 < server - server / 16 or server + 2 < client - client / 16
 
 
 def _request(opcode: int, seconds: int) -> bytes:
