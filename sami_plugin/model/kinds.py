@@ -71,6 +71,8 @@ def _complaints(
         yield "has the name of another one, or one that is none: words of small letters with - between them"
     if not template.ends or any(end not in [one[0] for one in template.key] for end in template.ends):
         yield "needs ends, each a field of its key"
+    if not template.varies <= {one[0] for one in template.state}:
+        yield f"has no fields {', '.join(sorted(template.varies))} in its state that could vary"
     if template.key[:1] != (_FIRST_OF_KEY,) or template.state[:2] != _FIRST_OF_STATE:
         yield f"needs {_FIRST_OF_KEY} first in its key, and {_FIRST_OF_STATE} first in its state"
     for name, *form in template.key + template.state:

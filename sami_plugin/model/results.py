@@ -55,6 +55,7 @@ class Reason(enum.IntEnum):
     SET_FULL = 24
     NOT_AUTHORIZED = 25
     DEVICE_FULL = 26
+    NO_TIMEOUTS = 27
 
 
 MEND_NO_PLACE = "raise nf_conntrack_max or capacity, or lower headroom_percent"
@@ -87,6 +88,7 @@ WORDS: dict[Reason, str] = {
     Reason.NO_ZONE: "what tracks it on this host, such as the guest's router, is not here",
     Reason.SET_FULL: "its set is full; raise the set's size (ENFILE)",
     Reason.NOT_AUTHORIZED: "the device's own rules do not allow it (PCP's NOT_AUTHORIZED)",
+    Reason.NO_TIMEOUTS: "it has an end, and its set here has none for its elements; make the set with timeouts",
     Reason.DEVICE_FULL: "the device has no room for it, or gives the guest no more (PCP's NO_RESOURCES, USER_EX_QUOTA)",
     Reason.NO_PLACE: f"there was no free place for it; {MEND_NO_PLACE}",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -211,6 +212,39 @@ def test_any_values_are_taken_or_refused_and_never_raise(place: Namespace) -> No
         assert driver.read_back(scope, batch)[1].sum() == (made["outcome"] == Outcome.IMPORTED).sum()
         driver.remove(scope, batch.identities)
     assert not listed(place)
+
+
+def test_other_names_of_an_element_and_ones_that_would_stay_for_ever_are_refused(place: Namespace) -> None:
+    add(place, f"ports4 {GUEST},tcp:443", f"timed {GUEST}", f"bits {GUEST}")
+    scope = scope_of(place)
+    named, timed, bits = (told(driver_of(name), scope)[0] for name in ("ports4", "timed", "bits"))
+    for one, driver in ((named, driver_of("ports4")), (timed, driver_of("timed")), (bits, driver_of("bits"))):
+        driver.remove(scope, one.identities)
+    padded, portless = Batch(IPV4, named.rows.copy()), Batch(IPV4, named.rows.copy())
+    padded.rows["nftSetKey"][0] |= np.frombuffer(bytes([0] * 6 + [1]).ljust(64, b"\0"), ">u8")
+    portless.rows["nftSetKey"][0] ^= np.frombuffer(bytes([0] * 8 + [6 ^ 47]).ljust(64, b"\0"), ">u8")
+    for wrong, sets, reason in (
+        (padded, "ports4=ipset ports4", Reason.INVALID),
+        (portless, "ports4=ipset ports4", Reason.INVALID),
+        (timed, "timed=ipset plain", Reason.NO_TIMEOUTS),
+        (bits, "bits=ipset elsewhere", Reason.INVALID),
+    ):
+        place.run(["ipset", "-exist", "create", "elsewhere", "bitmap:ip", "range", "10.0.0.0/24", "timeout", "9"])
+        made = NftSetsDriver([sets]).insert(scope, wrong)
+        assert (Outcome(made["outcome"][0]), Reason(made["reason"][0])) == (Outcome.REFUSED, reason)
+    assert not listed(place)
+
+
+def test_many_elements_of_one_guest_are_read_once(place: Namespace) -> None:
+    many = "".join(f"add ports4 {GUEST},udp:{port}\n" for port in range(1, 4001))
+    place.run(["ipset", "restore"], many)
+    driver, scope = driver_of("ports4"), scope_of(place)
+    began = time.process_time()
+    (batch,) = told(driver, scope)
+    once = time.process_time() - began
+    began = time.process_time()
+    assert driver.read_back(scope, batch)[1].all()
+    assert time.process_time() - began < 6 * once
 
 
 @pytest.mark.parametrize("wrong", ["ipset", "ipset a b", "ip set"])

@@ -34,9 +34,7 @@ _REASONS = {
     errno.EEXIST: Reason.EXISTS,
     errno.ENOENT: Reason.NO_ZONE,
     errno.EBUSY: Reason.BUSY,
-    ipsets.FULL: Reason.SET_FULL,
 }
-_MOST_AT_ONCE = 500
 _IPSET = "ipset"
 A_LIMIT_IS_FULL = "how much of its `limit` is used the kernel does not tell: after a move it lets through a burst again"
 
@@ -192,6 +190,8 @@ class _Kernel(Protocol):
 
     def form_of(self, connection: Connection, named: NamedSet) -> Form | None: ...
 
+    def is_name(self, form: Form, key: bytes) -> bool: ...
+
     def elements_of(
         self, connection: Connection, named: NamedSet, form: Form, addresses: Sequence[bytes]
     ) -> list[Element | None]: ...
@@ -243,8 +243,8 @@ def _held(
     """What there is of these names."""
     found: list[Element] = []
     keys = [key for row in wanted.rows if len(key := _key(row)) == form.key_octets]
-    for some in _pieces(np.arange(len(keys))):
-        found += _kernel(named).held(connection, named, form, [keys[one] for one in some])
+    if keys:
+        found = _kernel(named).held(connection, named, form, keys)
     return _rows(scope, named, form, template, found)
 
 
@@ -320,16 +320,19 @@ def _fits(
     ours = _rows(scope, named, form, batch.template, [one for one in names if one is not None])
     # Another name of the same element would never be found again.
     fits &= KeyIndex(ours).find(Batch(batch.template, rows)) >= 0
+    fits &= [one is not None and _kernel(named).is_name(form, one.key) for one in names]
     is_over = fits & (rows["remainingTimeoutSeconds"] == 0)
-    for reason, which in ((Reason.INVALID, ~fits), (Reason.EXPIRED, is_over)):
+    # It would be there for ever.
+    would_stay = fits & ~is_over & (rows["remainingTimeoutSeconds"] != NEVER_SECONDS) & (not form.has_timeouts)
+    for reason, which in ((Reason.INVALID, ~fits), (Reason.EXPIRED, is_over), (Reason.NO_TIMEOUTS, would_stay)):
         made[positions[which]] = results(int(which.sum()), Outcome.REFUSED, reason)
-    return np.asarray(fits & ~is_over)
+    return np.asarray(fits & ~is_over & ~would_stay)
 
 
 def _pieces(positions: npt.NDArray[np.intp]) -> Iterator[list[int]]:
-    """So many as one transaction has: answers to all of them have to fit into a socket's buffer."""
-    for first in range(0, len(positions), _MOST_AT_ONCE):
-        yield positions[first : first + _MOST_AT_ONCE].tolist()
+    """So many as one change has: answers to all of them have to fit into a socket's buffer."""
+    for first in range(0, len(positions), nft.MOST_AT_ONCE):
+        yield positions[first : first + nft.MOST_AT_ONCE].tolist()
 
 
 def _element(row: np.void, key: bytes, form: Form) -> Element:

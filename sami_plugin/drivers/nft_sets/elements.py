@@ -24,6 +24,9 @@ FAMILIES = {"ip": 2, "inet": 1, "arp": 3, "netdev": 5, "bridge": 7, "ip6": 10}
 CONSTANT, INTERVAL, MAP, TIMEOUT, OBJECT = 0x2, 0x4, 0x8, 0x10, 0x40
 """NFT_SET_*."""
 
+MOST_AT_ONCE = 500
+"""Requests: answers to all of them have to fit into a socket's buffer."""
+
 _NESTED = 0x8000
 _ATTRIBUTE = struct.Struct("=HH")
 _HEADER = struct.Struct("=IHHII")
@@ -72,6 +75,8 @@ class Form:
     """By IP version, the octets of a key where an address may begin."""
     parts: tuple[int, ...] = ()
     """Of an ipset, what its keys consist of (IPSET_ATTR_*)."""
+    is_hash: bool = False
+    """Of an ipset, that it is one, and no bitmap."""
 
     @property
     def has_timeouts(self) -> bool:

@@ -6,7 +6,7 @@ A key is made as that of a concatenation of nf_tables: its parts, as the kernel 
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -28,7 +28,8 @@ _PROTOCOL_VERSION = b"\7"
 
 # IPSET_ATTR_*, of a message, of what a set was made with, and of an element.
 _PROTOCOL, _SETNAME, _TYPENAME, _FAMILY, _FLAGS, _DATA, _ADT = 1, 2, 3, 5, 6, 7, 8
-_TIMEOUT, _CADT_FLAGS, _BITMASK, _NETMASK = 6, 8, 12, 20
+_TIMEOUT, _CADT_FLAGS, _MARKMASK, _BITMASK, _NETMASK = 6, 8, 11, 12, 20
+_EACH_MARK = bytes([0xFF] * 4)
 _IP, _PORT, _PROTO, _MARK, _ETHER, _IP2 = 1, 4, 7, 10, 17, 20
 _BYTES, _PACKETS, _COMMENT, _SKBQUEUE = 24, 25, 26, 29
 _NESTED, _NET_BYTEORDER = 0x8000, 0x4000
@@ -48,8 +49,9 @@ _ADDRESSES = (_IP, _IP2)
 _COUNTER = {1: _BYTES, 2: _PACKETS}
 """By the numbers that nf_tables has for them (NFTA_COUNTER_*)."""
 _NOT_THERE = 4103  # IPSET_ERR_EXIST, of an element that is to be taken out
-FULL = 4352
-"""IPSET_ERR_HASH_FULL: what a set that has maxelem elements answers."""
+_FULL = 4352  # IPSET_ERR_HASH_FULL
+_WITH_PORTS = (6, 17, 132, 136, 1, 58)
+"""Of ICMP, type and code."""
 
 
 def form_of(connection: Connection, named: NamedSet) -> Form | None:
@@ -59,19 +61,22 @@ def form_of(connection: Connection, named: NamedSet) -> Form | None:
         return None
     told = attributes_of(header[0][HEADER_OCTETS + GENERIC_OCTETS :])
     made = attributes_of(told.get(_DATA, b""))
-    parts = _TYPES.get(_text_of(told.get(_TYPENAME, b"")), ())
+    typename = _text_of(told.get(_TYPENAME, b""))
+    parts = _TYPES.get(typename, ())
     version = 6 if told.get(_FAMILY) == bytes([nl.AF_OF_FAMILY["ipv6"]]) else 4
     octets = 16 if version == 6 else 4
     is_of_networks = _BITMASK in made or made.get(_NETMASK, bytes([8 * octets])) != bytes([8 * octets])
+    is_of_networks |= made.get(_MARKMASK, _EACH_MARK) != _EACH_MARK
     places, at = [], 0
     for part in parts:
         if part in _ADDRESSES:
             places.append(at)
-        at += octets if part in _ADDRESSES else -(-_OCTETS[part] // 4) * 4
+        at += octets if part in _ADDRESSES else len(_padded(bytes(_OCTETS[part])))
     flags = (TIMEOUT if _TIMEOUT in made else 0) | (INTERVAL if is_of_networks else 0)
     is_counted = int.from_bytes(made.get(_CADT_FLAGS, b""), "big") & _WITH_COUNTERS
     statements: dict[str, dict[int, int]] = {"counter": {}} if is_counted else {}
-    return Form(at, 0, flags, 0, statements, {version: tuple(places)}, parts)
+    places_of = {version: tuple(places)}
+    return Form(at, 0, flags, 0, statements, places_of, parts, typename.startswith("hash"))
 
 
 def elements_of(
@@ -87,11 +92,21 @@ def elements_of(
 
 
 def held(connection: Connection, named: NamedSet, form: Form, keys: Sequence[bytes]) -> list[Element]:
-    """What there is of these keys, and of others with their addresses: no element is told without the others."""
+    """What there is of these keys. No element is told without the others."""
     ((version, places),) = form.places.items()
-    octets = 16 if version == 6 else 4
+    octets, wanted = 16 if version == 6 else 4, set(keys)
     addresses = {key[at : at + octets] for key in keys for at in places}
-    return [one for one in elements_of(connection, named, form, tuple(addresses)) if one is not None]
+    found = elements_of(connection, named, form, tuple(addresses))
+    return [one for one in found if one is not None and one.key in wanted]
+
+
+def is_name(form: Form, key: bytes) -> bool:
+    """Whether the kernel calls the element of this key so: it knows no octets between its parts, and no ports of
+    protocols that have none."""
+    told = dict(zip(form.parts, _values(form, key), strict=True))
+    if _PORT in told and told[_PROTO][0] not in _WITH_PORTS and any(told[_PORT]):
+        return False
+    return key == b"".join(_padded(value) for value in told.values())
 
 
 def put(
@@ -112,15 +127,16 @@ def put(
                 value = element.statements["counter"].get(number, 0)
                 parts.append(attribute(kind | _NET_BYTEORDER, value.to_bytes(8, "big")))
         requests.append(_request(_ADD, named, attribute(_DATA | _NESTED, *parts)))
-    codes = _asked(connection, requests)
-    return {position: code for position, code in zip(wanted, codes, strict=True) if code}
+    codes = zip(wanted, _asked(connection, requests), strict=True)
+    is_full = {_FULL} if form.is_hash else set()  # a bitmap means an address that is none of its range
+    return {position: errno.ENFILE if code in is_full else code for position, code in codes if code}
 
 
 def take_out(connection: Connection, named: NamedSet, form: Form, keys: Mapping[int, bytes]) -> list[int]:
     """Takes out elements, and says which were there. :raises DeviceFailed: the kernel does not let them go."""
     requests = [_request(_DEL, named, attribute(_DATA | _NESTED, _parts_of(form, key))) for key in keys.values()]
     codes = dict(zip(keys, _asked(connection, requests), strict=True))
-    if failed := [code for code in codes.values() if code not in (0, _NOT_THERE)]:
+    if failed := [code for code in codes.values() if code not in (0, _NOT_THERE, errno.ENOENT)]:
         raise DeviceFailed(f"{named.words}: the kernel removes no element ({code_of(failed[0])})")
     return [position for position, code in codes.items() if not code]
 
@@ -161,7 +177,7 @@ def _element(form: Form, octets: bytes) -> Element | None:
         value = told.get(part, b"")
         if part in _ADDRESSES:
             value = next(iter(attributes_of(value).values()), b"")
-        key += value.ljust(-(-len(value) // 4) * 4, b"\0")
+        key += _padded(value)
     if len(key) != form.key_octets:
         return None
     made = Element(key)
@@ -174,16 +190,26 @@ def _element(form: Form, octets: bytes) -> Element | None:
 
 def _parts_of(form: Form, key: bytes) -> bytes:
     """The other way round."""
-    (version, _), at, made = next(iter(form.places.items())), 0, b""
-    for part in form.parts:
-        octets = (16 if version == 6 else 4) if part in _ADDRESSES else _OCTETS[part]
-        value = key[at : at + octets]
-        at += -(-octets // 4) * 4
+    made = b""
+    for part, value in zip(form.parts, _values(form, key), strict=True):
         if part in _ADDRESSES:
-            made += attribute(part | _NESTED, attribute((2 if version == 6 else 1) | _NET_BYTEORDER, value))
+            made += attribute(part | _NESTED, attribute((1 if len(value) == 4 else 2) | _NET_BYTEORDER, value))
         else:
             made += attribute(part if part in (_PROTO, _ETHER) else part | _NET_BYTEORDER, value)
     return made
+
+
+def _values(form: Form, key: bytes) -> Iterator[bytes]:
+    """What a key says of each of its parts."""
+    address, at = 16 if 6 in form.places else 4, 0
+    for part in form.parts:
+        octets = address if part in _ADDRESSES else _OCTETS[part]
+        yield key[at : at + octets]
+        at += len(_padded(bytes(octets)))
+
+
+def _padded(value: bytes) -> bytes:
+    return value.ljust(-(-len(value) // 4) * 4, b"\0")
 
 
 def _text_of(octets: bytes) -> str:

@@ -53,11 +53,19 @@ def elements_of(
 
 def held(connection: Connection, named: NamedSet, form: Form, keys: Sequence[bytes]) -> list[Element]:
     """What there is of these keys. They are asked for: a dump may run past what is there while others come and go."""
-    codes, answers = connection.ask(np.stack([np.frombuffer(nft.get_element(named, key), np.uint8) for key in keys]))
-    if failed := [code for code in codes.tolist() if code not in (0, errno.ENOENT)]:
-        raise DeviceFailed(f"{named.words}: the kernel tells no element ({code_of(failed[0])})")
-    found = [one for messages, _ in answers for each in raw(messages) for one in nft.elements_of(each, (b"",))]
+    found: list[Element | None] = []
+    for first in range(0, len(keys), nft.MOST_AT_ONCE):
+        requests = [nft.get_element(named, key) for key in keys[first : first + nft.MOST_AT_ONCE]]
+        codes, answers = connection.ask(np.stack([np.frombuffer(request, np.uint8) for request in requests]))
+        if failed := [code for code in codes.tolist() if code not in (0, errno.ENOENT)]:
+            raise DeviceFailed(f"{named.words}: the kernel tells no element ({code_of(failed[0])})")
+        found += [one for messages, _ in answers for each in raw(messages) for one in nft.elements_of(each, (b"",))]
     return [one for one in found if one is not None]
+
+
+def is_name(form: Form, key: bytes) -> bool:
+    """Whether the kernel calls the element of this key so: it takes keys as they are."""
+    return True
 
 
 def put(
