@@ -218,6 +218,8 @@ def test_further_places_of_a_port_and_mappings_without_number_are_named(
     monkeypatch.setattr("sami_plugin.drivers.pcp.driver.MOST_MAPPINGS", 1)
     omitted = {one.reason: one.count for one in driver.export(scope) if isinstance(one, Omitted)}
     assert omitted["mappings of a guest that has more than 1"] == 1
+    made = driver.insert(scope, mappings(IPV4, 2))
+    assert made["reason"].tolist() == [Reason.DEVICE_FULL] * 2
     monkeypatch.undo()
     told = next(one for one in driver.export(scope) if isinstance(one, Batch))
     assert set(driver.remove(scope, told.identities)["outcome"]) == {Outcome.REMOVED}

@@ -43,8 +43,8 @@ _NAMESPACE = "{namespace}"
 class PcpDriver(FlowDriver):
     """Exports, inserts and removes the mappings that the guest made by PCP, as a third party that keeps its nonces.
 
-    The server is asked from the network namespace of the scope. A mapping costs an exchange of messages each, for PCP
-    has no other way; guests have a few.
+    The server is asked from the network namespace of the scope. Each mapping costs an exchange of messages, for PCP has
+    no other way: a guest may have MOST_MAPPINGS.
     """
 
     def __init__(self, server: str = "127.0.0.1", lease_files: Sequence[str] = (), device: str | None = None) -> None:
@@ -113,8 +113,14 @@ class PcpDriver(FlowDriver):
             return made
         server, held = self._server(scope.namespace), self._held(scope)
         outer = None if batch.template.is_ipv6 else server.external_address()
+        version = 6 if batch.template.is_ipv6 else 4
+        own = [one for one in held.leases if one.internal.address in scope.addresses]
+        room = MOST_MAPPINGS - sum(one.internal.address.version == version for one in own)
         for position in wanted:
-            if reason := _put(server, batch.template, batch.rows[position], outer, held):
+            row = batch.rows[position]
+            room -= held.of(_internal(batch.template, row)) is None
+            reason = _put(server, batch.template, row, outer, held) if room >= 0 else Reason.DEVICE_FULL
+            if reason:
                 made[position] = (Outcome.REFUSED, reason, 0)
         # Of what its files do not tell nobody would ever know again: it is given back now.
         told = self._held(scope)
@@ -160,7 +166,7 @@ class PcpDriver(FlowDriver):
         refused: dict[int, int] = {}
         for position in np.flatnonzero(scope.owns(identities)).tolist():
             for lease in held.all_of(_internal(template, identities.rows[position])):
-                result = _given_back(server, lease, held)
+                result = _given_back(server, lease)
                 if result == ResultCode.SUCCESS:
                     made["outcome"][position] = Outcome.REMOVED
                 else:
@@ -206,7 +212,9 @@ class PcpDriver(FlowDriver):
             epoch, has_begun_anew = server.announce()
             second, unknown = leases.read(paths)
             if not has_begun_anew:
-                held = _Held(tuple(dict.fromkeys((*second, *first))), unknown, epoch)
+                # Of one that was renewed in between, as it is now.
+                found = {(one.internal, one.external_port): one for one in (*first, *second)}
+                held = _Held(tuple(found.values()), unknown, epoch)
                 if before == leases.signature(paths):
                     self._known[scope.namespace] = before, held
                 return held.now()
@@ -321,7 +329,7 @@ def _given_again(server: Server, former: Lease | None, address: netaddr.IPAddres
     return reason
 
 
-def _given_back(server: Server, lease: Lease, held: _Held) -> int:
+def _given_back(server: Server, lease: Lease) -> int:
     """Ends a mapping, and says what the server answered."""
     assert lease.nonce is not None
     result = server.unmap(lease.internal, lease.nonce).result
