@@ -24,6 +24,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from lab.deadline import wait_until
 from sami_plugin import privileged
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.drivers.linux_conntrack import attributes as nl
@@ -65,8 +66,8 @@ def namespaces(count: int = 2) -> Iterator[list[str]]:
         release.set()
         for thread in held:
             thread.join()
-        while any(os.path.exists(path) for path in paths):  # a thread is joined a moment before the kernel has ended it
-            time.sleep(0.001)
+        # A thread is joined a moment before the kernel has ended it.
+        wait_until(lambda: not any(map(os.path.exists, paths)), "the namespaces' threads to end")
 
 
 def flows(count: int) -> Batch:

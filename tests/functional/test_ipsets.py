@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -22,11 +21,11 @@ from sami_plugin.drivers.nft_sets import NftSetsDriver
 from sami_plugin.drivers.nft_sets.kinds import IPV4, IPV6, NO_OTHER, Statements
 from sami_plugin.drivers.several import SeveralDrivers
 from sami_plugin.errors import ConfigurationError
-from sami_plugin.model.flows import Batch, Omitted, Template, ZoneRole
+from sami_plugin.model.flows import Batch, Omitted, ZoneRole
 from sami_plugin.model.kinds import NEVER_SECONDS
 from sami_plugin.model.results import Outcome, Reason, lost_fields
-from sami_plugin.model.scope import Scope
-from sami_plugin.testing.conformance import NEIGHBOUR_ADDRESSES, PORT_ADDRESSES, FlowDriverConformance, flows
+from sami_plugin.testing.conformance import flows
+from tests.sets import PromisesOfSets, ipsets_listed, scope_of, told
 
 GUEST, OTHER, GUEST_V6 = "192.0.2.10", "192.0.2.77", "2001:db8:1::10"
 SETS = """create ports4 hash:ip,port timeout 3600
@@ -52,14 +51,6 @@ def place() -> Iterator[Namespace]:
     made.close()
 
 
-def scope_of(place: Namespace) -> Scope:
-    return Scope("port", "guest", {ZoneRole.PORT: 7}, PORT_ADDRESSES, place.path)
-
-
-def told(driver: FlowDriver, scope: Scope) -> list[Batch]:
-    return [piece for piece in driver.export(scope) if isinstance(piece, Batch)]
-
-
 def driver_of(*sets: str) -> NftSetsDriver:
     return NftSetsDriver([f"ipset {name}" for name in sets])
 
@@ -68,53 +59,14 @@ def add(place: Namespace, *elements: str) -> None:
     place.run(["ipset", "restore"], "".join(f"add {element}\n" for element in elements))
 
 
-def listed(place: Namespace) -> list[str]:
-    """All elements as ipset tells them, without the times that run."""
-    lines = [line.split() for line in place.run(["ipset", "save"]).splitlines() if line.startswith("add")]
-    return sorted(" ".join(words[1 : words.index("timeout")] if "timeout" in words else words[1:]) for words in lines)
+class TestPromises(PromisesOfSets):
+    BEHIND = b"\0\0\6\0\0\0"
 
-
-class TestPromises(FlowDriverConformance):
-    """All of the contract, with a namespace for each scope that has another zone."""
-
-    @pytest.fixture(autouse=True)
-    def places(self) -> Iterator[None]:
-        with contextlib.ExitStack() as undo:
-            self.namespaces = [Namespace(f"ipsets-{os.getpid()}-{name}") for name in ("one", "other")]
-            for namespace in self.namespaces:
-                undo.callback(namespace.close)
-                namespace.run(["ipset", "restore"], SETS)
-            yield
+    def make_sets(self, place: Namespace) -> None:
+        place.run(["ipset", "restore"], SETS)
 
     def make_driver(self) -> FlowDriver:
         return driver_of("ports4", "ports6")
-
-    def make_scope(self) -> Scope:
-        return scope_of(self.namespaces[0])
-
-    def make_other_scope(self) -> Scope:
-        return scope_of(self.namespaces[1])
-
-    def make_shared_scope(self) -> Scope:
-        zones, path = {ZoneRole.PORT: 9}, self.namespaces[0].path
-        return Scope("port", "guest", zones, PORT_ADDRESSES, path, is_shared=True, neighbours=NEIGHBOUR_ADDRESSES)
-
-    def some_flows(self, template: Template, count: int, first: int = 0) -> Batch:
-        made = flows(template, count, first=first)
-        if template in (IPV4, IPV6):
-            name, address = (b"ports4", 4) if template == IPV4 else (b"ports6", 16)
-            made.rows["nftSetName"] = np.frombuffer(name.ljust(32, b"\0"), ">u8")
-            made.rows["nftSetKeyOctets"], made.rows["nftOtherAddressOffset"] = address + 8, NO_OTHER
-            made.rows["nftSetKey"] = [
-                np.frombuffer(
-                    (bytes(address) + (1 + first + one).to_bytes(2, "big") + b"\0\0\6").ljust(64, b"\0"), ">u8"
-                )
-                for one in range(count)
-            ]
-        return made
-
-    def has_fixed_timeouts(self, template: Template) -> bool:
-        return True
 
 
 # ------------------------------------------------------------------------------------------------- field by field
@@ -136,19 +88,19 @@ ELEMENTS = (
 
 def test_each_kind_of_element_comes_back_as_it_was(place: Namespace) -> None:
     add(place, *ELEMENTS, f"plain {OTHER}")
-    before = listed(place)
+    before = ipsets_listed(place)
     driver, scope = driver_of(*dict.fromkeys(element.split()[0] for element in ELEMENTS)), scope_of(place)
     batches = told(driver, scope)
     assert sum(map(len, batches)) == len(ELEMENTS)
     for batch in batches:
         assert set(driver.remove(scope, batch.identities)["outcome"]) == {Outcome.REMOVED}
-    assert listed(place) == [f"plain {OTHER}"], "another's element went, or the guest's stayed"
+    assert ipsets_listed(place) == [f"plain {OTHER}"], "another's element went, or the guest's stayed"
     for batch in batches:
         assert set(driver.insert(scope, batch)["outcome"]) == {Outcome.IMPORTED}
         kept, is_there = driver.read_back(scope, batch)
         assert is_there.all()
         assert not lost_fields(batch, kept.rows).any()
-    assert listed(place) == before
+    assert ipsets_listed(place) == before
 
 
 def test_time_and_counters_are_kept_and_no_end_is_none(place: Namespace) -> None:
@@ -211,7 +163,7 @@ def test_any_values_are_taken_or_refused_and_never_raise(place: Namespace) -> No
         assert set(made["outcome"].tolist()) <= {Outcome.IMPORTED, Outcome.REFUSED}
         assert driver.read_back(scope, batch)[1].sum() == (made["outcome"] == Outcome.IMPORTED).sum()
         driver.remove(scope, batch.identities)
-    assert not listed(place)
+    assert not ipsets_listed(place)
 
 
 def test_other_names_of_an_element_and_ones_that_would_stay_for_ever_are_refused(place: Namespace) -> None:
@@ -232,7 +184,7 @@ def test_other_names_of_an_element_and_ones_that_would_stay_for_ever_are_refused
         place.run(["ipset", "-exist", "create", "elsewhere", "bitmap:ip", "range", "10.0.0.0/24", "timeout", "9"])
         made = NftSetsDriver([sets]).insert(scope, wrong)
         assert (Outcome(made["outcome"][0]), Reason(made["reason"][0])) == (Outcome.REFUSED, reason)
-    assert not listed(place)
+    assert not ipsets_listed(place)
 
 
 def test_many_elements_of_one_guest_are_read_once(place: Namespace) -> None:

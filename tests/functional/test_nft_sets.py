@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import socket
@@ -23,14 +22,15 @@ from lab.traffic import comes
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.drivers.nft_sets import NftSetsDriver
-from sami_plugin.drivers.nft_sets.kinds import IPV4, IPV6, NO_OTHER, Statements
+from sami_plugin.drivers.nft_sets.kinds import IPV4, NO_OTHER, Statements
 from sami_plugin.drivers.several import SeveralDrivers
 from sami_plugin.errors import ConfigurationError
-from sami_plugin.model.flows import Batch, Omitted, Template, ZoneRole, has_end_in, names
+from sami_plugin.model.flows import Batch, Omitted, ZoneRole, has_end_in, names
 from sami_plugin.model.kinds import NEVER_SECONDS
 from sami_plugin.model.results import Outcome, Reason, lost_fields
 from sami_plugin.model.scope import Scope
-from sami_plugin.testing.conformance import NEIGHBOUR_ADDRESSES, PORT_ADDRESSES, FlowDriverConformance, flows
+from sami_plugin.testing.conformance import NEIGHBOUR_ADDRESSES
+from tests.sets import PromisesOfSets, scope_of, told
 
 SETS = """table inet filter {
   set ports4 { type ipv4_addr . inet_service; flags dynamic,timeout; timeout 1h; }
@@ -60,10 +60,6 @@ def place() -> Iterator[Namespace]:
     made.close()
 
 
-def scope_of(place: Namespace) -> Scope:
-    return Scope("port", "guest", {ZoneRole.PORT: 7}, PORT_ADDRESSES, place.path)
-
-
 def driver_of(*sets: str) -> NftSetsDriver:
     return NftSetsDriver([f"inet filter {name}" for name in sets])
 
@@ -72,49 +68,14 @@ def add(place: Namespace, name: str, *elements: str) -> None:
     place.run(["nft", "-f", "-"], f"add element inet filter {name} {{ {', '.join(elements)} }}\n")
 
 
-def told(driver: FlowDriver, scope: Scope) -> list[Batch]:
-    return [piece for piece in driver.export(scope) if isinstance(piece, Batch)]
+class TestPromises(PromisesOfSets):
+    BEHIND = b"\0\0"
 
-
-class TestPromises(FlowDriverConformance):
-    """All of the contract, with a namespace for each scope that has another zone."""
-
-    @pytest.fixture(autouse=True)
-    def places(self) -> Iterator[None]:
-        with contextlib.ExitStack() as undo:
-            self.namespaces = [Namespace(f"sets-{os.getpid()}-{name}") for name in ("one", "other")]
-            for namespace in self.namespaces:
-                undo.callback(namespace.close)
-                namespace.run(["nft", "-f", "-"], SETS)
-            yield
+    def make_sets(self, place: Namespace) -> None:
+        place.run(["nft", "-f", "-"], SETS)
 
     def make_driver(self) -> FlowDriver:
         return driver_of("ports4", "ports6")
-
-    def make_scope(self) -> Scope:
-        return scope_of(self.namespaces[0])
-
-    def make_other_scope(self) -> Scope:
-        return scope_of(self.namespaces[1])
-
-    def make_shared_scope(self) -> Scope:
-        zones, path = {ZoneRole.PORT: 9}, self.namespaces[0].path
-        return Scope("port", "guest", zones, PORT_ADDRESSES, path, is_shared=True, neighbours=NEIGHBOUR_ADDRESSES)
-
-    def some_flows(self, template: Template, count: int, first: int = 0) -> Batch:
-        made = flows(template, count, first=first)
-        if template in (IPV4, IPV6):
-            name, address = (b"ports4", 4) if template == IPV4 else (b"ports6", 16)
-            made.rows["nftSetName"] = np.frombuffer(name.ljust(32, b"\0"), ">u8")
-            made.rows["nftSetKeyOctets"], made.rows["nftOtherAddressOffset"] = address + 4, NO_OTHER
-            made.rows["nftSetKey"] = [
-                np.frombuffer((bytes(address) + (1 + first + number).to_bytes(2, "big")).ljust(64, b"\0"), ">u8")
-                for number in range(count)
-            ]
-        return made
-
-    def has_fixed_timeouts(self, template: Template) -> bool:
-        return True
 
 
 # ------------------------------------------------------------------------------------------------- field by field

@@ -316,7 +316,7 @@ def _put(server: Server, template: Template, row: np.void, outer: netaddr.IPAddr
             return _given_again(server, former, address, Reason.TRANSLATION_TAKEN)
         return _given_again(server, former, address, _reason(answer.result))
     except DeviceFailed:
-        server.is_worth_asking()
+        server.ask_again()
         _given_again(server, former, address, Reason.DEVICE_ERROR)
         raise
 

@@ -112,7 +112,7 @@ class Server:
             LOG.warning("the PCP server at %s has begun anew: what it had may be lost", self.address)
         return epoch, has_begun_anew
 
-    def is_worth_asking(self) -> None:
+    def ask_again(self) -> None:
         """What it is asked next is sent, though it was silent a moment ago."""
         self._silent_until = 0.0
 
