@@ -188,7 +188,7 @@ def test_other_names_of_an_element_and_ones_that_would_stay_for_ever_are_refused
 
 
 def test_many_elements_of_one_guest_are_read_once(place: Namespace) -> None:
-    many = "".join(f"add ports4 {GUEST},udp:{port}\n" for port in range(1, 4001))
+    many = "".join(f"add ports4 {GUEST},udp:{port}\n" for port in range(1, 12001))
     place.run(["ipset", "restore"], many)
     driver, scope = driver_of("ports4"), scope_of(place)
     began = time.process_time()
