@@ -66,9 +66,12 @@ class Case:
         """Whether the guest's download goes on from then on."""
         begin = time.monotonic() if since is None else since
         wait_until(lambda: self.flow.samples()[-1].time > begin + WATCHED_SECONDS, "the time that is watched", 30)
+        return has_survived(self.flow.samples(), begin, WATCHED_SECONDS)
+
+    def words(self) -> str:
+        """For the message of a test that failed."""
         samples = self.flow.samples()
-        print(f"longest stall after {begin:.2f}: {longest_stall_seconds(samples, begin):.2f} s")  # for a failed test
-        return has_survived(samples, begin, WATCHED_SECONDS)
+        return f"the longest stall: {longest_stall_seconds(samples, samples[0].time):.2f} s\n{self.sami.words()}"
 
     def stays(self) -> None:
         """Asserts that the guest runs where it was, with its entry, and that the destination has none."""
@@ -85,7 +88,7 @@ class Case:
         is counted by the soak: nothing holds a guest for them, and a slow job's pause is 14 ms.
         """
         arrived = migration.wait_for(arrival, self.destination).time
-        assert self.goes_on(arrived), self.sami.words()
+        assert self.goes_on(arrived), self.words()
         reports = self.report(self.source), self.report(self.destination)
         assert [report["outcome"] for report in reports] == ["moved", "moved"], reports
         assert (self.entries(self.source), self.entries(self.destination)) == (0, 1)
@@ -170,7 +173,7 @@ def broker_away(case: Case, *, has_all: bool = True) -> Migration:
     assert migration.wait().is_ok
     if has_all:
         arrived = migration.wait_for("RESUMED/MIGRATED", case.destination).time
-        assert case.goes_on(arrived), case.sami.words()
+        assert case.goes_on(arrived), case.words()
     case.sami.relays[case.destination.name].mend()
     return migration
 

@@ -88,7 +88,7 @@ def test_plain_migration_there_and_back_at_once(case: Case) -> None:
     back = case.lab.start_migration(case.guest, case.destination.name, case.source.name)
     assert back.wait().is_ok
     arrived = back.wait_for("RESUMED/MIGRATED", case.source).time
-    assert case.goes_on(arrived), case.sami.words()
+    assert case.goes_on(arrived), case.words()
     for host in (case.source, case.destination):
         agent = case.sami.agents[host.name]
         wait_until(lambda agent=agent: agent.ended(case.guest.uuid) >= 2, f"both sessions on {host.name} to end", 20)
@@ -115,7 +115,7 @@ def test_guest_that_is_left_paused_has_arrived(case: Case, name: str) -> None:
 def test_guest_whose_source_libvirtd_ends_while_memory_is_copied(case: Case) -> None:
     migration = sequences.source_libvirtd_ends(case)
     arrived = migration.wait_for("RESUMED/MIGRATED", case.destination).time
-    assert case.goes_on(arrived), case.sami.words()
+    assert case.goes_on(arrived), case.words()
     case.report(case.source)
     assert (case.entries(case.source), case.entries(case.destination)) == (0, 1)
 
