@@ -13,7 +13,16 @@ import numpy.typing as npt
 from sami_plugin.model.flows import Batch, has_end_in, names
 from sami_plugin.model.keys import FlowTable, KeyIndex
 from sami_plugin.model.report import Report
-from sami_plugin.model.results import WORDS, Outcome, Reason, Results, came_out, is_in_device, lost_fields
+from sami_plugin.model.results import (
+    COMPARED_BITS,
+    WORDS,
+    Outcome,
+    Reason,
+    Results,
+    came_out,
+    is_in_device,
+    lost_fields,
+)
 from sami_plugin.model.scope import Scope
 
 
@@ -23,7 +32,7 @@ class Arriving:
 
     scope: Scope
     held: FlowTable = field(default_factory=FlowTable)
-    """What the device holds thanks to this session, with the device's own ids."""
+    """What the device holds thanks to this session, with the device's own ids and none of the bits that it added."""
     former: FlowTable = field(default_factory=FlowTable)
     """What another session, with which this one goes on, may have put in, and the source has not told of anew."""
     unadmitted: list[Batch] = field(default_factory=list)
@@ -104,7 +113,10 @@ class Findings:
         self._verified += int(np.count_nonzero(is_in_device(made)))
         self.forget(batch)
         part.port.held.discard(batch)
-        part.port.held.put(found.take(is_ours))
+        held = found.take(is_ours)
+        for name in COMPARED_BITS.keys() & set(batch.template.dtype.names or ()):
+            held.rows[name] &= batch.rows[name][is_ours]
+        part.port.held.put(held)
         self._present.put(batch.take(came_out(made, Outcome.PRESENT)))
         for code in sorted({*made["reason"][came_out(made, Outcome.REFUSED)].tolist()}):
             self.refuse(batch.take(made["reason"] == code), Reason(code))

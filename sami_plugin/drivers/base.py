@@ -145,6 +145,13 @@ class FlowDriver(abc.ABC):
         PRESENT where an entry is there and its timeout is not to be changed.
         """
 
+    def arrived(self, scope: Scope, batch: Batch) -> None:  # noqa: B027 - most drivers need not
+        """The guest of these flows runs here and its migration is over: what an insert had to ease can end.
+
+        Rows are as they were asked for, with the device's own `flowId`, or 0 where that is not known. Returns at once;
+        what takes time the driver does beside. Nothing to do for most devices.
+        """
+
     @abc.abstractmethod
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
         """What the device holds for each of these flows: rows of the same template and order, and which are there.

@@ -128,6 +128,9 @@ class SeveralDrivers(FlowDriver):
         nobodys = functools.partial(results, len(batch), Outcome.ABSENT)
         return self._asked(batch, lambda driver: driver.renew(scope, batch), lambda: _refused(batch), nobodys)
 
+    def arrived(self, scope: Scope, batch: Batch) -> None:
+        self._asked(batch, lambda driver: driver.arrived(scope, batch), _nothing, _nothing)
+
     def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
         """Of a device that fails nothing is known: its records count as there, as they were asked for."""
         return self._asked(

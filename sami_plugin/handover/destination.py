@@ -63,6 +63,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
+from sami_plugin.model.migration import Outcome as SessionOutcome
 from sami_plugin.model.printable import printable
 from sami_plugin.model.report import BOTH_HAVE
 from sami_plugin.model.results import Outcome, Reason, Results, came_out, lost_fields
@@ -657,6 +658,12 @@ class DestinationSession(Session):
             self.host.arriving_guests.pop(self.id, None)
             self.host.arrived_guests.add(self.guest)
             self.host.may_put_in(self.guest)  # what it has here now is no more what it left here before
+
+    def _end(self, outcome: SessionOutcome, reason: str) -> None:
+        super()._end(outcome, reason)
+        for port in self._ports if self._known.runs_here else ():
+            for batch in port.held.batches():
+                self.host.driver.arrived(port.scope, batch)
 
     def _held_count(self) -> int:
         return sum(len(port.held) for port in self._ports)

@@ -349,6 +349,19 @@ class FlowDriverConformance:
             driver.remove(scope, sent.identities)
             _promise(sent.rows.tobytes() == before, f"the driver wrote into a batch of {template.name}")
 
+    def test_arrival_leaves_what_is_there_and_makes_nothing(self) -> None:
+        for template, driver, scope in self._each_template():
+            rows = self.some_flows(template, 2 * self.count).rows
+            sent, absent = Batch(template, rows[: self.count]), Batch(template, rows[self.count :])
+            driver.insert(scope, sent)
+            before = sent.rows.tobytes()
+            for batch in (sent, absent, Batch(template, template.empty())):
+                driver.arrived(scope, batch)
+            _promise(sent.rows.tobytes() == before, f"the driver wrote into a batch of {template.name}")
+            self._there(driver, scope, sent, "an arrival removed")
+            _promise(not driver.read_back(scope, absent)[1].any(), f"an arrival makes {template.name}")
+            self._clear(driver, scope)
+
     def test_read_only_rows_are_taken(self) -> None:
         for template, driver, scope in self._each_template():
             sent = self.some_flows(template, self.count)

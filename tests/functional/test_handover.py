@@ -35,6 +35,7 @@ from sami_plugin.testing.conformance import flows
 pytestmark = pytest.mark.usefixtures("world")
 
 WATCHED_SECONDS = 5.0
+BE_LIBERAL = 0x08
 OUTSIDE = {4: "10.92.0.254", 6: "fd92::fe"}
 
 
@@ -93,12 +94,32 @@ def test_a_download_lives_with_sami_and_dies_without(kind: str) -> None:
                 goes_on(flow)
                 record = lab.migrate(guest, "a", "b", carrier.tell, copy_seconds=0.5)
                 assert record.errors == []
-                return has_lived(flow, record)
+                if is_alive := has_lived(flow, record):
+                    wait_until(lambda: are_windows_checked(lab.hosts["b"], guest), "window checks to be back", 10.0)
+                    goes_on(flow)
+                return is_alive
             finally:
                 carrier.stop()
 
     with ThreadPoolExecutor(2) as both:
         assert list(both.map(lives, (Carrier(), NoCarrier()))) == [True, False]
+
+
+def are_windows_checked(host: Host, guest: Guest) -> bool:
+    """Of all the guest's connections there."""
+    driver = LinuxConntrackDriver()
+    try:
+        exported = list(driver.export(scope_of(host, guest)))
+    finally:
+        driver.close()
+    flags = [
+        batch.rows[name]
+        for batch in exported
+        if isinstance(batch, Batch) and batch.template.protocol is TCP
+        for name in ("tcpTrackingFlags", "reverseTcpTrackingFlags")
+    ]
+    assert flags
+    return not (np.concatenate(flags) & BE_LIBERAL).any()
 
 
 BEGINNINGS = {

@@ -30,6 +30,7 @@ from sami_plugin.drivers.linux_conntrack.netlink import (
     failure,
 )
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
+from sami_plugin.drivers.linux_conntrack.windows import WindowChecks
 from sami_plugin.model.flows import (
     BARRED,
     TEMPLATES,
@@ -45,7 +46,7 @@ from sami_plugin.model.flows import (
     names,
 )
 from sami_plugin.model.keys import KeyIndex, key_words
-from sami_plugin.model.protocols import GRE, PROTOCOLS
+from sami_plugin.model.protocols import GRE, PROTOCOLS, TCP
 from sami_plugin.model.results import Outcome, Reason, Results, came_out, results
 from sami_plugin.model.risk import HELPERS, MARKS
 from sami_plugin.model.scope import Scope
@@ -84,7 +85,8 @@ class LinuxConntrackDriver(FlowDriver):
     """Exports, inserts, removes and watches entries of the kernel's conntrack table through ctnetlink.
 
     Needs CAP_NET_ADMIN in the user namespace that owns the network namespace, and CAP_SYS_ADMIN where that is not the
-    agent's own. Windows and sequence numbers of TCP flows cannot be carried: inserted flows are tracked liberally.
+    agent's own. Windows and sequence numbers of TCP flows cannot be carried: inserted flows are tracked liberally,
+    until both ends have spoken where the guest is.
     """
 
     def __init__(
@@ -99,9 +101,11 @@ class LinuxConntrackDriver(FlowDriver):
         self._watch_receive_octets = watch_receive_octets
         self._lock = threading.Lock()
         self._attended: dict[str | None, tuple[tuple[int, int], EventsKeptOn]] = {}
+        self._window_checks = WindowChecks(self._checked)
 
     def close(self) -> None:
         """Closes all idle sockets. Watches are closed by their owners."""
+        self._window_checks.close()
         self._connections.close()
         while self._attended:
             self._attended.popitem()[1][1].close()
@@ -272,6 +276,11 @@ class LinuxConntrackDriver(FlowDriver):
             _record(made, left, codes, connection, {errno.ENOENT: Outcome.ABSENT, errno.EPERM: Outcome.PRESENT})
         return made
 
+    def arrived(self, scope: Scope, batch: Batch) -> None:
+        """Has windows checked again where the source did, as soon as packets have told what they are."""
+        if batch.template.protocol is TCP and batch.template.is_flow and not batch.template.is_expectation:
+            self._window_checks.begin(scope, batch.take(np.flatnonzero(~_is_liberal(batch).all(axis=0))))
+
     def remove(self, scope: Scope, identities: Batch) -> Results:
         if not identities.template.is_flow:
             return results(len(identities), Outcome.ABSENT)
@@ -296,6 +305,16 @@ class LinuxConntrackDriver(FlowDriver):
         return made
 
     # --- how
+
+    def _checked(self, scope: Scope, batch: Batch) -> Batch:
+        """As `WindowChecks` asks for it. What is there no more, or anew, is not asked for again."""
+        found, is_there = self.read_back(scope, batch)
+        is_there &= (batch.rows["flowId"] == 0) | (batch.rows["flowId"] == found.rows["flowId"])
+        is_left = is_there & (_is_liberal(found) & ~_is_liberal(batch)).any(axis=0)
+        is_known = (_flags(found) & np.uint8(nl.FLAG_MAXACK_SET) != 0).all(axis=0)
+        with self._connections.lend(scope.namespace) as connection:
+            _ask(connection, Request.CHECK_WINDOWS, *_named(scope, batch, np.flatnonzero(is_left & is_known)))
+        return batch.take(is_left & ~is_known)
 
     def _ask_of_expected(
         self,
@@ -496,6 +515,17 @@ def _has_room_for_keys(batch: Batch) -> Mask:
     for name in batch.template.protocol.identifiers.names:
         has_room &= batch.rows[name] <= nl.MOST_GRE_KEY
     return has_room
+
+
+def _flags(batch: Batch) -> npt.NDArray[np.uint8]:
+    """Of TCP flows, shape (2, n): of each direction."""
+    return np.stack([batch.rows["tcpTrackingFlags"], batch.rows["reverseTcpTrackingFlags"]])
+
+
+def _is_liberal(batch: Batch) -> Mask:
+    """Shape (2, n): of each direction."""
+    liberal: Mask = _flags(batch) & np.uint8(nl.FLAG_BE_LIBERAL) != 0
+    return liberal
 
 
 def _is_barred(scope: Scope, batch: Batch) -> Mask:

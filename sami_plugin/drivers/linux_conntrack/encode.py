@@ -29,6 +29,7 @@ class Request(enum.Enum):
 
     INSERT = "insert"
     RENEW = "renew"
+    CHECK_WINDOWS = "check windows"
     GET = "get"
     DELETE = "delete"
     DELETE_WITH_ID = "delete with id"
@@ -38,6 +39,7 @@ _KINDS = {
     # EXCL: without it an entry that is there is changed instead of refused.
     Request.INSERT: (nl.CT_NEW, nl.NLM_F_REQUEST | nl.NLM_F_CREATE | nl.NLM_F_EXCL),
     Request.RENEW: (nl.CT_NEW, nl.NLM_F_REQUEST),
+    Request.CHECK_WINDOWS: (nl.CT_NEW, nl.NLM_F_REQUEST),
     Request.GET: (nl.CT_GET, nl.NLM_F_REQUEST),
     Request.DELETE: (nl.CT_DELETE, nl.NLM_F_REQUEST),
     Request.DELETE_WITH_ID: (nl.CT_DELETE, nl.NLM_F_REQUEST),
@@ -91,9 +93,10 @@ class Layout:
 def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16], extras: int = 0) -> Octets:
     """One message per row, shape (n, octets); `zones` has the conntrack zone of each row.
 
-    Length and sequence number are left to the connection. INSERT takes flows, the others take identities as well;
-    RENEW needs `remainingTimeoutSeconds`, DELETE_WITH_ID an id. The kernel has to have room for what tells the flows
-    apart (MOST_GRE_KEY). `extras`, of INSERT, is what each of the flows has of `Extra`.
+    Length and sequence number are left to the connection. INSERT takes flows, and so does CHECK_WINDOWS, with flags as
+    they are to be; the others take identities as well; RENEW needs `remainingTimeoutSeconds`, DELETE_WITH_ID an id.
+    The kernel has to have room for what tells the flows apart (MOST_GRE_KEY). `extras`, of INSERT, is what each of the
+    flows has of `Extra`.
     """
     made = layout(request, batch.template, bool(zones.any()), extras)
     octets = np.empty((len(batch), len(made.model)), np.uint8)
@@ -144,6 +147,9 @@ def requests(request: Request, batch: Batch, zones: npt.NDArray[np.uint16], extr
             for end in ("source", "destination"):
                 fields[f"master.{end}"] = rows[f"master{end.capitalize()}{family}Address"]
                 fields[f"master.{end}_port"] = rows[f"master{end.capitalize()}TransportPort"]
+    if request is Request.CHECK_WINDOWS:
+        for field, flags in (("unset", rows["tcpTrackingFlags"]), ("reply_unset", rows["reverseTcpTrackingFlags"])):
+            fields[field][:, 1] = ~flags & np.uint8(nl.FLAG_BE_LIBERAL)
     return octets
 
 
@@ -187,6 +193,8 @@ def layout(request: Request, template: Template, has_zone: bool, extras: int = 0
         attributes += [made for extra, made in _extras(template).items() if extras & extra]
     if request is Request.RENEW:
         attributes.append((nl.TIMEOUT, "timeout", ">u4"))
+    if request is Request.CHECK_WINDOWS:
+        attributes.append((nl.PROTOINFO, [(nl.PROTOINFO_TCP, _UNSET_FLAGS, None)], None))
     if request is Request.DELETE_WITH_ID:
         attributes.append((nl.ID, "id", ">u4"))
     # A kernel built without zones refuses the attribute, even for zone 0.
@@ -242,6 +250,8 @@ _TCP: list[Any] = [
 ]
 
 
+# Values, which are 0, and the mask of those that are set to them.
+_UNSET_FLAGS: list[Any] = [(nl.TCP_FLAGS_ORIGINAL, "unset", "2u1"), (nl.TCP_FLAGS_REPLY, "reply_unset", "2u1")]
 _SCTP: list[Any] = [
     (nl.SCTP_STATE, "sctp_state", "u1"),
     (nl.SCTP_TAG_ORIGINAL, "tag", ">u4"),

@@ -100,6 +100,18 @@ class _RenewInserts(MemoryDriver):
         return self.insert(scope, batch)
 
 
+class _ArrivalInserts(MemoryDriver):
+    def arrived(self, scope: Scope, batch: Batch) -> None:
+        self.insert(scope, batch)
+
+
+class _ArrivalRemoves(MemoryDriver):
+    def arrived(self, scope: Scope, batch: Batch) -> None:
+        victims = batch.identities
+        victims.rows["flowId"] = 0
+        self.remove(scope, victims)
+
+
 class _ForgetsToRenew(MemoryDriver):
     def renew(self, scope: Scope, batch: Batch) -> Results:
         return results(len(batch))
@@ -262,6 +274,8 @@ WRONG: list[tuple[type[MemoryDriver], str]] = [
     (_LooksInEveryZone, "test_other_zones_are_not_touched"),
     (_RenewInserts, "test_renew_never_creates"),
     (_RenewInserts, "test_renew_sets_the_timeout_of_what_is_there"),
+    (_ArrivalInserts, "test_arrival_leaves_what_is_there_and_makes_nothing"),
+    (_ArrivalRemoves, "test_arrival_leaves_what_is_there_and_makes_nothing"),
     (_ForgetsToRenew, "test_renew_sets_the_timeout_of_what_is_there"),
     (_SharedZonesAreAllMine, "test_shared_zone_shows_the_flows_of_the_port_alone"),
     (_SharedZonesAreAllMine, "test_neighbours_flows_are_never_touched"),

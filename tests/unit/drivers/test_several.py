@@ -139,6 +139,18 @@ def test_what_failed_in_the_middle_of_an_insert_is_taken_out_by_name(several: Se
     assert counts(several) == {"udp-ipv4": 1}
 
 
+def test_arrival_is_told_to_who_has_the_kind(several: SeveralDrivers, other: Failing) -> None:
+    told: list[str] = []
+    for driver in several._drivers:
+        driver.arrived = lambda scope, batch, name=driver.device.name: told.append(name)  # type: ignore[method-assign]
+    for batch in (TCP_FLOWS, UDP_FLOWS):
+        several.arrived(SCOPE, batch)
+    assert told == ["first", "other"]
+    other.arrived = lambda scope, batch: other._look()  # type: ignore[method-assign]
+    away(other)
+    several.arrived(SCOPE, UDP_FLOWS)  # costs nobody anything
+
+
 def test_first_ones_failure_is_the_hosts(several: SeveralDrivers) -> None:
     first = several._drivers[0]
     assert isinstance(first, MemoryDriver)

@@ -1,0 +1,74 @@
+"""The kernel's checks of TCP windows, which flows that are put in have to do without until both ends have spoken."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from sami_plugin.errors import NotAvailable, SamiError
+from sami_plugin.model.flows import Batch
+from sami_plugin.model.scope import Scope
+
+LOG = logging.getLogger(__name__)
+
+LOOK_SECONDS = tuple(2.0**power for power in range(11))
+"""From one look to the next: half an hour in all. A flow in which an end is silent for longer stays without checks."""
+
+
+class WindowChecks:
+    """Looks again and again, in a thread of its own, for flows that can be checked by now."""
+
+    def __init__(self, check: Callable[[Scope, Batch], Batch]) -> None:
+        """`check` does it for those of the flows for which it can, and returns those that it may be asked for again."""
+        self._check = check
+        self._changed = threading.Condition()
+        self._due: list[tuple[float, int, int, Scope, Batch]] = []
+        self._number = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def begin(self, scope: Scope, batch: Batch) -> None:
+        """Returns at once."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._put(scope, batch, 0)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="sami-windows", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """What was not done yet is left. Waits for a look that is under way. May be repeated."""
+        with self._changed:
+            self._is_closed = True
+            thread = self._thread
+            self._changed.notify()
+        if thread is not None:
+            thread.join()
+
+    def _put(self, scope: Scope, batch: Batch, looks: int) -> None:
+        if len(batch) and looks < len(LOOK_SECONDS):
+            when = time.monotonic() + LOOK_SECONDS[looks]
+            heapq.heappush(self._due, (when, next(self._number), looks, scope, batch))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._is_closed and (not self._due or self._due[0][0] > time.monotonic()):
+                    self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
+                if self._is_closed:
+                    return
+                _, _, looks, scope, batch = heapq.heappop(self._due)
+            try:
+                batch = self._check(scope, batch)
+            except NotAvailable:  # the namespace has gone, with all that was in it
+                continue
+            except SamiError as error:
+                LOG.info("flows of %s are tracked without window checks for now: %s", scope.port, error)
+            with self._changed:
+                self._put(scope, batch, looks + 1)
