@@ -817,6 +817,16 @@ def test_capabilities_tell_the_namespaces_own_numbers(places: list[str], driver:
     assert first.can_watch
 
 
+def test_operator_is_told_what_no_kernel_can_be_given(places: list[str], driver: LinuxConntrackDriver) -> None:
+    scopes = [scope_of(place) for place in places[:2]]
+    names = ("nf_conntrack_acct", "nf_conntrack_timestamp")
+    for name in names:
+        switch = ["sysctl", "-qw", f"net.netfilter.{name}=1"]
+        subprocess.run(["nsenter", f"--net={places[0]}", *switch], check=True)
+    told = [[note.split()[0] for note in driver.capabilities(scope).notes] for scope in scopes]
+    assert [[name in notes for name in names] for notes in told] == [[True, True], [False, False]]
+
+
 def test_probe_agrees_with_what_this_kernel_does(places: list[str], driver: LinuxConntrackDriver) -> None:
     driver.insert(scope_of(places[0], 5), flows(UDP, 3))
     connection = Connection(places[0])

@@ -7,7 +7,7 @@ import errno
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,14 @@ _REASONS = {
     errno.ERANGE: Reason.INVALID,
     errno.EPERM: Reason.NOT_PERMITTED,
 }
+_EVENTS = "nf_conntrack_events"
+_NOT_CARRIED = {
+    "nf_conntrack_acct": "nf_conntrack_acct is on, and no kernel can be given counters: they begin at 0 where a guest "
+    "goes; who adds up what the events of ended flows tell loses nothing",
+    "nf_conntrack_timestamp": "nf_conntrack_timestamp is on, and no kernel can be given a start: it is the time of a "
+    "guest's move",
+}
+"""By the switch that turns it on: what the kernel tells of a flow and cannot be given."""
 _BODY = HEADER_OCTETS + GENERIC_OCTETS
 _MOST_DUMPS = 5
 # Inserting, finding the tuple taken, deleting what is in the way and inserting again may be overtaken by traffic or by
@@ -132,16 +140,16 @@ class LinuxConntrackDriver(FlowDriver):
             in_use, capacity = _stats(connection)
             receive_octets = connection.receive_octets
         limits = [limit for limit in (capacity, self._capacity) if limit is not None]
-        can_watch = privileged.in_namespace(namespace, lambda: sysctl("nf_conntrack_events")) != 0
+        switches = privileged.in_namespace(namespace, lambda: {name: sysctl(name) for name in (_EVENTS, *_NOT_CARRIED)})
         found = probe.features()
         return Capabilities(
             templates=frozenset(name for name, template in TEMPLATES.items() if _is_carried(template)),
-            can_watch=can_watch,
+            can_watch=switches[_EVENTS] != 0,
             capacity=min(limits, default=None),
             in_use=in_use,
             device=_device(namespace),
             functions=found.functions,
-            notes=tuple(_notes(found, can_watch, receive_octets)),
+            notes=tuple(_notes(found, switches, receive_octets)),
         )
 
     # --- what is there
@@ -177,7 +185,7 @@ class LinuxConntrackDriver(FlowDriver):
         raise errors.DeviceFailed(f"the conntrack table changed under {_MOST_DUMPS} dumps, so none is complete")
 
     def watch(self, scope: Scope) -> Watch:
-        if privileged.in_namespace(scope.namespace, lambda: sysctl("nf_conntrack_events")) == 0:
+        if privileged.in_namespace(scope.namespace, lambda: sysctl(_EVENTS)) == 0:
             raise errors.UndeclaredAbility("conntrack events are off; set net.netfilter.nf_conntrack_events to 2 or 1")
         decoder = self._decoder(scope, scope.addresses if scope.is_shared else None)
 
@@ -637,7 +645,7 @@ def _device(namespace: str | None) -> str:
     return f"linux-conntrack:{boot}:{device}:{inode}"
 
 
-def _notes(found: probe.Features, can_watch: bool, receive_octets: int) -> Iterator[str]:
+def _notes(found: probe.Features, switches: Mapping[str, int | None], receive_octets: int) -> Iterator[str]:
     if found.why_unknown:
         yield f"the kernel's abilities could not be tried: {found.why_unknown}"
     if found.keeps_zones is False:
@@ -654,7 +662,8 @@ def _notes(found: probe.Features, can_watch: bool, receive_octets: int) -> Itera
         yield "the kernel has no helper for FTP; flows with one lose it; it needs the module nf_conntrack_ftp"
     if found.filters_dump_by_zone is False:
         yield "the kernel dumps all zones when asked for one, so exports take longer; kernels from 6.8 on do better"
-    if not can_watch:
+    if switches[_EVENTS] == 0:
         yield "conntrack events are off; set net.netfilter.nf_conntrack_events to 2 or 1"
+    yield from (words for name, words in _NOT_CARRIED.items() if switches[name])
     if receive_octets < 4 << 20:
         yield "the socket's receive buffer is small; raise net.core.rmem_max to 8 MiB or more"
