@@ -72,6 +72,9 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
     :raises SamiError: it cannot start; the message says what to change.
     """
     settings, domains = options.settings(conf), options.domains(conf)
+    driver, scopes = loader.load_drivers(options.driver_options(conf)), load_scopes(conf.agent.scopes, conf)
+    credentials = Credentials(conf.agent.host, options.tls_files(conf))
+    # Behind these: an agent whose configuration does not do leaves no file behind.
     journal, libvirt = opened(conf.agent.journal, options.retention(conf)), None
     if conf.libvirt.uri:
         libvirt = LibvirtHost(conf.libvirt.uri, conf.agent.host, Descriptions(journal))
@@ -79,11 +82,11 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
         host_of(
             conf,
             name=conf.agent.host,
-            driver=loader.load_drivers(options.driver_options(conf)),
-            scopes=load_scopes(conf.agent.scopes, conf),
+            driver=driver,
+            scopes=scopes,
             journal=journal,
             settings=settings,
-            credentials=Credentials(conf.agent.host, options.tls_files(conf)),
+            credentials=credentials,
             domains=domains,
             policies=Policies.from_conf(conf, domains),
         ),

@@ -180,9 +180,10 @@ def test_agent_names_its_options_in_its_help(capsys: pytest.CaptureFixture[str])
 def test_agent_that_cannot_start_says_why_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
-    file = tmp_path / "agent.conf"
-    file.write_text(text)
+    file, journal = tmp_path / "agent.conf", tmp_path / "journal.sqlite"
+    file.write_text(f"{text}[agent]\njournal = {journal}\n")
     assert agent.main(["--config-file", str(file)]) == 1
+    assert not journal.exists()
     told = capsys.readouterr().err
     assert told.startswith("sami-agent: ")
     assert told.count("\n") == 1
@@ -193,7 +194,7 @@ def test_agent_that_cannot_start_says_why_in_one_line(
 def test_agent_that_cannot_start_leaves_signals_as_they_were(tmp_path: Path) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     file = tmp_path / "agent.conf"
-    file.write_text("[agent]\ndriver = nobody\n")
+    file.write_text(f"[agent]\ndriver = nobody\njournal = {tmp_path}/journal.sqlite\n")
     assert agent.main(["--config-file", str(file)]) == 1
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
