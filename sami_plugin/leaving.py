@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -59,7 +59,7 @@ class Leaving:
         if not self.stays:
             return told
         removals, upserts = (tuple(filter(self.leaves, batches)) for batches in (told.removals, told.upserts))
-        return Changes(removals, upserts, told.is_complete)
+        return replace(told, removals=removals, upserts=upserts)
 
     def leaves(self, batch: Batch) -> bool:
         """Whether records of this kind leave with the guest."""

@@ -53,12 +53,14 @@ class Changes:
     """What became different since the last call: apply `removals` first, then `upserts`.
 
     The two never name the same key, except that a removal with another `flowId` goes before the flow that took its
-    place. `is_complete` is False when the device dropped events: only a new export tells what is there.
+    place. `is_complete` is False when the device dropped events: only a new export tells what is there. `is_all` is
+    False where `collect_last` has more, which takes longer: call it again when these are on their way.
     """
 
     removals: tuple[Batch, ...] = ()
     upserts: tuple[Batch, ...] = ()
     is_complete: bool = True
+    is_all: bool = True
 
 
 class Watch(abc.ABC):

@@ -180,15 +180,20 @@ class _Watches(Watch):
         closing: contextlib.ExitStack,
     ) -> None:
         self._watches, self._names, self._owner, self._closing = watches, names, owner, closing
+        self._has_firsts_last = False
 
     def collect(self) -> Changes:
-        return self._collected(lambda watch: watch.collect())
+        return _joined([self._watches[0].collect(), *self._others(lambda watch: watch.collect())])
 
     def collect_last(self) -> Changes:
-        return self._collected(lambda watch: watch.collect_last())
+        """The first one's, and when called again those of the others: the guest is paused, and they may be slow."""
+        if not self._has_firsts_last:
+            told = self._watches[0].collect_last()
+            self._has_firsts_last = True
+            return replace(told, is_all=False)
+        return _joined(list(self._others(lambda watch: watch.collect_last())))
 
-    def _collected(self, how: Callable[[Watch], Changes]) -> Changes:
-        told = [how(self._watches[0])]
+    def _others(self, how: Callable[[Watch], Changes]) -> Iterator[Changes]:
         for position, watch in enumerate(self._watches[1:], 1):
             try:
                 changes = how(watch)
@@ -199,10 +204,7 @@ class _Watches(Watch):
                 tuple(batch for batch in batches if self._owner(batch.template) == position)
                 for batches in (changes.removals, changes.upserts)
             ]
-            told.append(Changes(own[0], own[1], changes.is_complete))
-        removals = tuple(batch for changes in told for batch in changes.removals)
-        upserts = tuple(batch for changes in told for batch in changes.upserts)
-        return Changes(removals, upserts, all(changes.is_complete for changes in told))
+            yield Changes(own[0], own[1], changes.is_complete)
 
     def close(self) -> None:
         self._closing.close()
@@ -289,6 +291,12 @@ class ExportingWatch(Watch):
     def close(self) -> None:
         if self in self._watches:
             self._watches.remove(self)
+
+
+def _joined(told: Sequence[Changes]) -> Changes:
+    removals = tuple(batch for changes in told for batch in changes.removals)
+    upserts = tuple(batch for changes in told for batch in changes.upserts)
+    return Changes(removals, upserts, all(changes.is_complete for changes in told))
 
 
 def _refused(batch: Batch) -> Results:

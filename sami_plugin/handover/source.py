@@ -327,10 +327,35 @@ class SourceSession(Session):
 
     def _export_changes(self, action: ExportChanges) -> Done:
         """Tells what changed since the last time; where changes were lost, by the difference of a whole export."""
+        count, ports = 0, self._ports
+        is_all = False
+        while not is_all:
+            gone, told, ports = self._changes_of(ports, action)
+            is_all = not ports
+            if not self._is_answered:
+                self._unsaid += [*gone, *told]
+            elif gone or told or (action.is_last and is_all):
+                self._say_changes([*gone, *told], is_last=action.is_last and is_all)
+            count += sum(map(len, told))
+        self._sweep = None
+        if action.is_last:
+            # What is deleted here from now on says nothing, and the purge's own events would only cost time.
+            for port in self._ports:
+                port.close()
+            self.note("last changes sent")
+        return Done("ExportChanges", count)
+
+    def _changes_of(
+        self, ports: list[Leaving], action: ExportChanges
+    ) -> tuple[list[Batch], list[Batch], list[Leaving]]:
+        """What is gone and what is to be told of these ports, and which of them have more that takes longer."""
         gone: list[Batch] = []
         told: list[Batch] = []
-        for port in self._ports:
+        slower: list[Leaving] = []
+        for port in ports:
             changes = port.changes(is_last=action.is_last)
+            if not changes.is_all:
+                slower.append(port)
             if changes.is_complete:
                 differences: Iterable[tuple[Leaving, Iterable[Batch], Iterable[Batch]]]
                 differences = [(port, changes.removals, changes.upserts)]
@@ -340,17 +365,7 @@ class SourceSession(Session):
                     pass
                 differences = sweep.difference()
             self._tell_differences(differences, gone, told, says_removals=action.says_removals)
-        self._sweep = None
-        if not self._is_answered:
-            self._unsaid += [*gone, *told]
-        elif gone or told or action.is_last:
-            self._say_changes([*gone, *told], is_last=action.is_last)
-        if action.is_last:
-            # What is deleted here from now on says nothing, and the purge's own events would only cost time.
-            for port in self._ports:
-                port.close()
-            self.note("last changes sent")
-        return Done("ExportChanges", sum(map(len, told)))
+        return gone, told, slower
 
     def _resync(self, action: Resync) -> Done:
         """Exports again, a slice at a time, and tells the difference.

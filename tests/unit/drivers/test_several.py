@@ -151,6 +151,15 @@ def test_arrival_is_told_to_who_has_the_kind(several: SeveralDrivers, other: Fai
     several.arrived(SCOPE, UDP_FLOWS)  # costs nobody anything
 
 
+def test_last_changes_are_the_firsts_and_then_those_of_the_others(several: SeveralDrivers) -> None:
+    with several.watch(SCOPE) as watch:
+        for batch in (UDP_FLOWS, TCP_FLOWS):
+            several.insert(SCOPE, batch)
+        told = [watch.collect_last(), watch.collect_last()]
+    assert [[batch.template.name for batch in one.upserts] for one in told] == [["tcp-ipv4"], ["udp-ipv4"]]
+    assert [one.is_all for one in told] == [False, True]
+
+
 def test_first_ones_failure_is_the_hosts(several: SeveralDrivers) -> None:
     first = several._drivers[0]
     assert isinstance(first, MemoryDriver)

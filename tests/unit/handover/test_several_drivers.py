@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from sami_plugin.drivers.base import Capabilities, FlowDriver
+from lab.deadline import wait_until
+from sami_plugin.drivers.base import Capabilities, Changes, FlowDriver, Watch
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.drivers.several import SeveralDrivers
 from sami_plugin.errors import DeviceFailed
@@ -170,6 +172,38 @@ def test_what_a_set_gets_while_memory_is_copied_comes_along(hosts: Hosts, guest:
     assert kept(hosts, "host-b") == {"tcp-ipv4": 100, ELEMENT.name: 4}
     _, is_there = hosts.drivers["host-b"].read_back(hosts.scope("host-b", guest), gone)
     assert not is_there.any()
+
+
+class SlowAtLast(Watch):
+    """Of a device that takes its time when it is asked for the last time."""
+
+    def __init__(self, may_answer: threading.Event) -> None:
+        self._may_answer = may_answer
+
+    def collect(self) -> Changes:
+        return Changes()
+
+    def collect_last(self) -> Changes:
+        self._may_answer.wait(20)
+        return Changes()
+
+    def close(self) -> None:
+        pass
+
+
+def test_last_changes_of_the_firewall_do_not_wait_for_a_slow_device(hosts: Hosts, guest: str, devices: Devices) -> None:
+    driver, scope, may_answer = hosts.drivers["host-a"], hosts.scope("host-a", guest), threading.Event()
+    assert isinstance(driver, SeveralDrivers)
+    driver._drivers[1].watch = lambda scope: SlowAtLast(may_answer)  # type: ignore[method-assign]
+    begin(hosts, guest)
+    driver.insert(scope, flows(TEMPLATES["tcp-ipv4"], 5, source=scope.addresses, first=1000))
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    wait_until(lambda: kept(hosts, "host-b")["tcp-ipv4"] == 105, "what the firewall told last")
+    assert not hosts.has_step("host-b", guest, "last changes came")
+    may_answer.set()
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert (kept(hosts, "host-a"), kept(hosts, "host-b")) == ({}, {"tcp-ipv4": 105, ELEMENT.name: 3})
 
 
 # ------------------------------------------------------------------------------------------ a device that both have
