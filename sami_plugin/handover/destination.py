@@ -66,7 +66,7 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.migration import Outcome as SessionOutcome
 from sami_plugin.model.printable import printable
 from sami_plugin.model.report import BOTH_HAVE
-from sami_plugin.model.results import Outcome, Reason, Results, came_out, lost_fields
+from sami_plugin.model.results import WORDS, Outcome, Reason, Results, came_out, lost_fields
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
@@ -530,6 +530,8 @@ class DestinationSession(Session):
                 short = batch.take(is_short | (not batch.template.is_flow))
                 short.rows["remainingTimeoutSeconds"] = np.maximum(short.rows["remainingTimeoutSeconds"], hold)
                 made = self.host.driver.renew(port.scope, short)
+                for reason in sorted({*made["reason"][came_out(made, Outcome.REFUSED)].tolist()}):
+                    self.report.remark(f"more time was refused before the guest came: {WORDS[Reason(reason)]}")
                 vanished = short.take(came_out(made, Outcome.ABSENT))
                 if len(vanished):
                     self.report.remark(f"{len(vanished)} flows vanished before the guest came; put in again")
@@ -660,9 +662,12 @@ class DestinationSession(Session):
             self.host.may_put_in(self.guest)  # what it has here now is no more what it left here before
 
     def _end(self, outcome: SessionOutcome, reason: str) -> None:
+        if self._known.runs_here:
+            with contextlib.suppress(SamiError):  # what cannot be looked at any more is not counted
+                self._settle()
         super()._end(outcome, reason)
         for port in self._ports if self._known.runs_here else ():
-            for batch in port.held.batches():
+            for batch in (*port.held.batches(), *port.former.batches()):
                 self.host.driver.arrived(port.scope, batch)
 
     def _held_count(self) -> int:

@@ -18,7 +18,8 @@ import pytest
 from lab.deadline import wait_until
 from lab.errors import DeadlinePassed
 from lab.namespace import Namespace
-from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, windows
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, encode, windows
+from sami_plugin.drivers.linux_conntrack.encode import Request
 from sami_plugin.model.flows import Batch
 from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Outcome, lost_fields
@@ -172,7 +173,7 @@ def test_what_the_source_did_not_check_is_not_checked_here(
     assert flags(tracked(driver, scope))[0][0] & LIBERAL
 
 
-def test_what_began_anew_meanwhile_is_left_as_it_is(
+def test_entry_of_another_id_is_left_as_it_is(
     driver: LinuxConntrackDriver, scope: Scope, connection: Connection
 ) -> None:
     flow = moved(driver, scope)
@@ -186,13 +187,35 @@ def test_what_began_anew_meanwhile_is_left_as_it_is(
     wait_until(lambda: not is_liberal(driver, scope), "window checks to be back", 5)
 
 
-def test_looks_end(driver: LinuxConntrackDriver, scope: Scope, connection: Connection) -> None:
+def test_what_the_kernel_refuses_is_asked_for_again(
+    driver: LinuxConntrackDriver, scope: Scope, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flow = moved(driver, scope)
-    another = Batch(flow.template, flow.rows.copy())
-    another.rows["sourceTransportPort"] = 1
-    assert [len(driver._checked(scope, wanted)) for wanted in (flow, another)] == [1, 0]
-    driver.arrived(dataclasses.replace(scope, namespace="/nowhere"), flow)
-    driver.arrived(scope, flow)
-    driver.close()
-    driver.arrived(scope, flow)
-    assert not [thread for thread in threading.enumerate() if thread.name == "sami-windows"]
+    connection.talk()
+    with monkeypatch.context() as patched:
+        patched.setitem(encode._KINDS, Request.CHECK_WINDOWS, encode._KINDS[Request.INSERT])  # it is there: EEXIST
+        encode.layout.cache_clear()
+        assert len(driver._checked(scope, flow)) == 1
+    encode.layout.cache_clear()
+    assert is_liberal(driver, scope)
+    assert not len(driver._checked(scope, flow))
+    assert not is_liberal(driver, scope)
+
+
+def test_what_is_not_there_is_not_asked_for_again(
+    driver: LinuxConntrackDriver, scope: Scope, connection: Connection
+) -> None:
+    flow = moved(driver, scope)
+    assert len(driver._checked(scope, flow)) == 1
+    flow.rows["sourceTransportPort"] = 1
+    assert not len(driver._checked(scope, flow))
+
+
+def test_entry_of_a_shared_zone_may_have_been_put_in_anew(
+    driver: LinuxConntrackDriver, scope: Scope, connection: Connection
+) -> None:
+    flow = moved(driver, scope)
+    flow.rows["flowId"] ^= 1
+    driver.arrived(dataclasses.replace(scope, is_shared=True), flow)
+    connection.talk()
+    wait_until(lambda: not is_liberal(driver, scope), "window checks to be back", 5)

@@ -286,8 +286,12 @@ class LinuxConntrackDriver(FlowDriver):
 
     def arrived(self, scope: Scope, batch: Batch) -> None:
         """Has windows checked again where the source did, as soon as packets have told what they are."""
-        if batch.template.protocol is TCP and batch.template.is_flow and not batch.template.is_expectation:
-            self._window_checks.begin(scope, batch.take(np.flatnonzero(~_is_liberal(batch).all(axis=0))))
+        template = batch.template
+        if template.is_flow and template.protocol is TCP and not template.is_expectation:
+            batch = batch.take(np.flatnonzero(~_is_liberal(batch).all(axis=0)))
+            if scope.is_shared:  # the other end's session may have put it in anew
+                batch.rows["flowId"] = 0
+            self._window_checks.begin(scope, batch)
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
         if not identities.template.is_flow:
@@ -315,14 +319,18 @@ class LinuxConntrackDriver(FlowDriver):
     # --- how
 
     def _checked(self, scope: Scope, batch: Batch) -> Batch:
-        """As `WindowChecks` asks for it. What is there no more, or anew, is not asked for again."""
+        """As `WindowChecks` asks for it. What is not there, or under another id, is not asked for again."""
         found, is_there = self.read_back(scope, batch)
         is_there &= (batch.rows["flowId"] == 0) | (batch.rows["flowId"] == found.rows["flowId"])
+        # A flow that is offloaded is liberal for good, for the kernel sees none of its packets.
+        is_there &= found.rows["conntrackStatus"] & np.uint32(nl.STATUS_OFFLOADED) == 0
         is_left = is_there & (_is_liberal(found) & ~_is_liberal(batch)).any(axis=0)
         is_known = (_flags(found) & np.uint8(nl.FLAG_MAXACK_SET) != 0).all(axis=0)
+        ready = np.flatnonzero(is_left & is_known)
         with self._connections.lend(scope.namespace) as connection:
-            _ask(connection, Request.CHECK_WINDOWS, *_named(scope, batch, np.flatnonzero(is_left & is_known)))
-        return batch.take(is_left & ~is_known)
+            codes, _ = _ask(connection, Request.CHECK_WINDOWS, *_named(scope, batch, ready))
+        is_left[ready] = codes != 0
+        return batch.take(is_left)
 
     def _ask_of_expected(
         self,

@@ -9,13 +9,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from sami_plugin.errors import NotAvailable, SamiError
+from sami_plugin.errors import SamiError
 from sami_plugin.model.flows import Batch
 from sami_plugin.model.scope import Scope
 
 LOG = logging.getLogger(__name__)
 
-LOOK_SECONDS = tuple(2.0**power for power in range(11))
+LOOK_SECONDS = tuple(2.0**power for power in range(2, 11))
 """From one look to the next: half an hour in all. A flow in which an end is silent for longer stays without checks."""
 
 
@@ -34,12 +34,13 @@ class WindowChecks:
     def begin(self, scope: Scope, batch: Batch) -> None:
         """Returns at once."""
         with self._changed:
-            if self._is_closed:
+            if self._is_closed or not len(batch):
                 return
             self._put(scope, batch, 0)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="sami-windows", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="sami-windows", daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify()
 
     def close(self) -> None:
@@ -66,9 +67,9 @@ class WindowChecks:
                 _, _, looks, scope, batch = heapq.heappop(self._due)
             try:
                 batch = self._check(scope, batch)
-            except NotAvailable:  # the namespace has gone, with all that was in it
-                continue
             except SamiError as error:
                 LOG.info("flows of %s are tracked without window checks for now: %s", scope.port, error)
+            except Exception:  # what happens to one must not end it for all
+                LOG.exception("flows of %s are tracked without window checks for now", scope.port)
             with self._changed:
                 self._put(scope, batch, looks + 1)

@@ -1,0 +1,100 @@
+"""When flows that have arrived are looked at, and for how long."""
+
+from __future__ import annotations
+
+import threading
+
+import netaddr
+import pytest
+
+from lab.deadline import wait_until
+from sami_plugin.drivers.linux_conntrack import windows
+from sami_plugin.drivers.linux_conntrack.windows import WindowChecks
+from sami_plugin.errors import NotAvailable
+from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
+from sami_plugin.model.scope import Scope
+from sami_plugin.testing.conformance import flows
+
+SCOPE = Scope("port", "guest", {ZoneRole.PORT: 7}, (netaddr.IPAddress("192.0.2.1"),))
+FLOWS = flows(TEMPLATES["tcp-ipv4"], 3)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "LOOK_SECONDS", (0.01,) * 4)
+
+
+class Looks:
+    """What was asked for, and how it went."""
+
+    def __init__(self, *answers: object) -> None:
+        self.asked: list[int] = []
+        self._answers = list(answers)
+
+    def __call__(self, scope: Scope, batch: Batch) -> Batch:
+        self.asked.append(len(batch))
+        answer = self._answers.pop(0) if self._answers else len(batch)
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, int)
+        return batch.take(range(answer))  # type: ignore[arg-type]
+
+
+def looked(looks: Looks, count: int) -> WindowChecks:
+    """One that was given flows, and has looked so often."""
+    checks = WindowChecks(looks)
+    checks.begin(SCOPE, FLOWS)
+    wait_until(lambda: len(looks.asked) >= count, f"{count} looks")
+    return checks
+
+
+def test_only_what_is_left_is_asked_for_again_and_not_for_ever() -> None:
+    looks = Looks(2)
+    checks = looked(looks, 4)
+    checks.begin(SCOPE, FLOWS.take([0]))  # type: ignore[arg-type]
+    wait_until(lambda: len(looks.asked) >= 8, "those of the second time")
+    checks.close()
+    assert looks.asked == [3, 2, 2, 2, 1, 1, 1, 1]
+    assert not checks._due
+
+
+@pytest.mark.parametrize("error", [NotAvailable("no descriptors"), OSError(24, "too many open files")])
+def test_look_that_fails_is_made_again(error: Exception) -> None:
+    looks = Looks(error, 0)
+    looked(looks, 2).close()
+    assert looks.asked == [3, 3]
+
+
+def test_what_is_done_is_not_asked_for_again() -> None:
+    looks = Looks(0)
+    checks = looked(looks, 1)
+    wait_until(lambda: not checks._due, "nothing to be left")
+    checks.close()
+    assert looks.asked == [3]
+
+
+def test_nothing_is_looked_at_after_the_end() -> None:
+    looks = Looks()
+    checks = WindowChecks(looks)
+    checks.close()
+    checks.begin(SCOPE, FLOWS)
+    checks.close()
+    assert not looks.asked
+    checks = looked(looks, 1)
+    checks.close()
+    seen = len(looks.asked)
+    checks.begin(SCOPE, FLOWS)
+    assert len(looks.asked) == seen
+    assert "sami-windows" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_thread_that_could_not_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Looks(0, 0)
+    checks = WindowChecks(looks)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no threads")))
+        with pytest.raises(RuntimeError):
+            checks.begin(SCOPE, FLOWS)
+    checks.begin(SCOPE, FLOWS)
+    wait_until(lambda: len(looks.asked) == 2, "both looks")
+    checks.close()
