@@ -40,7 +40,7 @@ test-nova-own: prepare-openstack ## Nova's own tests of live migration with our 
 KERNEL ?= bookworm
 
 # In a world, so that the broker ends with it. What the tests take is in build/kernels/junit.xml.
-test-kernels: prepare-kernels ## what takes another kernel than this machine's: Debian's 6.1, in QEMU; half an hour or more
+test-kernels: prepare-kernels ## what takes another kernel than this machine's: Debian's 6.1, in QEMU; an hour or more
 	$(PYTHON_HERE) -m pytest tests/kernels/test_lab.py
 	$(PYTHON_HERE) -m lab.isolation -- $(PYTHON_HERE) -m lab.kernels --suite $(KERNEL) -t 10800 --broker \
 		--output build/kernels -- sh -c '$(PYTHON_HERE) -m pytest --timeout 1800 --junit-xml=$$OUTPUT/junit.xml \

@@ -191,7 +191,7 @@ class _Watches(Watch):
             told = self._watches[0].collect_last()
             self._has_firsts_last = True
             return replace(told, is_all=False)
-        return _joined(list(self._others(lambda watch: watch.collect_last())))
+        return _joined([*self._others(lambda watch: watch.collect_last())])
 
     def _others(self, how: Callable[[Watch], Changes]) -> Iterator[Changes]:
         for position, watch in enumerate(self._watches[1:], 1):

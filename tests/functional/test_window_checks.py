@@ -20,7 +20,7 @@ from lab.errors import DeadlinePassed
 from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, encode, windows
 from sami_plugin.drivers.linux_conntrack.encode import Request
-from sami_plugin.model.flows import Batch
+from sami_plugin.model.flows import Batch, FlowStatus
 from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Outcome, lost_fields
 from sami_plugin.model.scope import Scope
@@ -209,6 +209,19 @@ def test_what_is_not_there_is_not_asked_for_again(
     assert len(driver._checked(scope, flow)) == 1
     flow.rows["sourceTransportPort"] = 1
     assert not len(driver._checked(scope, flow))
+
+
+def test_offloaded_flow_stays_as_the_kernel_has_it(
+    driver: LinuxConntrackDriver, scope: Scope, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = moved(driver, scope)
+    connection.talk()
+    found, is_there = driver.read_back(scope, flow)
+    found.rows["conntrackStatus"] |= np.uint32(FlowStatus.OFFLOAD)  # no insert sets that
+    with monkeypatch.context() as patched:
+        patched.setattr(driver, "read_back", lambda scope, batch: (found, is_there.copy()))
+        assert not len(driver._checked(scope, flow))
+    assert is_liberal(driver, scope)
 
 
 def test_entry_of_a_shared_zone_may_have_been_put_in_anew(
