@@ -3,11 +3,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from lab import isolation
 
 ROOT = Path(__file__).parent.parent
+
+# How long an example takes tells how busy the machine is.
+hypothesis.settings.register_profile("sami", deadline=None)
+hypothesis.settings.load_profile("sami")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

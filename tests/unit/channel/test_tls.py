@@ -78,7 +78,7 @@ def test_nothing_of_what_is_said_can_be_read_on_the_way(pair: Pair) -> None:
         assert b"192.0.2.7" not in packet.octets
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 1 << 32), st.lists(st.sampled_from("ds"), min_size=1, max_size=30))
 def test_whatever_is_reordered_and_repeated_arrives(
     credentials: Callable[[str], Credentials], seed: int, said: list[str]
@@ -96,7 +96,7 @@ def test_whatever_is_reordered_and_repeated_arrives(
     assert pair.heard == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 1 << 32), st.integers(0, 6), st.integers(1, 20))
 def test_after_forged_packets_another_stream_goes_on_and_nothing_is_lost_or_doubled(
     credentials: Callable[[str], Credentials], seed: int, forged: int, count: int

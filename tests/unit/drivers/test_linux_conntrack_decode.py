@@ -327,7 +327,7 @@ def test_lookalikes_that_lead_to_a_real_message_are_none_either() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=6), min_size=1, max_size=12))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_framing_is_walking_whatever_the_messages_hold(bodies: list[list[int]]) -> None:
     octets = b"".join(
         message(bytes(4) + b"".join(struct.pack("=IHHII", size, nl.CT_NEW, 2, SEQUENCE, PORT) for size in body))
@@ -357,7 +357,7 @@ def _used(octets: bytes, ends: list[int] | None = None) -> None:
 
 
 @given(st.integers(1, len(RECORDED) - 1))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_truncated_dump_is_malformed_or_a_shorter_dump(length: int) -> None:
     starts = {start for start, _ in walked(RECORDED)}
     if length in starts:
@@ -368,7 +368,7 @@ def test_truncated_dump_is_malformed_or_a_shorter_dump(length: int) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, len(RECORDED) - 1), st.integers(0, 255)), min_size=1, max_size=12))
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 def test_mutated_dump_is_malformed_or_decoded(changes: list[tuple[int, int]]) -> None:
     octets = bytearray(RECORDED)
     for place, value in changes:
@@ -378,7 +378,7 @@ def test_mutated_dump_is_malformed_or_decoded(changes: list[tuple[int, int]]) ->
 
 
 @given(st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_hostile_words_in_places_that_matter(data: st.DataObject) -> None:
     """Lengths and types of headers and attributes, which random octets seldom hit."""
     octets = bytearray(RECORDED)
@@ -397,7 +397,7 @@ def test_hostile_words_in_places_that_matter(data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(1, 400), max_size=4))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_arbitrary_octets_never_do_more_than_raise(octets: bytes, cuts: list[int]) -> None:
     ends = sorted({cut & ~3 for cut in cuts if 0 < cut & ~3 < len(octets)} | ({len(octets)} if octets else set()))
     if not ends:
