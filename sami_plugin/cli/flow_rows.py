@@ -79,6 +79,19 @@ def _what_few_have(row: np.void, family: str) -> Iterator[str]:
         yield f"labels {' '.join(labels)}"
     if any(row[name] for name in fields if "Offset" in name):
         yield "sequence numbers adjusted"
+    if "octetTotalCount" in fields:
+        yield from _accounted(row)
+
+
+def _accounted(row: np.void) -> Iterator[str]:
+    for way, packets, octets in (
+        ("sent", row["packetTotalCount"], row["octetTotalCount"]),
+        ("answered", row["reversePacketTotalCount"], row["reverseOctetTotalCount"]),
+    ):
+        if packets:
+            yield f"{way} {packets} packets of {octets} octets"
+    if row["flowStartMilliseconds"]:
+        yield f"began {row['flowStartMilliseconds'].astype('datetime64[ms]')}Z"
 
 
 _ENDS = ("Source", "Destination")

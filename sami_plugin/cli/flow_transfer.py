@@ -189,7 +189,7 @@ def _read_back(driver: FlowDriver, scope: Scope, batch: Batch, made: Results) ->
     found, is_there = driver.read_back(scope, sent)
     made[at[~is_there]] = results(int(np.count_nonzero(~is_there)), Outcome.REFUSED, Reason.VANISHED)
     is_ours = is_there & (made["outcome"][at] == Outcome.IMPORTED)
-    lost = np.where(is_ours, lost_fields(sent, found.rows), np.uint32(0))
+    lost = np.where(is_ours, lost_fields(sent, found.rows), np.uint64(0))
     made["lost"][at] = lost
     made["outcome"][at[lost != 0]] = Outcome.DEGRADED
 

@@ -6,8 +6,9 @@ so nothing here is done per flow.
 
 A reader takes what any exporter may write: fields in any order, unsigned values in more or fewer octets than ours
 (section 6.2), padding, withdrawals, several observation domains. It wants all the fields of one of our templates and
-no others that it knows, because a field that is left out has no value, and zero is one. Elements that it does not know
-are skipped and named, unless their sender marked them as critical; see `information_elements`.
+no others that it knows, because a field that is left out has no value, and zero is one. Only what was counted of a flow
+may be left out, or be told of one that has no room for it, which is skipped. So are elements that it does not know, by
+name, unless their sender marked them as critical; see `information_elements`.
 
 All or nothing: `decode` returns everything or raises a `RepresentationError`. It takes time and memory in proportion
 to the payload, whatever is in it.
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from sami_plugin.errors import ConfigurationError, Malformed, NotUnderstood, RepresentationError
 from sami_plugin.model import information_elements as elements
-from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Rows, Template, ZoneRole
+from sami_plugin.model.flows import ACCOUNTING, TEMPLATES, Batch, FirewallEvent, Rows, Template, ZoneRole
 from sami_plugin.model.protocols import STATES
 
 VERSION = 10
@@ -92,6 +93,7 @@ class _Known:
 
     kinds: tuple[_Kind, ...]
     of_fields: dict[frozenset[str], _Kind]
+    """Without those of accounting."""
     ids: dict[np.dtype[np.void], int]
     """Always the same for the same fields, so payloads that are joined to one stream do not define one number twice."""
     vendors: frozenset[int]
@@ -114,7 +116,7 @@ def _known_of(count: int) -> _Known:
             number = (number + 1) % _FIRST_BROUGHT
         ids[kind.dtype] = _FIRST_BROUGHT + number
     vendors = frozenset(element.vendor for element in elements.ELEMENTS.values()) - {0}
-    return _Known(kinds, {frozenset(kind.fields): kind for kind in kinds}, ids, vendors)
+    return _Known(kinds, {frozenset(kind.fields).difference(ACCOUNTING): kind for kind in kinds}, ids, vendors)
 
 
 def _kinds() -> tuple[_Kind, ...]:
@@ -588,10 +590,13 @@ def _flow_layout(
                 return _Layout(0, wrong=f"template {template_id} gives {element.name} {words}")
             places[element.name] = offset, octets
         offset += octets
-    kind = known.of_fields.get(frozenset(places))
+    kind = known.of_fields.get(frozenset(places).difference(ACCOUNTING))
     if kind is None:
         strangers = [elements.name_of(*each, enterprise) for each in skipped]
         return _Layout(0, wrong=_no_kind(known.kinds, template_id, set(places), strangers))
+    for name in places.keys() - kind.fields.keys():
+        del places[name]
+        skipped.append((elements.ELEMENTS[name].enterprise_number(enterprise), elements.ELEMENTS[name].number))
     if varying:
         # Well-formed, and its sender may be right to send it; but it would take a walk over every record.
         return _Layout(0, not_understood=tuple(varying))

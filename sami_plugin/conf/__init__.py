@@ -26,6 +26,7 @@ MIGRATION = cfg.OptGroup("migration", title="How a guest's flows are carried")
 OVS = cfg.OptGroup("ovs", title="Open vSwitch on this host, for the scope finders `ovs` and `ovn`")
 OVN = cfg.OptGroup("ovn", title="OVN, for the scope finder `ovn`")
 DEPOSIT = cfg.OptGroup("deposit", title="What is kept for other hosts' devices, for the driver `deposit`")
+LINUX_CONNTRACK = cfg.OptGroup("linux_conntrack", title="The kernel's conntrack, for the driver `linux_conntrack`")
 NFT_SETS = cfg.OptGroup("nft_sets", title="nftables' sets and maps, for the driver `nft_sets`")
 PCP = cfg.OptGroup("pcp", title="Mappings of a NAT or firewall that PCP controls, for the driver `pcp`")
 
@@ -168,6 +169,17 @@ DEPOSIT_OPTIONS: list[cfg.Opt] = [
         default=30,
         min=1,
         help="What no guest has taken with it for so many days is thrown away when the agent starts.",
+    ),
+]
+
+LINUX_CONNTRACK_OPTIONS: list[cfg.Opt] = [
+    cfg.BoolOpt(
+        "accounting",
+        default=False,
+        help="Whether flows take along what this kernel counted of them (nf_conntrack_acct) and when they began "
+        "(nf_conntrack_timestamp). Turn it on where guests go to firewalls that can be given these, which no Linux "
+        "kernel is: there each flow is reported as degraded. All flows take more octets, and those that count are sent "
+        "again every resync_seconds.",
     ),
 ]
 
@@ -625,6 +637,8 @@ def driver_options(conf: cfg.ConfigOpts) -> dict[str, dict[str, object]]:
         made[conf.agent.driver]["capacity"] = conf.agent.capacity
     if "deposit" in made:
         made["deposit"] |= {"folder": conf.deposit.folder, "days": conf.deposit.days}
+    if "linux_conntrack" in made:
+        made["linux_conntrack"]["accounting"] = conf.linux_conntrack.accounting
     if "nft_sets" in made:
         made["nft_sets"]["sets"] = conf.nft_sets.sets
     if "pcp" in made:
@@ -694,6 +708,7 @@ _GROUPS: list[tuple[cfg.OptGroup, list[cfg.Opt]]] = [
     (OVS, OVS_OPTIONS),
     (OVN, OVN_OPTIONS),
     (DEPOSIT, DEPOSIT_OPTIONS),
+    (LINUX_CONNTRACK, LINUX_CONNTRACK_OPTIONS),
     (NFT_SETS, NFT_SETS_OPTIONS),
     (PCP, PCP_OPTIONS),
     (MIGRATION, MIGRATION_OPTIONS),

@@ -230,6 +230,15 @@ _EXPECTED: dict[str, tuple[Field, ...]] = {
     for family, mask, form in (("ipv4", "IPv4", (">u4",)), ("ipv6", "IPv6", (">u8", (2,))))
 }
 """What a firewall keeps of flows that it expects, beside what it keeps of every flow."""
+_ACCOUNTING: tuple[Field, ...] = (
+    ("octetTotalCount", ">u8"),
+    ("packetTotalCount", ">u8"),
+    ("reverseOctetTotalCount", ">u8"),
+    ("reversePacketTotalCount", ">u8"),
+    ("flowStartMilliseconds", ">u8"),
+)
+ACCOUNTING = tuple(name for name, *_ in _ACCOUNTING)
+"""Fields of extended flows: what the firewall counted, and when it saw the flow first. Zeros where nobody asked it."""
 _OF_MASTER = slice(2, 7)
 """The fields of `_EXTENSION` that tell of the master."""
 
@@ -240,7 +249,7 @@ def _templates() -> Iterator[Template]:
     for one in usual:
         family = "ipv6" if one.is_ipv6 else "ipv4"
         name = one.name.replace(f"-{family}", f"-extended-{family}")
-        yield Template(name, one.key, one.state + _EXTENSION[family] + one.protocol.extension)
+        yield Template(name, one.key, one.state + _EXTENSION[family] + one.protocol.extension + _ACCOUNTING)
     for one in usual:
         if one.protocol in (protocols.TCP, protocols.UDP) and not one.is_translated:
             family = "ipv6" if one.is_ipv6 else "ipv4"

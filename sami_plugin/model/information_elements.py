@@ -44,6 +44,7 @@ class DataType(enum.IntEnum):
     UNSIGNED32 = 3
     UNSIGNED64 = 4
     STRING = 13
+    DATE_TIME_MILLISECONDS = 15
     IPV4_ADDRESS = 18
     IPV6_ADDRESS = 19
 
@@ -60,6 +61,7 @@ OCTETS: dict[DataType, int] = {
     DataType.UNSIGNED16: 2,
     DataType.UNSIGNED32: 4,
     DataType.UNSIGNED64: 8,
+    DataType.DATE_TIME_MILLISECONDS: 8,
     DataType.IPV4_ADDRESS: 4,
     DataType.IPV6_ADDRESS: 16,
 }
@@ -72,6 +74,7 @@ class Semantics(enum.IntEnum):
 
     DEFAULT = 0
     QUANTITY = 1
+    TOTAL_COUNTER = 2
     IDENTIFIER = 4
     FLAGS = 5
 
@@ -80,7 +83,10 @@ class Units(enum.IntEnum):
     """Units with their numbers (RFC 5610 section 3.3)."""
 
     NONE = 0
+    OCTETS = 2
+    PACKETS = 3
     SECONDS = 5
+    MILLISECONDS = 6
 
 
 class Origin(enum.Enum):
@@ -180,7 +186,7 @@ def reversed_element(element: InformationElement) -> InformationElement:
 
 _U8, _U16, _U32, _U64 = DataType.UNSIGNED8, DataType.UNSIGNED16, DataType.UNSIGNED32, DataType.UNSIGNED64
 _IPV4, _IPV6, _OCTETS = DataType.IPV4_ADDRESS, DataType.IPV6_ADDRESS, DataType.OCTET_ARRAY
-_DEFAULT, _QUANTITY = Semantics.DEFAULT, Semantics.QUANTITY
+_DEFAULT, _QUANTITY, _COUNTER = Semantics.DEFAULT, Semantics.QUANTITY, Semantics.TOTAL_COUNTER
 _IDENTIFIER, _FLAGS = Semantics.IDENTIFIER, Semantics.FLAGS
 
 _WINDOW_SCALE = _iana(
@@ -236,6 +242,22 @@ _OFFSET_AFTER = _sami(
     _QUANTITY,
     "What the firewall adds to sequence numbers of this direction behind tcpCorrectionPosition, modulo 2**32.",
 )
+_OCTET_COUNT = _iana(
+    "octetTotalCount",
+    85,
+    _U64,
+    _COUNTER,
+    "Octets of all packets of this direction that the firewall counted, with their IP headers; 0 where it counts none.",
+    Units.OCTETS,
+)
+_PACKET_COUNT = _iana(
+    "packetTotalCount",
+    86,
+    _U64,
+    _COUNTER,
+    "Packets of this direction that the firewall counted; 0 where it counts none.",
+    Units.PACKETS,
+)
 _ALL = (
     _iana("protocolIdentifier", 4, _U8, _IDENTIFIER, "The protocol number of the IP header."),
     _iana("sourceTransportPort", 7, _U16, _IDENTIFIER, "The source port of the flow's first packet."),
@@ -244,6 +266,10 @@ _ALL = (
     _iana("destinationIPv4Address", 12, _IPV4, _DEFAULT, "The destination address of the flow's first packet."),
     _iana("sourceIPv6Address", 27, _IPV6, _DEFAULT, "The source address of the flow's first packet."),
     _iana("destinationIPv6Address", 28, _IPV6, _DEFAULT, "The destination address of the flow's first packet."),
+    _OCTET_COUNT,
+    reversed_element(_OCTET_COUNT),
+    _PACKET_COUNT,
+    reversed_element(_PACKET_COUNT),
     _iana(
         "flowId",
         148,
@@ -251,6 +277,14 @@ _ALL = (
         _IDENTIFIER,
         "The exporting device's identifier of the flow: another one means another flow of the same tuple. "
         "Written in four octets.",
+    ),
+    _iana(
+        "flowStartMilliseconds",
+        152,
+        DataType.DATE_TIME_MILLISECONDS,
+        _DEFAULT,
+        "When the firewall saw the flow's first packet, in milliseconds since 1970, UTC; 0 where it does not note it.",
+        Units.MILLISECONDS,
     ),
     _iana("icmpTypeIPv4", 176, _U8, _IDENTIFIER, "The type of the flow's first ICMP message."),
     _iana("icmpCodeIPv4", 177, _U8, _IDENTIFIER, "The code of the flow's first ICMP message."),

@@ -7,7 +7,7 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
-from sami_plugin.model.flows import Batch, FlowStatus, Rows
+from sami_plugin.model.flows import ACCOUNTING, Batch, FlowStatus, Rows
 
 
 class Outcome(enum.IntEnum):
@@ -93,7 +93,7 @@ WORDS: dict[Reason, str] = {
     Reason.NO_PLACE: f"there was no free place for it; {MEND_NO_PLACE}",
 }
 
-RESULT = np.dtype([("outcome", "u1"), ("reason", "u1"), ("lost", "u4")])
+RESULT = np.dtype([("outcome", "u1"), ("reason", "u1"), ("lost", "u8")])
 """One result per record, in the order of the batch; bit i of `lost` stands for field i of `template.state`."""
 
 Results = npt.NDArray[np.void]
@@ -119,6 +119,8 @@ def is_in_device(made: Results) -> npt.NDArray[np.bool_]:
 
 NOT_COMPARED = frozenset({"flowId", "remainingTimeoutSeconds"})
 """Fields that differ by nature: each device gives its own ids, and timeouts run."""
+COUNTERS = frozenset(name for name in ACCOUNTING if name.endswith("Count"))
+"""Fields that only grow: as much as was sent has to be there, more may be."""
 
 _STATUS = (
     FlowStatus.EXPECTED
@@ -140,9 +142,9 @@ COMPARED_BITS: dict[str, int] = {
 """Fields of bits: those that were sent have to be there, others may be there too."""
 
 
-def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint32]:
+def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint64]:
     """Per flow, which state fields of `kept`, of the same template and order, differ from `sent`: bit i for field i."""
-    lost = np.zeros(len(sent), np.uint32)
+    lost = np.zeros(len(sent), np.uint64)
     for position, field in enumerate(sent.template.state):
         name = field[0]
         if name in NOT_COMPARED or name in sent.template.varies:
@@ -150,9 +152,11 @@ def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint32]:
         wanted, found = sent.rows[name], kept[name]
         if name in COMPARED_BITS:
             differs = (wanted & ~found & COMPARED_BITS[name]) != 0
+        elif name in COUNTERS:
+            differs = found < wanted
         else:
             differs = wanted != found
             if differs.ndim > 1:
                 differs = differs.any(axis=1)
-        lost |= np.where(differs, np.uint32(1 << position), np.uint32(0))
+        lost |= np.where(differs, np.uint64(1 << position), np.uint64(0))
     return lost

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sami_plugin.model.flows import Batch
+from sami_plugin.model.flows import ACCOUNTING, Batch
 from sami_plugin.model.migration import Answer
 from sami_plugin.model.verdict import Verdict
 
 MARKS, HELPERS, LABELS, MASTERS = "marks", "helpers", "labels", "masters"
-SEQUENCE_ADJUSTMENT, SYNPROXY = "sequence adjustment", "synproxy"
+SEQUENCE_ADJUSTMENT, SYNPROXY, ACCOUNTED = "sequence adjustment", "synproxy", "accounting"
 """Functions of a firewall that not each one has, and that not each flow needs."""
-FUNCTIONS = frozenset({MARKS, HELPERS, LABELS, MASTERS, SEQUENCE_ADJUSTMENT, SYNPROXY})
+FUNCTIONS = frozenset({MARKS, HELPERS, LABELS, MASTERS, SEQUENCE_ADJUSTMENT, SYNPROXY, ACCOUNTED})
 
 FUNCTION_OF: dict[str, str] = {
     "flowMark": MARKS,
@@ -24,6 +24,7 @@ FUNCTION_OF: dict[str, str] = {
     "reverseTcpOffsetBefore": SEQUENCE_ADJUSTMENT,
     "reverseTcpOffsetAfter": SEQUENCE_ADJUSTMENT,
     "synproxySequenceNumber": SYNPROXY,
+    **dict.fromkeys(ACCOUNTING, ACCOUNTED),
 }
 """By field, what a flow needs in which it is not 0."""
 

@@ -29,6 +29,7 @@ from sami_plugin.drivers.base import Changes, FlowDriver
 from sami_plugin.drivers.loader import load_kinds
 from sami_plugin.errors import UndeclaredAbility
 from sami_plugin.model.flows import (
+    ACCOUNTING,
     BARRED,
     TEMPLATES,
     Addresses,
@@ -80,9 +81,9 @@ def flows(
 ) -> Batch:
     """`count` flows as a guest has them: established, answered, with ten minutes to live, no two with one key.
 
-    The extended ones have labels, and a helper and what else there is for their protocol, but no master. The translated
-    ones hide the source behind `TRANSLATED_ADDRESSES`, on the port that they had. `first` sets batches
-    apart: those from 0 and those from 1000 share no key as long as neither has more than 1000.
+    The extended ones have labels, counters and a start, and a helper and what else there is for their protocol, but no
+    master. The translated ones hide the source behind `TRANSLATED_ADDRESSES`, on the port that they had. `first` sets
+    batches apart: those from 0 and those from 1000 share no key as long as neither has more than 1000.
     """
     if not template.is_flow:
         return _records(template, np.arange(first, first + count), source)
@@ -134,6 +135,8 @@ def flows(
         for position, (name, *_) in enumerate(protocol.extension, 1):
             rows[name] = (position << 24) + numbers
             rows["conntrackStatus"] |= np.uint32(FlowStatus.SEQ_ADJUST)
+        for position, name in enumerate(ACCOUNTING, 1):
+            rows[name] = (position << 40) + numbers
     return Batch(template, rows)
 
 

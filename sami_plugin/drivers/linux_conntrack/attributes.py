@@ -59,6 +59,8 @@ TIMEOUT = 7  # seconds; EINVAL without at create; not dumped for offloaded entri
 # Taken at create only, beside a reply that is not translated; where one of the two is there, without the other the
 # kernel translates nothing on that side. EEXIST: what answers are sent to is another entry's.
 NAT_SRC = 6
+# Told where nf_conntrack_acct or nf_conntrack_timestamp is on, of events only by DESTROY; taken never.
+COUNTERS_ORIG, COUNTERS_REPLY = 9, 10
 MARK = 8  # dumped only when not 0
 # On delete compared: another id gives ENOENT. A hash over the entry's place in memory and its tuple: unique while the
 # entry lives, but an entry made again at once often gets the same place and the same id.
@@ -68,6 +70,7 @@ NAT_DST = 13
 # without its master.
 TUPLE_MASTER = 14
 SEQ_ADJUST_ORIG, SEQ_ADJUST_REPLY = 15, 16
+TIMESTAMP = 20
 ZONE = 18  # dumped only when not 0. In a dump request a filter since 6.8, where 0 means any; ignored before
 # Taken where something in the namespace sets labels (nft's "ct label set", xt_connlabel, act_ct, Open vSwitch; on newer
 # kernels also where nft looks at them), ignored anywhere else. An entry that can have some tells them, also none.
@@ -111,6 +114,9 @@ EXPECT_HELPER = 6
 EXPECT_ZONE = 7  # never told
 EXPECT_FLAGS, EXPECT_CLASS, EXPECT_NAT, EXPECT_FUNCTION = 8, 9, 10, 11
 EXPECT_NAT_DIRECTION, EXPECT_NAT_TUPLE = 1, 2
+# --- inside counters and a timestamp: 64 bits each, and the latter in nanoseconds
+COUNTERS_PACKETS, COUNTERS_OCTETS = 1, 2
+TIMESTAMP_START = 1
 # --- of GET_STATS
 STATS_GLOBAL_ENTRIES, STATS_GLOBAL_MAX_ENTRIES = 1, 2
 

@@ -56,6 +56,9 @@ _ENTRY: _Known = {
     nl.ZONE: ("zone", 2),
     nl.TUPLE_MASTER: _TUPLE,
     nl.LABELS: ("labels", 16),
+    nl.COUNTERS_ORIG: {nl.COUNTERS_PACKETS: ("packets", 8), nl.COUNTERS_OCTETS: ("octets", 8)},
+    nl.COUNTERS_REPLY: {nl.COUNTERS_PACKETS: ("reply_packets", 8), nl.COUNTERS_OCTETS: ("reply_octets", 8)},
+    nl.TIMESTAMP: {nl.TIMESTAMP_START: ("start", 8)},
     nl.HELP: {nl.HELP_NAME: (_HELPER, nl.HELPER_OCTETS)},
     **{
         kind: {number: (name, 4) for number, name in enumerate(names, 1)}
@@ -80,6 +83,14 @@ _ENTRY: _Known = {
         },
     },
 }
+_COUNTERS = {
+    "octetTotalCount": "octets",
+    "packetTotalCount": "packets",
+    "reverseOctetTotalCount": "reply_octets",
+    "reversePacketTotalCount": "reply_packets",
+}
+_START = "start"
+_ACCOUNTED = {*_COUNTERS.values(), _START}
 _DIRECTIONS = {nl.TUPLE_ORIG: "orig.", nl.TUPLE_REPLY: "reply.", nl.TUPLE_MASTER: "master."}
 _BODY = HEADER_OCTETS + GENERIC_OCTETS
 _MOST_SHAPES = 256
@@ -125,14 +136,23 @@ class Decoder:
     """Turns messages about entries into batches. Remembers shapes; one thread at a time."""
 
     def __init__(
-        self, zones: Mapping[ZoneRole, int], addresses: Addresses | None = None, timeouts: Timeouts = Timeouts()
+        self,
+        zones: Mapping[ZoneRole, int],
+        addresses: Addresses | None = None,
+        timeouts: Timeouts = Timeouts(),
+        *,
+        accounting: bool = False,
     ) -> None:
-        """Entries of other zones than these, and without one of `addresses` at an end, are left out (None: any)."""
+        """Entries of other zones than these, and without one of `addresses` at an end, are left out (None: any).
+
+        With `accounting` what the kernel counted of an entry, and when it began, are told too.
+        """
         self._roles = np.zeros(1 << 16, np.uint8)
         for role, zone in sorted(zones.items(), reverse=True):
             self._roles[zone] = role
         self._addresses = addresses
         self._timeouts = timeouts
+        self._accounting = accounting
         self._shapes: dict[int, list[Shape]] = {}
 
     def decode(self, messages: Messages) -> Iterator[Decoded | Omitted]:
@@ -193,6 +213,8 @@ class Decoder:
             yield _omit(_why_no_template(shape), columns, len(here))
             return
         is_plain, is_extended = columns.is_plain(), columns.is_extended()
+        if self._accounting and not _ACCOUNTED.isdisjoint(shape.fields):
+            is_extended[:] = True
         if is_plain.all() and not is_extended.any():
             yield Decoded(self._rows(shape.template, columns, role), numbers)
             return
@@ -251,6 +273,10 @@ class Decoder:
                     rows[f"master{end.capitalize()}TransportPort"] = columns.u2(f"master.{end}_port")
             for name, *_ in template.protocol.extension:
                 rows[name] = columns.u4(name)
+            if self._accounting:
+                for name, column in _COUNTERS.items():
+                    rows[name] = columns.u8(column)
+                rows["flowStartMilliseconds"] = columns.u8(_START) // 1_000_000
         return Batch(template, rows)
 
     def _complete_offloaded(self, rows: npt.NDArray[np.void], template: Template) -> None:
@@ -288,6 +314,15 @@ class _Columns:
 
     def u4(self, name: str) -> npt.NDArray[np.uint32]:
         return self._column(name, ">u4", 2)
+
+    def u8(self, name: str) -> npt.NDArray[np.uint64]:
+        at = self.shape.fields.get(name)
+        if at is None:
+            return np.zeros(len(self), np.uint64)
+        # Attributes begin at multiples of four octets.
+        words = self._octets[: len(self._octets) & ~3].view(">u4")
+        first = (self._starts + at) >> 2
+        return words[first].astype(np.uint64) << np.uint64(32) | words[first + 1]
 
     def part(self, name: str, part: nl.Part) -> npt.NDArray[Any]:
         return self.u1(name) if part.form == "u1" else self.u2(name)

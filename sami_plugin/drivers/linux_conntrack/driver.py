@@ -98,12 +98,19 @@ class LinuxConntrackDriver(FlowDriver):
     """
 
     def __init__(
-        self, receive_octets: int = 8 << 20, watch_receive_octets: int = 32 << 20, capacity: int | None = None
+        self,
+        receive_octets: int = 8 << 20,
+        watch_receive_octets: int = 32 << 20,
+        capacity: int | None = None,
+        *,
+        accounting: bool = False,
     ) -> None:
         """The sizes are those of the sockets' receive buffers, for answers and for events between two `collect`s.
 
         `capacity` is how many entries there may be at the most, where that is to be less than the kernel's own limit.
+        With `accounting` flows tell what the kernel counted of them and when they began, where it does.
         """
+        self._accounting = accounting
         self._capacity = capacity
         self._connections = Connections(receive_octets)
         self._watch_receive_octets = watch_receive_octets
@@ -348,7 +355,8 @@ class LinuxConntrackDriver(FlowDriver):
         return made
 
     def _decoder(self, scope: Scope, addresses: Addresses | None = None) -> Decoder:
-        return Decoder(scope.zones, addresses, self._connections.timeouts(scope.namespace))
+        timeouts = self._connections.timeouts(scope.namespace)
+        return Decoder(scope.zones, addresses, timeouts, accounting=self._accounting)
 
     def _dump(self, scope: Scope, addresses: Addresses | None = None) -> Iterator[Decoded | Omitted]:
         """Everything in the scope's zones, by as few dumps as the kernel makes cheap. May raise Torn."""

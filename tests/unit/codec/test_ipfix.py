@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sami_plugin.codec import ipfix
 from sami_plugin.errors import ConfigurationError, Malformed, NotUnderstood
 from sami_plugin.model import information_elements as elements
-from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Template
+from sami_plugin.model.flows import ACCOUNTING, TEMPLATES, Batch, FirewallEvent, Template
 from sami_plugin.testing.conformance import flows
 from tests.unit.codec.flow_strategies import FLOW_TEMPLATES, NAME_TEMPLATES, any_batch, any_template, batches_of
 
@@ -273,6 +273,29 @@ def test_template_that_lacks_a_field_is_refused_by_name(left_out: str) -> None:
     chosen = [each for each in SPECIFIERS if each != specifier(left_out)]
     with pytest.raises(Malformed, match=rf"lacks {left_out}|has .*{left_out}|no kind of flow"):
         ipfix.decode(one_flow(chosen, bytes(sum(each[2] for each in chosen))))
+
+
+EXTENDED = TEMPLATES["udp-extended-ipv6"]
+
+
+def test_flow_of_which_nobody_tells_what_was_counted_counts_nothing() -> None:
+    """As agents of before write them, and devices that do not count."""
+    sent = flows(EXTENDED, 2)
+    chosen = [each for each in specifiers_of(EXTENDED) if each not in [specifier(name) for name in ACCOUNTING]]
+    octets = EXTENDED.dtype.itemsize - 8 * len(ACCOUNTING)
+    records = [row.tobytes()[:octets] for row in sent.rows]
+    decoded = ipfix.decode(message(set_of(2, template_record(256, chosen)), set_of(256, *records)))
+    for name in ACCOUNTING:
+        sent.rows[name] = 0
+    assert by_template(decoded.batches) == by_template([sent])
+    assert decoded.skipped == ()
+
+
+def test_what_was_counted_of_a_flow_without_room_for_it_is_skipped_by_name() -> None:
+    decoded = ipfix.decode(one_flow([specifier("reverseOctetTotalCount"), *SPECIFIERS], bytes(range(8)), ROW))
+    (batch,) = decoded.batches
+    assert batch.rows.tobytes() == ROW
+    assert decoded.skipped == ("reverseOctetTotalCount",)
 
 
 def test_known_element_too_many_is_refused_by_name() -> None:

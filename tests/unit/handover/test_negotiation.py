@@ -18,10 +18,10 @@ import pytest
 from sami_plugin.agent import Agent
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import OperatorError, PeerUnreachable, Veto
-from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, helper_octets, names
+from sami_plugin.model.flows import ACCOUNTING, TEMPLATES, Batch, FlowStatus, helper_octets, names
 from sami_plugin.model.migration import MigrationEvent, Offer, Phase
 from sami_plugin.model.results import WORDS, Reason, lost_fields
-from sami_plugin.model.risk import LABELS, Risk
+from sami_plugin.model.risk import ACCOUNTED, FUNCTIONS, LABELS, Risk
 from sami_plugin.model.verdict import Verdict
 from sami_plugin.policies.base import Policy
 from sami_plugin.policies.chosen import Policies
@@ -391,6 +391,31 @@ def test_what_few_flows_have_is_left_out_by_name_where_the_device_has_no_room_fo
         for field, one in (("conntrackHelper", 0), ("conntrackLabels", 1)):
             told = destination["named"][f"degraded: {field} was not kept"]
             assert (told["count"], tuple(told["flows"])) == (1, names(usual.take(np.array([one]))))
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_was_counted_of_a_flow_goes_to_a_device_that_can_be_given_it(tmp_path: Path, is_kept: bool) -> None:
+    with six_against_four(tmp_path) as (hosts, guest):
+        scope = hosts.scope("host-a", guest)
+        hosts.drivers["host-a"].remove(scope, tcp_flows(6).identities)
+        sent = tcp_flows(2).under(TEMPLATES["tcp-extended-ipv4"])
+        for number, name in enumerate(ACCOUNTING, 1):
+            sent.rows[name] = number << 40
+        hosts.drivers["host-a"].insert(scope, sent)
+        there = hosts.drivers["host-b"]
+        if not is_kept:
+            there.functions = FUNCTIONS - {ACCOUNTED}  # type: ignore[attr-defined]
+            there.device.faults.drop_fields = frozenset(ACCOUNTING)  # type: ignore[attr-defined]
+        losses = {} if is_kept else {"the driver of that host does not keep accounting, which some of them use": 2}
+        assert hosts.agents["host-a"].check(guest, "host-b")["losses"] == losses
+        move(hosts, guest)
+        found, is_there = there.read_back(hosts.scope("host-b", guest), sent)
+        assert is_there.all()
+        assert [found.rows[name].tolist() for name in ACCOUNTING] == [
+            [number << 40 if is_kept else 0] * 2 for number in range(1, 6)
+        ]
+        named = {} if is_kept else {f"degraded: {name} was not kept": 2 for name in ACCOUNTING}
+        assert {what: told["count"] for what, told in reports(hosts, guest)[1]["named"].items()} == named
 
 
 def test_flow_whose_kind_is_not_taken_at_all_does_not_end_the_session(tmp_path: Path) -> None:

@@ -54,6 +54,18 @@ def test_a_field_that_differs_is_lost_unless_it_differs_by_nature(field: str) ->
     assert lost_fields(sent, kept).tolist() == [0, wanted, 0]
 
 
+def test_counter_that_has_grown_is_no_loss_and_one_that_is_less_is() -> None:
+    extended = TEMPLATES["tcp-nat-extended-ipv6"]
+    sent = flows(extended, 3)
+    kept = sent.rows.copy()
+    kept["octetTotalCount"] += np.array([0, 7, -1], np.int64).astype(np.uint64)
+    kept["flowStartMilliseconds"][0] += np.uint64(1)
+    names = [name for name, *_ in extended.state]
+    assert names.index("flowStartMilliseconds") > 32, "or nothing says that there are bits enough"
+    bits = [1 << names.index(name) for name in ("flowStartMilliseconds", "octetTotalCount")]
+    assert lost_fields(sent, kept).tolist() == [bits[0], 0, bits[1]]
+
+
 def test_bits_that_the_device_adds_are_no_loss() -> None:
     sent = flows(TCP, 2)
     kept = sent.rows.copy()
