@@ -46,7 +46,7 @@ test-kernels: prepare-kernels ## what takes another kernel than this machine's: 
 		--output build/kernels -- sh -c '$(PYTHON_HERE) -m pytest --timeout 1800 --junit-xml=$$OUTPUT/junit.xml \
 		-o junit_family=xunit1 tests/kernels tests/functional/test_linux_conntrack.py \
 		tests/functional/test_linux_conntrack_traffic.py tests/functional/test_linux_conntrack_extended.py \
-		tests/functional/test_window_checks.py \
+		tests/functional/test_window_checks.py tests/functional/test_accounting.py \
 		tests/functional/test_nft_sets.py tests/functional/test_ipsets.py tests/functional/test_pcp.py $(ARGS)'
 
 test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
