@@ -18,7 +18,7 @@ import pytest
 from lab.deadline import wait_until
 from lab.errors import DeadlinePassed
 from lab.namespace import Namespace
-from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, encode, windows
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, encode, keep_events_on, windows
 from sami_plugin.drivers.linux_conntrack.encode import Request
 from sami_plugin.model.flows import Batch, FlowStatus
 from sami_plugin.model.protocols import TcpState
@@ -103,7 +103,13 @@ def connection(sides: tuple[Namespace, Namespace], request: pytest.FixtureReques
         yield made
 
 
-def tracked(driver: LinuxConntrackDriver, scope: Scope) -> Batch:
+def tracked(scope: Scope) -> Batch:
+    """As the kernel has it, by a driver that waits for nothing."""
+    with contextlib.closing(LinuxConntrackDriver()) as other:
+        return told(other, scope)
+
+
+def told(driver: LinuxConntrackDriver, scope: Scope) -> Batch:
     (batch,) = (part for part in driver.export(scope) if isinstance(part, Batch) and "tcp" in part.template.name)
     return batch
 
@@ -112,41 +118,41 @@ def flags(batch: Batch) -> tuple[list[int], list[int]]:
     return batch.rows["tcpTrackingFlags"].tolist(), batch.rows["reverseTcpTrackingFlags"].tolist()
 
 
-def is_liberal(driver: LinuxConntrackDriver, scope: Scope) -> bool:
+def is_liberal(scope: Scope) -> bool:
     """In both directions; in neither, it is not."""
-    ((one,), (other,)) = flags(tracked(driver, scope))
+    ((one,), (other,)) = flags(tracked(scope))
     assert one & LIBERAL == other & LIBERAL
     return bool(one & LIBERAL)
 
 
 def moved(driver: LinuxConntrackDriver, scope: Scope, **change: int) -> Batch:
     """Takes the entry away and puts it in again; the flow as it was asked for, with its new id."""
-    flow = tracked(driver, scope)
+    flow = tracked(scope)
     assert driver.remove(scope, flow.identities)["outcome"].tolist() == [Outcome.REMOVED]
     for name, value in change.items():
         flow.rows[name] |= value
     assert driver.insert(scope, flow)["outcome"].tolist() == [Outcome.IMPORTED]
-    flow.rows["flowId"] = tracked(driver, scope).rows["flowId"]
+    flow.rows["flowId"] = tracked(scope).rows["flowId"]
     return flow
 
 
 def test_checks_are_back_when_both_ends_have_spoken(
     driver: LinuxConntrackDriver, scope: Scope, connection: Connection
 ) -> None:
-    assert not is_liberal(driver, scope)
+    assert not is_liberal(scope)
     flow = moved(driver, scope)
-    assert is_liberal(driver, scope)
+    assert is_liberal(scope)
     driver.arrived(scope, flow)
     with pytest.raises(DeadlinePassed):  # nobody has spoken, and a check now would know no window
-        wait_until(lambda: not is_liberal(driver, scope), "checks", 0.5)
+        wait_until(lambda: not is_liberal(scope), "checks", 0.5)
     connection.talk()
-    wait_until(lambda: not is_liberal(driver, scope), "window checks to be back", 5)
+    wait_until(lambda: not is_liberal(scope), "window checks to be back", 5)
     kept, _ = driver.read_back(scope, flow)
     assert not lost_fields(flow, kept.rows).any()
     connection.talk(20_000_000)
-    assert tracked(driver, scope).rows["tcpConnectionState"].tolist() == [TcpState.ESTABLISHED]
+    assert tracked(scope).rows["tcpConnectionState"].tolist() == [TcpState.ESTABLISHED]
     connection.forge()
-    assert tracked(driver, scope).rows["remainingTimeoutSeconds"] > RST_SECONDS
+    assert tracked(scope).rows["remainingTimeoutSeconds"] > RST_SECONDS
 
 
 def test_forged_end_is_believed_where_nobody_asks_for_the_checks(
@@ -154,9 +160,9 @@ def test_forged_end_is_believed_where_nobody_asks_for_the_checks(
 ) -> None:
     moved(driver, scope)
     connection.talk()
-    assert is_liberal(driver, scope)
+    assert is_liberal(scope)
     connection.forge()
-    assert tracked(driver, scope).rows["remainingTimeoutSeconds"] <= RST_SECONDS
+    assert tracked(scope).rows["remainingTimeoutSeconds"] <= RST_SECONDS
 
 
 def test_what_the_source_did_not_check_is_not_checked_here(
@@ -167,10 +173,10 @@ def test_what_the_source_did_not_check_is_not_checked_here(
     connection.talk()
 
     def is_checked_backwards() -> bool:
-        return not flags(tracked(driver, scope))[1][0] & LIBERAL
+        return not flags(tracked(scope))[1][0] & LIBERAL
 
     wait_until(is_checked_backwards, "the other direction to be checked", 5)
-    assert flags(tracked(driver, scope))[0][0] & LIBERAL
+    assert flags(tracked(scope))[0][0] & LIBERAL
 
 
 def test_entry_of_another_id_is_left_as_it_is(
@@ -181,10 +187,59 @@ def test_entry_of_another_id_is_left_as_it_is(
     driver.arrived(scope, flow)
     connection.talk()
     with pytest.raises(DeadlinePassed):
-        wait_until(lambda: not is_liberal(driver, scope), "checks", 0.5)
+        wait_until(lambda: not is_liberal(scope), "checks", 0.5)
     flow.rows["flowId"] = 0  # as after a start of the agent, which does not know the ids any more
     driver.arrived(scope, flow)
-    wait_until(lambda: not is_liberal(driver, scope), "window checks to be back", 5)
+    wait_until(lambda: not is_liberal(scope), "window checks to be back", 5)
+
+
+def liberal(batch: Batch) -> list[int]:
+    return [flag & LIBERAL for one in flags(batch) for flag in one]
+
+
+def test_flow_that_moves_on_before_it_is_checked_is_to_be_checked_at_the_next_host(
+    driver: LinuxConntrackDriver, scope: Scope, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "LOOK_SECONDS", (60.0,))
+    with keep_events_on(scope.namespace), driver.watch(scope) as watch:
+        flow = moved(driver, scope, tcpTrackingFlags=LIBERAL)
+        assert liberal(told(driver, scope)) == [LIBERAL, LIBERAL]
+        another = flow.take(np.array([0]))
+        another.rows["flowId"] ^= 1
+        driver.arrived(scope, another)
+        assert liberal(told(driver, scope)) == [LIBERAL, LIBERAL], "that is another flow"
+        driver.arrived(dataclasses.replace(scope, namespace=None), flow)
+        assert liberal(told(driver, scope)) == [LIBERAL, LIBERAL], "that is elsewhere"
+        driver.arrived(scope, flow)
+        assert liberal(told(driver, scope)) == [LIBERAL, 0]
+        (changed,) = watch.collect().upserts
+        assert liberal(changed) == [LIBERAL, 0]
+        assert liberal(tracked(scope)) == [LIBERAL, LIBERAL], "the kernel cannot check it yet"
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_flow_that_moves_on_while_it_is_looked_at_is_to_be_checked_too(
+    driver: LinuxConntrackDriver,
+    scope: Scope,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    is_asked: bool,
+) -> None:
+    flow, seen = moved(driver, scope), []
+    done = threading.Event()
+
+    def look(scope: Scope, batch: Batch) -> Batch:
+        seen.append(liberal(told(driver, scope)))
+        done.set()
+        return batch.take(np.arange(0))
+
+    monkeypatch.setattr(driver._window_checks, "_check", look)
+    if is_asked:
+        driver.arrived(scope, flow)
+    else:
+        look(scope, flow)
+    assert done.wait(5)
+    assert seen == [[0, 0] if is_asked else [LIBERAL, LIBERAL]]
 
 
 def test_what_the_kernel_refuses_is_asked_for_again(
@@ -197,9 +252,9 @@ def test_what_the_kernel_refuses_is_asked_for_again(
         encode.layout.cache_clear()
         assert len(driver._checked(scope, flow)) == 1
     encode.layout.cache_clear()
-    assert is_liberal(driver, scope)
+    assert is_liberal(scope)
     assert not len(driver._checked(scope, flow))
-    assert not is_liberal(driver, scope)
+    assert not is_liberal(scope)
 
 
 def test_what_is_not_there_is_not_asked_for_again(
@@ -221,7 +276,7 @@ def test_offloaded_flow_stays_as_the_kernel_has_it(
     with monkeypatch.context() as patched:
         patched.setattr(driver, "read_back", lambda scope, batch: (found, is_there.copy()))
         assert not len(driver._checked(scope, flow))
-    assert is_liberal(driver, scope)
+    assert is_liberal(scope)
 
 
 def test_entry_of_a_shared_zone_may_have_been_put_in_anew(
@@ -231,4 +286,4 @@ def test_entry_of_a_shared_zone_may_have_been_put_in_anew(
     flow.rows["flowId"] ^= 1
     driver.arrived(dataclasses.replace(scope, is_shared=True), flow)
     connection.talk()
-    wait_until(lambda: not is_liberal(driver, scope), "window checks to be back", 5)
+    wait_until(lambda: not is_liberal(scope), "window checks to be back", 5)

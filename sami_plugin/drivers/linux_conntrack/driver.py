@@ -162,6 +162,7 @@ class LinuxConntrackDriver(FlowDriver):
     # --- what is there
 
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        waiting = self._window_checks.waiting(scope)
         for _ in range(_MOST_DUMPS):
             omitted: dict[str, Omitted] = {}
             expected: list[Batch] = []
@@ -175,6 +176,7 @@ class LinuxConntrackDriver(FlowDriver):
                     if is_barred.any():
                         _merge(omitted, _omitted(batch.take(is_barred)))
                         batch = batch.take(~is_barred)
+                    _ask_for_checks(batch, waiting)
                     if batch.template.is_extended:
                         has_master = batch.rows["masterProtocolIdentifier"] != 0
                         expected.append(batch.take(has_master))
@@ -199,6 +201,9 @@ class LinuxConntrackDriver(FlowDriver):
         def look(keys: Batch) -> list[Decoded]:
             with self._connections.lend(scope.namespace) as asking:
                 found = _of_same_key(keys, self._look(asking, scope, keys)[1])
+            waiting = self._window_checks.waiting(scope)
+            for part in found:
+                _ask_for_checks(part.batch, waiting)
             # What is barred counts as gone.
             admitted = (_without(part, _is_barred(scope, part.batch)) for part in found)
             return [part for part in admitted if len(part.batch)]
@@ -550,6 +555,21 @@ def _is_liberal(batch: Batch) -> Mask:
     """Shape (2, n): of each direction."""
     liberal: Mask = _flags(batch) & np.uint8(nl.FLAG_BE_LIBERAL) != 0
     return liberal
+
+
+def _ask_for_checks(batch: Batch, waiting: Sequence[Batch]) -> None:
+    """Those of the flows that are to have window checks again ask for them, and not for what they are eased by now.
+
+    So it is no matter to the next host whether the guest stayed here for long enough.
+    """
+    for asked in waiting:
+        if batch.template.protocol is TCP and batch.template.key == asked.template.key:
+            at = KeyIndex(asked).find(batch)
+            found = np.flatnonzero(at >= 0)
+            wanted = asked.take(at[found])
+            is_same = (wanted.rows["flowId"] == 0) | (wanted.rows["flowId"] == batch.rows["flowId"][found])
+            for name in ("tcpTrackingFlags", "reverseTcpTrackingFlags"):
+                batch.rows[name][found[is_same]] &= wanted.rows[name][is_same] | np.uint8(~nl.FLAG_BE_LIBERAL & 0xFF)
 
 
 def _is_barred(scope: Scope, batch: Batch) -> Mask:

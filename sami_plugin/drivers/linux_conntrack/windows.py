@@ -27,6 +27,7 @@ class WindowChecks:
         self._check = check
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, int, Scope, Batch]] = []
+        self._looked_at: tuple[Scope, Batch] | None = None
         self._number = itertools.count()
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -42,6 +43,15 @@ class WindowChecks:
                 thread.start()
                 self._thread = thread
             self._changed.notify()
+
+    def waiting(self, scope: Scope) -> list[Batch]:
+        """Flows of these zones that are without checks and are to have them again, as they were asked for."""
+        with self._changed:
+            all_ = [(place, batch) for _, _, _, place, batch in self._due]
+            if self._looked_at is not None:
+                all_.append(self._looked_at)
+        there = scope.namespace, scope.zones
+        return [batch for place, batch in all_ if (place.namespace, place.zones) == there]
 
     def close(self) -> None:
         """What was not done yet is left. Waits for a look that is under way. May be repeated."""
@@ -65,6 +75,7 @@ class WindowChecks:
                 if self._is_closed:
                     return
                 _, _, looks, scope, batch = heapq.heappop(self._due)
+                self._looked_at = scope, batch
             try:
                 batch = self._check(scope, batch)
             except SamiError as error:
@@ -72,4 +83,5 @@ class WindowChecks:
             except Exception:  # what happens to one must not end it for all
                 LOG.exception("flows of %s are tracked without window checks for now", scope.port)
             with self._changed:
+                self._looked_at = None
                 self._put(scope, batch, looks + 1)
