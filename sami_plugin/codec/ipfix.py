@@ -594,7 +594,7 @@ def _flow_layout(
     if kind is None:
         strangers = [elements.name_of(*each, enterprise) for each in skipped]
         return _Layout(0, wrong=_no_kind(known.kinds, template_id, set(places), strangers))
-    for name in places.keys() - kind.fields.keys():
+    for name in sorted(places.keys() - kind.fields.keys()):
         del places[name]
         skipped.append((elements.ELEMENTS[name].enterprise_number(enterprise), elements.ELEMENTS[name].number))
     if varying:

@@ -59,7 +59,7 @@ TIMEOUT = 7  # seconds; EINVAL without at create; not dumped for offloaded entri
 # Taken at create only, beside a reply that is not translated; where one of the two is there, without the other the
 # kernel translates nothing on that side. EEXIST: what answers are sent to is another entry's.
 NAT_SRC = 6
-# Told where nf_conntrack_acct or nf_conntrack_timestamp is on, of events only by DESTROY; taken never.
+# Told where nf_conntrack_acct is on, of events only by DESTROY; never taken.
 COUNTERS_ORIG, COUNTERS_REPLY = 9, 10
 MARK = 8  # dumped only when not 0
 # On delete compared: another id gives ENOENT. A hash over the entry's place in memory and its tuple: unique while the
@@ -70,8 +70,8 @@ NAT_DST = 13
 # without its master.
 TUPLE_MASTER = 14
 SEQ_ADJUST_ORIG, SEQ_ADJUST_REPLY = 15, 16
-TIMESTAMP = 20
 ZONE = 18  # dumped only when not 0. In a dump request a filter since 6.8, where 0 means any; ignored before
+TIMESTAMP = 20  # where nf_conntrack_timestamp is on, and else as the counters
 # Taken where something in the namespace sets labels (nft's "ct label set", xt_connlabel, act_ct, Open vSwitch; on newer
 # kernels also where nft looks at them), ignored anywhere else. An entry that can have some tells them, also none.
 LABELS = 22
