@@ -13,7 +13,7 @@ from sami_plugin.drivers.base import Changes, FlowDriver, Watch
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import Batch, Omitted, importance
 from sami_plugin.model.keys import FlowTable
-from sami_plugin.model.results import lost_fields
+from sami_plugin.model.results import has_changed
 from sami_plugin.model.risk import functions_of
 from sami_plugin.model.scope import Scope
 
@@ -150,7 +150,7 @@ def _changed(batch: Batch, *tables: FlowTable) -> Batch:
     is_same = np.zeros(len(batch), bool)
     for table in tables:
         known, rows = table.rows_of(batch)
-        is_same |= known & (lost_fields(batch, rows) == 0) & (batch.rows["flowId"] == rows["flowId"])
+        is_same |= known & ~has_changed(batch, rows)
     return batch.take(~is_same)
 
 

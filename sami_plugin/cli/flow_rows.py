@@ -88,12 +88,13 @@ def _accounted(row: np.void) -> Iterator[str]:
         ("sent", row["packetTotalCount"], row["octetTotalCount"]),
         ("answered", row["reversePacketTotalCount"], row["reverseOctetTotalCount"]),
     ):
-        if packets:
+        if packets or octets:
             yield f"{way} {packets} packets of {octets} octets"
-    if row["flowStartMilliseconds"]:
+    if 0 < row["flowStartMilliseconds"] < _MOST_MILLISECONDS:
         yield f"began {row['flowStartMilliseconds'].astype('datetime64[ms]')}Z"
 
 
+_MOST_MILLISECONDS = 1 << 63
 _ENDS = ("Source", "Destination")
 
 

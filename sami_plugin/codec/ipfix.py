@@ -577,6 +577,12 @@ def _flow_layout(
     offset = 0
     for vendor, number, octets in specifiers:
         element = elements.find(vendor, number, enterprise)
+        if (
+            element is not None
+            and element.name in ACCOUNTING
+            and (element.name in places or not _holds(element, octets))
+        ):
+            element = None  # it may be left out
         if element is None or element.name not in elements.ELEMENTS:
             if octets == elements.VARIABLE_LENGTH:
                 varying.append(f"{elements.name_of(vendor, number, enterprise)} of variable length")
@@ -585,7 +591,7 @@ def _flow_layout(
         else:
             if element.name in places:
                 return _Layout(0, wrong=f"template {template_id} has {element.name} twice")
-            if not (1 if element.may_be_reduced else element.octets) <= octets <= element.octets:
+            if not _holds(element, octets):
                 words = "a variable length" if octets == elements.VARIABLE_LENGTH else f"{octets} octets"
                 return _Layout(0, wrong=f"template {template_id} gives {element.name} {words}")
             places[element.name] = offset, octets
@@ -610,6 +616,10 @@ def _flow_layout(
         tuple((name, *place) for name, place in places.items()),
         tuple(skipped),
     )
+
+
+def _holds(element: elements.InformationElement, octets: int) -> bool:
+    return (1 if element.may_be_reduced else element.octets) <= octets <= element.octets
 
 
 def _no_kind(kinds: Iterable[_Kind], template_id: int, fields: set[str], strangers: list[str]) -> str:

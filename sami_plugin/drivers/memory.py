@@ -34,7 +34,7 @@ from sami_plugin.model.flows import (
     has_end_in,
 )
 from sami_plugin.model.results import Outcome, Reason, Results, came_out, results
-from sami_plugin.model.risk import FUNCTIONS
+from sami_plugin.model.risk import ACCOUNTED, FUNCTIONS
 from sami_plugin.model.scope import Scope
 
 Tuple = bytes
@@ -195,7 +195,7 @@ class MemoryDriver(FlowDriver):
         self.device = device or MemoryDevice()
         self._templates = _OF_FLOWS if templates is None else templates
         self._can_watch = can_watch
-        self.functions = FUNCTIONS
+        self.functions = FUNCTIONS | {ACCOUNTED}
 
     def capabilities(self, scope: Scope | None = None) -> Capabilities:
         device = self.device

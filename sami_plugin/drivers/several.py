@@ -26,7 +26,7 @@ from sami_plugin.errors import SamiError
 from sami_plugin.model.flows import TEMPLATES, Batch, FirewallEvent, Omitted, Template
 from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.kinds import NEVER_SECONDS
-from sami_plugin.model.results import Outcome, Reason, Results, lost_fields, results
+from sami_plugin.model.results import Outcome, Reason, Results, has_changed, results
 from sami_plugin.model.scope import Scope
 
 LOG = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ class ExportingWatch(Watch):
         """What is new or is not what was told, or was given time since."""
         known, rows = self._told.rows_of(batch)
         left, before = (one["remainingTimeoutSeconds"].astype(np.int64) for one in (batch.rows, rows))
-        is_same = (lost_fields(batch, rows) == 0) & (batch.rows["flowId"] == rows["flowId"])
+        is_same = ~has_changed(batch, rows)
         is_same &= (left <= before + LONGER_SECONDS) & ((left == NEVER_SECONDS) == (before == NEVER_SECONDS))
         return batch.take(~(known & is_same))
 

@@ -230,15 +230,12 @@ _EXPECTED: dict[str, tuple[Field, ...]] = {
     for family, mask, form in (("ipv4", "IPv4", (">u4",)), ("ipv6", "IPv6", (">u8", (2,))))
 }
 """What a firewall keeps of flows that it expects, beside what it keeps of every flow."""
-_ACCOUNTING: tuple[Field, ...] = (
-    ("octetTotalCount", ">u8"),
-    ("packetTotalCount", ">u8"),
-    ("reverseOctetTotalCount", ">u8"),
-    ("reversePacketTotalCount", ">u8"),
-    ("flowStartMilliseconds", ">u8"),
-)
-ACCOUNTING = tuple(name for name, *_ in _ACCOUNTING)
+_COUNTERS = "octetTotalCount", "packetTotalCount", "reverseOctetTotalCount", "reversePacketTotalCount"
+COUNTERS = frozenset(_COUNTERS)
+"""Fields that only grow: a device that has more than it was given has kept it."""
+ACCOUNTING = *_COUNTERS, "flowStartMilliseconds"
 """Fields of extended flows: what the firewall counted, and when it saw the flow first. Zeros where nobody asked it."""
+_ACCOUNTING: tuple[Field, ...] = tuple((name, ">u8") for name in ACCOUNTING)
 _OF_MASTER = slice(2, 7)
 """The fields of `_EXTENSION` that tell of the master."""
 

@@ -71,9 +71,10 @@ class KeyIndex:
 
     def find(self, wanted: Batch) -> Positions:
         """Per row of `wanted`, the position of the row with the same key, or -1."""
-        if self._few is not None:
+        few = self._few  # another thread may do without it from now on
+        if few is not None:
             if len(wanted) <= FEW:
-                return np.array([self._few.get(key, -1) for key in _keys(wanted)], np.intp)
+                return np.array([few.get(key, -1) for key in _keys(wanted)], np.intp)
             self._sort()
             self._few = None
         found = np.full(len(wanted), -1, np.intp)

@@ -7,7 +7,7 @@ import enum
 import numpy as np
 import numpy.typing as npt
 
-from sami_plugin.model.flows import ACCOUNTING, Batch, FlowStatus, Rows
+from sami_plugin.model.flows import COUNTERS, Batch, FlowStatus, Rows
 
 
 class Outcome(enum.IntEnum):
@@ -119,8 +119,6 @@ def is_in_device(made: Results) -> npt.NDArray[np.bool_]:
 
 NOT_COMPARED = frozenset({"flowId", "remainingTimeoutSeconds"})
 """Fields that differ by nature: each device gives its own ids, and timeouts run."""
-COUNTERS = frozenset(name for name in ACCOUNTING if name.endswith("Count"))
-"""Fields that only grow: as much as was sent has to be there, more may be."""
 
 _STATUS = (
     FlowStatus.EXPECTED
@@ -144,10 +142,21 @@ COMPARED_BITS: dict[str, int] = {
 
 def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint64]:
     """Per flow, which state fields of `kept`, of the same template and order, differ from `sent`: bit i for field i."""
+    return _differing(sent, kept, NOT_COMPARED)
+
+
+def has_changed(now: Batch, before: Rows) -> npt.NDArray[np.bool_]:
+    """Per flow, whether a state field differs from what it was, or the id. That packets were counted is no change."""
+    changed: npt.NDArray[np.bool_] = now.rows["flowId"] != before["flowId"]
+    changed |= _differing(now, before, NOT_COMPARED | COUNTERS) != 0
+    return changed
+
+
+def _differing(sent: Batch, kept: Rows, but: frozenset[str]) -> npt.NDArray[np.uint64]:
     lost = np.zeros(len(sent), np.uint64)
     for position, field in enumerate(sent.template.state):
         name = field[0]
-        if name in NOT_COMPARED or name in sent.template.varies:
+        if name in but or name in sent.template.varies:
             continue
         wanted, found = sent.rows[name], kept[name]
         if name in COMPARED_BITS:

@@ -10,9 +10,11 @@ from sami_plugin.model.migration import Answer
 from sami_plugin.model.verdict import Verdict
 
 MARKS, HELPERS, LABELS, MASTERS = "marks", "helpers", "labels", "masters"
-SEQUENCE_ADJUSTMENT, SYNPROXY, ACCOUNTED = "sequence adjustment", "synproxy", "accounting"
+SEQUENCE_ADJUSTMENT, SYNPROXY = "sequence adjustment", "synproxy"
 """Functions of a firewall that not each one has, and that not each flow needs."""
-FUNCTIONS = frozenset({MARKS, HELPERS, LABELS, MASTERS, SEQUENCE_ADJUSTMENT, SYNPROXY, ACCOUNTED})
+FUNCTIONS = frozenset({MARKS, HELPERS, LABELS, MASTERS, SEQUENCE_ADJUSTMENT, SYNPROXY})
+ACCOUNTED = "accounting"
+"""One that a driver has only if it says so."""
 
 FUNCTION_OF: dict[str, str] = {
     "flowMark": MARKS,

@@ -43,7 +43,7 @@ from sami_plugin.model.flows import (
 from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.protocols import Protocol, SctpState, TcpState
 from sami_plugin.model.results import Outcome, Reason, Results, lost_fields
-from sami_plugin.model.risk import ACCOUNTED, FUNCTIONS
+from sami_plugin.model.risk import FUNCTIONS
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import (
     NEIGHBOUR_ADDRESSES,
@@ -146,9 +146,6 @@ class TestConformance(FlowDriverConformance):
 
     def make_shared_scope(self) -> Scope:
         return scope_of(self.namespace, 7, is_shared=True, neighbours=NEIGHBOUR_ADDRESSES)
-
-    def lost_by_nature(self, template: Template) -> frozenset[str]:
-        return frozenset(ACCOUNTING)
 
     def has_fixed_timeouts(self, template: Template) -> bool:
         return template.protocol is protocols.GRE
@@ -840,7 +837,7 @@ def test_probe_agrees_with_what_this_kernel_does(places: list[str], driver: Linu
     came = sum(len(messages) for messages in connection.dump(dump_request(6)))
     connection.close()
     assert probe.features().filters_dump_by_zone == (came == 0)
-    assert probe.features().functions == FUNCTIONS - {ACCOUNTED}
+    assert probe.features().functions == FUNCTIONS
     assert probe.features().keeps_zones
 
 

@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,13 +209,39 @@ def test_flow_that_moves_on_before_it_is_checked_is_to_be_checked_at_the_next_ho
         another.rows["flowId"] ^= 1
         driver.arrived(scope, another)
         assert liberal(told(driver, scope)) == [LIBERAL, LIBERAL], "that is another flow"
-        driver.arrived(dataclasses.replace(scope, namespace=None), flow)
+        driver.arrived(dataclasses.replace(scope, namespace="/nowhere"), flow)
         assert liberal(told(driver, scope)) == [LIBERAL, LIBERAL], "that is elsewhere"
         driver.arrived(scope, flow)
         assert liberal(told(driver, scope)) == [LIBERAL, 0]
         (changed,) = watch.collect().upserts
         assert liberal(changed) == [LIBERAL, 0]
         assert liberal(tracked(scope)) == [LIBERAL, LIBERAL], "the kernel cannot check it yet"
+
+
+def test_flow_that_is_checked_while_a_watch_looks_at_it_is_told_as_it_was_asked_for(
+    driver: LinuxConntrackDriver, scope: Scope, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's answer is older than the check, and after the last look nobody looks again."""
+    monkeypatch.setattr(windows, "LOOK_SECONDS", (60.0,))
+    with keep_events_on(scope.namespace), driver.watch(scope) as watch:
+        flow = moved(driver, scope)
+        driver.arrived(scope, flow)
+        connection.talk()
+        look = driver._look
+
+        def look_and_be_overtaken(*given: Any) -> Any:
+            found = look(*given)
+            patched.undo()
+            ((_, _, _, one),) = driver._window_checks._due
+            driver._window_checks._due.clear()
+            assert not len(driver._checked(one.scope, one.batch))
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(driver, "_look", look_and_be_overtaken)
+            (changed,) = watch.collect().upserts
+        assert liberal(changed) == [0, 0]
+        assert not is_liberal(scope)
 
 
 @pytest.mark.parametrize("is_asked", [False, True])

@@ -21,7 +21,7 @@ from sami_plugin import errors
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.netlink import GENERIC_OCTETS, HEADER_OCTETS, Messages, Offsets
 from sami_plugin.model import protocols
-from sami_plugin.model.flows import TEMPLATES, Addresses, Batch, Omitted, Template, ZoneRole, holds_any
+from sami_plugin.model.flows import ACCOUNTING, TEMPLATES, Addresses, Batch, Omitted, Template, ZoneRole, holds_any
 from sami_plugin.model.protocols import TcpState
 
 Mask = npt.NDArray[np.bool_]
@@ -56,9 +56,6 @@ _ENTRY: _Known = {
     nl.ZONE: ("zone", 2),
     nl.TUPLE_MASTER: _TUPLE,
     nl.LABELS: ("labels", 16),
-    nl.COUNTERS_ORIG: {nl.COUNTERS_PACKETS: ("packets", 8), nl.COUNTERS_OCTETS: ("octets", 8)},
-    nl.COUNTERS_REPLY: {nl.COUNTERS_PACKETS: ("reply_packets", 8), nl.COUNTERS_OCTETS: ("reply_octets", 8)},
-    nl.TIMESTAMP: {nl.TIMESTAMP_START: ("start", 8)},
     nl.HELP: {nl.HELP_NAME: (_HELPER, nl.HELPER_OCTETS)},
     **{
         kind: {number: (name, 4) for number, name in enumerate(names, 1)}
@@ -83,14 +80,17 @@ _ENTRY: _Known = {
         },
     },
 }
-_COUNTERS = {
-    "octetTotalCount": "octets",
-    "packetTotalCount": "packets",
-    "reverseOctetTotalCount": "reply_octets",
-    "reversePacketTotalCount": "reply_packets",
+# What was counted is read only where it is asked for: all else that is read is compared in each message.
+_ACCOUNTED_ENTRY: _Known = {
+    **_ENTRY,
+    nl.COUNTERS_ORIG: {nl.COUNTERS_PACKETS: ("packetTotalCount", 8), nl.COUNTERS_OCTETS: ("octetTotalCount", 8)},
+    nl.COUNTERS_REPLY: {
+        nl.COUNTERS_PACKETS: ("reversePacketTotalCount", 8),
+        nl.COUNTERS_OCTETS: ("reverseOctetTotalCount", 8),
+    },
+    nl.TIMESTAMP: {nl.TIMESTAMP_START: ("flowStartMilliseconds", 8)},
 }
-_START = "start"
-_ACCOUNTED = {*_COUNTERS.values(), _START}
+_NANOSECONDS = 1_000_000
 _DIRECTIONS = {nl.TUPLE_ORIG: "orig.", nl.TUPLE_REPLY: "reply.", nl.TUPLE_MASTER: "master."}
 _BODY = HEADER_OCTETS + GENERIC_OCTETS
 _MOST_SHAPES = 256
@@ -152,7 +152,7 @@ class Decoder:
             self._roles[zone] = role
         self._addresses = addresses
         self._timeouts = timeouts
-        self._accounting = accounting
+        self._known = _ACCOUNTED_ENTRY if accounting else _ENTRY
         self._shapes: dict[int, list[Shape]] = {}
 
     def decode(self, messages: Messages) -> Iterator[Decoded | Omitted]:
@@ -182,7 +182,7 @@ class Decoder:
                     yield left[fits], shape
                     left = left[~fits]
             while len(left):
-                shape = read_shape(messages.octets, int(messages.starts[left[0]]), int(length))
+                shape = read_shape(messages.octets, int(messages.starts[left[0]]), int(length), self._known)
                 fits = _fits(words, messages.starts[left], shape)
                 if not fits[0]:  # cannot be; would not end
                     raise errors.Malformed("a message does not fit its own shape", f"octet {messages.starts[left[0]]}")
@@ -213,8 +213,6 @@ class Decoder:
             yield _omit(_why_no_template(shape), columns, len(here))
             return
         is_plain, is_extended = columns.is_plain(), columns.is_extended()
-        if self._accounting and not _ACCOUNTED.isdisjoint(shape.fields):
-            is_extended[:] = True
         if is_plain.all() and not is_extended.any():
             yield Decoded(self._rows(shape.template, columns, role), numbers)
             return
@@ -273,10 +271,9 @@ class Decoder:
                     rows[f"master{end.capitalize()}TransportPort"] = columns.u2(f"master.{end}_port")
             for name, *_ in template.protocol.extension:
                 rows[name] = columns.u4(name)
-            if self._accounting:
-                for name, column in _COUNTERS.items():
-                    rows[name] = columns.u8(column)
-                rows["flowStartMilliseconds"] = columns.u8(_START) // 1_000_000
+            for name in ACCOUNTING:
+                rows[name] = columns.u8(name)
+            rows["flowStartMilliseconds"] //= _NANOSECONDS
         return Batch(template, rows)
 
     def _complete_offloaded(self, rows: npt.NDArray[np.void], template: Template) -> None:
@@ -356,7 +353,7 @@ class _Columns:
     def is_extended(self) -> Mask:
         """Which entries have something that few have."""
         fields, found = self.shape.fields, np.zeros(len(self), bool)
-        if _HELPER in fields or "master.protocol" in fields:
+        if _HELPER in fields or "master.protocol" in fields or not fields.keys().isdisjoint(ACCOUNTING):
             return ~found
         if "labels" in fields:
             found |= self.labels().any(axis=1)
@@ -412,7 +409,7 @@ class _Columns:
         return column
 
 
-def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
+def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int, attributes: _Known = _ENTRY) -> Shape:
     """The shape of the message at `start`, read attribute by attribute.
 
     :raises Malformed: its attributes do not fill it exactly, or one that is known has another size.
@@ -437,12 +434,11 @@ def read_shape(octets: npt.NDArray[np.uint8], start: int, length: int) -> Shape:
                     )
                 fields[prefix + name] = at + 4
             elif meaning is not None:
-                walk(
-                    at + 4, at + size, meaning, _DIRECTIONS[kind] if known is _ENTRY and kind in _DIRECTIONS else prefix
-                )
+                inner = _DIRECTIONS.get(kind, prefix) if known is attributes else prefix
+                walk(at + 4, at + size, meaning, inner)
             at += (size + 3) & ~3
 
-    walk(_BODY, length, _ENTRY, "")
+    walk(_BODY, length, attributes, "")
     family, protocol = raw[HEADER_OCTETS], 0
     words = np.frombuffer(raw[: length & ~3], np.uint32)
     masks = np.full(len(places), 0xFFFFFFFF, np.uint32)

@@ -30,7 +30,7 @@ from sami_plugin.drivers.linux_conntrack.netlink import (
     failure,
 )
 from sami_plugin.drivers.linux_conntrack.watch import ConntrackWatch, EventsKeptOn, keep_events_on
-from sami_plugin.drivers.linux_conntrack.windows import WindowChecks
+from sami_plugin.drivers.linux_conntrack.windows import Waiting, WindowChecks
 from sami_plugin.model.flows import (
     BARRED,
     TEMPLATES,
@@ -73,9 +73,10 @@ _REASONS = {
 _EVENTS = "nf_conntrack_events"
 _NOT_CARRIED = {
     "nf_conntrack_acct": "nf_conntrack_acct is on, and no kernel can be given counters: they begin at 0 where a guest "
-    "goes; who adds up what the events of ended flows tell loses nothing",
+    "goes; who adds up what the events of ended flows tell loses nothing. Other devices than a kernel get them with "
+    "[linux_conntrack] accounting",
     "nf_conntrack_timestamp": "nf_conntrack_timestamp is on, and no kernel can be given a start: it is the time of a "
-    "guest's move",
+    "guest's move. Other devices than a kernel get it with [linux_conntrack] accounting",
 }
 """By the switch that turns it on: what the kernel tells of a flow and cannot be given."""
 _BODY = HEADER_OCTETS + GENERIC_OCTETS
@@ -162,7 +163,7 @@ class LinuxConntrackDriver(FlowDriver):
     # --- what is there
 
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
-        waiting = self._window_checks.waiting(scope)
+        waiting = self._window_checks.waiting(scope.namespace)
         for _ in range(_MOST_DUMPS):
             omitted: dict[str, Omitted] = {}
             expected: list[Batch] = []
@@ -199,9 +200,9 @@ class LinuxConntrackDriver(FlowDriver):
         decoder = self._decoder(scope, scope.addresses if scope.is_shared else None)
 
         def look(keys: Batch) -> list[Decoded]:
+            waiting = self._window_checks.waiting(scope.namespace)  # who is checked meanwhile is among them
             with self._connections.lend(scope.namespace) as asking:
                 found = _of_same_key(keys, self._look(asking, scope, keys)[1])
-            waiting = self._window_checks.waiting(scope)
             for part in found:
                 _ask_for_checks(part.batch, waiting)
             # What is barred counts as gone.
@@ -557,16 +558,16 @@ def _is_liberal(batch: Batch) -> Mask:
     return liberal
 
 
-def _ask_for_checks(batch: Batch, waiting: Sequence[Batch]) -> None:
+def _ask_for_checks(batch: Batch, waiting: Sequence[Waiting]) -> None:
     """Those of the flows that are to have window checks again ask for them, and not for what they are eased by now.
 
     So it is no matter to the next host whether the guest stayed here for long enough.
     """
     for asked in waiting:
-        if batch.template.protocol is TCP and batch.template.key == asked.template.key:
-            at = KeyIndex(asked).find(batch)
+        if batch.template.protocol is TCP and batch.template.key == asked.batch.template.key:
+            at = asked.index.find(batch)
             found = np.flatnonzero(at >= 0)
-            wanted = asked.take(at[found])
+            wanted = asked.batch.take(at[found])
             is_same = (wanted.rows["flowId"] == 0) | (wanted.rows["flowId"] == batch.rows["flowId"][found])
             for name in ("tcpTrackingFlags", "reverseTcpTrackingFlags"):
                 batch.rows[name][found[is_same]] &= wanted.rows[name][is_same] | np.uint8(~nl.FLAG_BE_LIBERAL & 0xFF)

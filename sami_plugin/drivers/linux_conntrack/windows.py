@@ -8,15 +8,30 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from sami_plugin.errors import SamiError
 from sami_plugin.model.flows import Batch
+from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.scope import Scope
 
 LOG = logging.getLogger(__name__)
 
 LOOK_SECONDS = tuple(2.0**power for power in range(2, 11))
 """From one look to the next: half an hour in all. A flow in which an end is silent for longer stays without checks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """Flows of one template, as they were asked for."""
+
+    scope: Scope
+    batch: Batch
+    index: KeyIndex = field(init=False)
+    """Made once, and not when a guest is paused."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", KeyIndex(self.batch))
 
 
 class WindowChecks:
@@ -26,32 +41,34 @@ class WindowChecks:
         """`check` does it for those of the flows for which it can, and returns those that it may be asked for again."""
         self._check = check
         self._changed = threading.Condition()
-        self._due: list[tuple[float, int, int, Scope, Batch]] = []
-        self._looked_at: tuple[Scope, Batch] | None = None
+        self._due: list[tuple[float, int, int, Waiting]] = []
+        self._looked_at: Waiting | None = None
         self._number = itertools.count()
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
     def begin(self, scope: Scope, batch: Batch) -> None:
         """Returns at once."""
+        if not len(batch):
+            return
+        waiting = Waiting(scope, batch)
         with self._changed:
-            if self._is_closed or not len(batch):
+            if self._is_closed:
                 return
-            self._put(scope, batch, 0)
+            self._put(waiting, 0)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="sami-windows", daemon=True)
                 thread.start()
                 self._thread = thread
             self._changed.notify()
 
-    def waiting(self, scope: Scope) -> list[Batch]:
-        """Flows of these zones that are without checks and are to have them again, as they were asked for."""
+    def waiting(self, namespace: str | None) -> list[Waiting]:
+        """Flows there that are without checks and are to have them again."""
         with self._changed:
-            all_ = [(place, batch) for _, _, _, place, batch in self._due]
+            all_ = [one for _, _, _, one in self._due]
             if self._looked_at is not None:
                 all_.append(self._looked_at)
-        there = scope.namespace, scope.zones
-        return [batch for place, batch in all_ if (place.namespace, place.zones) == there]
+        return [one for one in all_ if one.scope.namespace == namespace]
 
     def close(self) -> None:
         """What was not done yet is left. Waits for a look that is under way. May be repeated."""
@@ -62,10 +79,10 @@ class WindowChecks:
         if thread is not None:
             thread.join()
 
-    def _put(self, scope: Scope, batch: Batch, looks: int) -> None:
-        if len(batch) and looks < len(LOOK_SECONDS):
+    def _put(self, waiting: Waiting, looks: int) -> None:
+        if looks < len(LOOK_SECONDS):
             when = time.monotonic() + LOOK_SECONDS[looks]
-            heapq.heappush(self._due, (when, next(self._number), looks, scope, batch))
+            heapq.heappush(self._due, (when, next(self._number), looks, waiting))
 
     def _run(self) -> None:
         while True:
@@ -74,14 +91,17 @@ class WindowChecks:
                     self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
                 if self._is_closed:
                     return
-                _, _, looks, scope, batch = heapq.heappop(self._due)
-                self._looked_at = scope, batch
+                _, _, looks, waiting = heapq.heappop(self._due)
+                self._looked_at = waiting
+            scope, batch = waiting.scope, waiting.batch
             try:
                 batch = self._check(scope, batch)
             except SamiError as error:
                 LOG.info("flows of %s are tracked without window checks for now: %s", scope.port, error)
             except Exception:  # what happens to one must not end it for all
                 LOG.exception("flows of %s are tracked without window checks for now", scope.port)
+            left = Waiting(scope, batch) if len(batch) else None
             with self._changed:
                 self._looked_at = None
-                self._put(scope, batch, looks + 1)
+                if left is not None:
+                    self._put(left, looks + 1)

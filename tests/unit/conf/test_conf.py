@@ -127,8 +127,15 @@ def test_domain_has_a_policy_or_none(read: Read) -> None:
 
 
 def test_capacity_is_the_driver_s_only_where_it_is_said(read: Read) -> None:
-    assert options.driver_options(read("")) == {"linux_conntrack": {}}
-    assert options.driver_options(read("[agent]\ncapacity = 1000\n")) == {"linux_conntrack": {"capacity": 1000}}
+    assert "capacity" not in options.driver_options(read(""))["linux_conntrack"]
+    assert options.driver_options(read("[agent]\ncapacity = 1000\n"))["linux_conntrack"]["capacity"] == 1000
+
+
+def test_counters_are_told_only_where_it_is_said(read: Read) -> None:
+    assert options.driver_options(read("")) == {"linux_conntrack": {"accounting": False}}
+    text = "[linux_conntrack]\naccounting = true\n"
+    assert options.driver_options(read(text)) == {"linux_conntrack": {"accounting": True}}
+    assert options.driver_options(read(f"{text}[agent]\ndriver = acme\n")) == {"acme": {}}
 
 
 def test_further_drivers_have_options_of_their_own(read: Read) -> None:

@@ -337,6 +337,56 @@ def test_framing_is_walking_whatever_the_messages_hold(bodies: list[list[int]]) 
     assert list(zip(messages.starts.tolist(), messages.lengths.tolist(), strict=True)) == walked(octets)
 
 
+# --- what was counted
+
+
+def counted(numbers: tuple[int, int, int, int], start: int) -> bytes:
+    """Packets and octets of both directions, as Linux tells them, and the start in nanoseconds."""
+    pairs = ((nl.COUNTERS_ORIG, numbers[:2]), (nl.COUNTERS_REPLY, numbers[2:]))
+    counters = b"".join(
+        attribute(0x8000 | kind, b"".join(attribute(number, struct.pack(">Q", n)) for number, n in enumerate(pair, 1)))
+        for kind, pair in pairs
+    )
+    return counters + attribute(0x8000 | nl.TIMESTAMP, attribute(1, struct.pack(">Q", start)))
+
+
+COUNTED = entry(counted((1, 2**64 - 1, 2**63, 2**32), 1_700_000_000_123_999_999))
+
+
+@pytest.mark.parametrize("padding", [b"", attribute(nl.MARK, b"\0\0\0\7")])
+def test_counters_and_start_are_told_where_they_are_asked_for(padding: bytes) -> None:
+    """At any multiple of four octets."""
+    more = counted((1, 2**64 - 1, 2**63, 2**32), 1_700_000_000_123_999_999), counted((3, 4, 5, 6), 0)
+    octets = b"".join(entry(padding, one, ports=(number, 443)) for number, one in enumerate(more))
+    (part,) = decoded(octets, accounting=True)
+    assert isinstance(part, Decoded)
+    assert part.batch.template.name == "tcp-extended-ipv4"
+    rows = part.batch.rows
+    assert rows["packetTotalCount"].tolist() == [1, 3]
+    assert rows["octetTotalCount"].tolist() == [2**64 - 1, 4]
+    assert rows["reversePacketTotalCount"].tolist() == [2**63, 5]
+    assert rows["reverseOctetTotalCount"].tolist() == [2**32, 6]
+    assert rows["flowStartMilliseconds"].tolist() == [1_700_000_000_123, 0]
+    (usual,) = decoded(octets)
+    assert isinstance(usual, Decoded)
+    assert usual.batch.template == TCP
+    assert usual.batch.rows.tobytes() == part.batch.under(TCP).rows.tobytes()
+
+
+def test_entry_of_which_nothing_was_counted_is_a_usual_flow_among_others() -> None:
+    octets = COUNTED + entry(ports=(1, 443)) + entry(counted((1, 2, 3, 4), 5), ports=(2, 443))
+    parts = [part for part in decoded(octets, accounting=True) if isinstance(part, Decoded)]
+    found = {part.batch.template.name: part.numbers.tolist() for part in parts}
+    assert found == {"tcp-ipv4": [1], "tcp-extended-ipv4": [0, 2]}
+
+
+def test_wrong_counter_costs_nothing_where_nobody_asks_for_it() -> None:
+    octets = entry(attribute(0x8000 | nl.COUNTERS_ORIG, attribute(1, bytes(4))))
+    assert len(decoded(octets)) == 1
+    with pytest.raises(errors.Malformed, match="packetTotalCount has 4 octets instead of 8"):
+        decoded(octets, accounting=True)
+
+
 # --- what is broken
 
 
@@ -353,7 +403,11 @@ def only_malformed() -> Iterator[None]:
 def _used(octets: bytes, ends: list[int] | None = None) -> None:
     """All that is done with what a kernel sends."""
     messages = framed(octets, ends)
-    list(Decoder({ZoneRole.PORT: 5, ZoneRole.SNAT: 0}).decode(entries(messages)))
+    for accounting in (False, True):
+        list(Decoder({ZoneRole.PORT: 5, ZoneRole.SNAT: 0}, accounting=accounting).decode(entries(messages)))
+
+
+DUMP = COUNTED + RECORDED
 
 
 @given(st.integers(1, len(RECORDED) - 1))
@@ -367,10 +421,10 @@ def test_truncated_dump_is_malformed_or_a_shorter_dump(length: int) -> None:
         _used(RECORDED[:length])
 
 
-@given(st.lists(st.tuples(st.integers(0, len(RECORDED) - 1), st.integers(0, 255)), min_size=1, max_size=12))
+@given(st.lists(st.tuples(st.integers(0, len(DUMP) - 1), st.integers(0, 255)), min_size=1, max_size=12))
 @settings(max_examples=1500)
 def test_mutated_dump_is_malformed_or_decoded(changes: list[tuple[int, int]]) -> None:
-    octets = bytearray(RECORDED)
+    octets = bytearray(DUMP)
     for place, value in changes:
         octets[place] = value
     with only_malformed():
@@ -381,8 +435,8 @@ def test_mutated_dump_is_malformed_or_decoded(changes: list[tuple[int, int]]) ->
 @settings(max_examples=500)
 def test_hostile_words_in_places_that_matter(data: st.DataObject) -> None:
     """Lengths and types of headers and attributes, which random octets seldom hit."""
-    octets = bytearray(RECORDED)
-    start, length = data.draw(st.sampled_from(walked(RECORDED)))
+    octets = bytearray(DUMP)
+    start, length = data.draw(st.sampled_from(walked(DUMP)))
     for _ in range(data.draw(st.integers(1, 3))):
         at = start + 4 * data.draw(st.integers(0, length // 4 - 1))
         struct.pack_into(
@@ -390,7 +444,7 @@ def test_hostile_words_in_places_that_matter(data: st.DataObject) -> None:
             octets,
             at,
             data.draw(st.sampled_from([0, 1, 3, 4, 5, 8, 12, 0x7FFF, 0xFFFF])),
-            data.draw(st.sampled_from([0, 1, 2, 3, 4, 7, 18, 0x8001, 0x8002, 0x8004, 0xFFFF])),
+            data.draw(st.sampled_from([0, 1, 2, 3, 4, 7, 9, 18, 20, 0x8001, 0x8002, 0x8004, 0xFFFF])),
         )
     with only_malformed():
         _used(bytes(octets))

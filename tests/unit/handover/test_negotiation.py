@@ -21,7 +21,7 @@ from sami_plugin.errors import OperatorError, PeerUnreachable, Veto
 from sami_plugin.model.flows import ACCOUNTING, TEMPLATES, Batch, FlowStatus, helper_octets, names
 from sami_plugin.model.migration import MigrationEvent, Offer, Phase
 from sami_plugin.model.results import WORDS, Reason, lost_fields
-from sami_plugin.model.risk import ACCOUNTED, FUNCTIONS, LABELS, Risk
+from sami_plugin.model.risk import FUNCTIONS, LABELS, Risk
 from sami_plugin.model.verdict import Verdict
 from sami_plugin.policies.base import Policy
 from sami_plugin.policies.chosen import Policies
@@ -404,7 +404,7 @@ def test_what_was_counted_of_a_flow_goes_to_a_device_that_can_be_given_it(tmp_pa
         hosts.drivers["host-a"].insert(scope, sent)
         there = hosts.drivers["host-b"]
         if not is_kept:
-            there.functions = FUNCTIONS - {ACCOUNTED}  # type: ignore[attr-defined]
+            there.functions = FUNCTIONS  # type: ignore[attr-defined]
             there.device.faults.drop_fields = frozenset(ACCOUNTING)  # type: ignore[attr-defined]
         losses = {} if is_kept else {"the driver of that host does not keep accounting, which some of them use": 2}
         assert hosts.agents["host-a"].check(guest, "host-b")["losses"] == losses

@@ -122,6 +122,45 @@ def test_a_flow_that_goes_between_lost_events_and_the_new_export_is_gone_there_t
         assert ports(hosts, "host-b") == {*range(1000, 1100), 7001}
 
 
+class Counts(MemoryDriver):
+    """Each time that somebody looks, each flow has had one packet more; nothing tells changes."""
+
+    exports = inserted = 0
+
+    def __init__(self, device: MemoryDevice) -> None:
+        super().__init__(device, can_watch=False)
+
+    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        self.exports += 1
+        for piece in super().export(scope):
+            if isinstance(piece, Batch):
+                piece = piece.under(piece.template.variant(is_extended=True))
+                piece.rows["packetTotalCount"] = self.exports
+            yield piece
+
+    def insert(self, scope: Scope, batch: Batch) -> Any:
+        self.inserted += len(batch)
+        return super().insert(scope, batch)
+
+
+def test_flows_of_which_packets_are_counted_are_sent_once(tmp_path: Path) -> None:
+    settings = limited(delta_seconds=0.05, resync_seconds=0.1)
+    with hosts_in(tmp_path, settings, lambda name: Counts(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        here, there = (hosts.drivers[name] for name in ("host-a", "host-b"))
+        assert isinstance(here, Counts)
+        assert isinstance(there, Counts)
+        looks = here.exports
+        until(lambda: here.exports > looks + 5)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert there.inserted == 100
+        (kept,) = MemoryDriver.export(there, hosts.scope("host-b", guest))
+        assert isinstance(kept, Batch)
+        assert (kept.rows["packetTotalCount"] > 0).all()
+
+
 class SlowExport(MemoryDriver):
     pause = 0.0
 

@@ -12,6 +12,7 @@ from sami_plugin.model.results import (
     WORDS,
     Outcome,
     Reason,
+    has_changed,
     is_in_device,
     lost_fields,
     results,
@@ -64,6 +65,17 @@ def test_counter_that_has_grown_is_no_loss_and_one_that_is_less_is() -> None:
     assert names.index("flowStartMilliseconds") > 32, "or nothing says that there are bits enough"
     bits = [1 << names.index(name) for name in ("flowStartMilliseconds", "octetTotalCount")]
     assert lost_fields(sent, kept).tolist() == [bits[0], 0, bits[1]]
+
+
+def test_flow_of_which_packets_were_counted_has_not_changed() -> None:
+    now = flows(TEMPLATES["udp-extended-ipv4"], 4)
+    before = now.rows.copy()
+    before["reversePacketTotalCount"] -= np.uint64(1)
+    before["remainingTimeoutSeconds"] += np.uint32(9)
+    before["flowId"][1] += 1
+    before["flowMark"][2] += 1
+    before["flowStartMilliseconds"][3] += np.uint64(1)
+    assert has_changed(now, before).tolist() == [False, True, True, True]
 
 
 def test_bits_that_the_device_adds_are_no_loss() -> None:
