@@ -210,7 +210,8 @@ def test_flow_that_moves_on_before_it_is_checked_is_to_be_checked_at_the_next_ho
         driver.arrived(scope, another)
         assert liberal(told(driver, scope)) == [LIBERAL, LIBERAL], "that is another flow"
         driver.arrived(dataclasses.replace(scope, namespace="/nowhere"), flow)
-        assert liberal(told(driver, scope)) == [LIBERAL, LIBERAL], "that is elsewhere"
+        driver.arrived(dataclasses.replace(scope, guest="another"), flow)
+        assert liberal(told(driver, scope)) == [LIBERAL, LIBERAL], "those are elsewhere, and another's"
         driver.arrived(scope, flow)
         assert liberal(told(driver, scope)) == [LIBERAL, 0]
         (changed,) = watch.collect().upserts

@@ -163,7 +163,7 @@ class LinuxConntrackDriver(FlowDriver):
     # --- what is there
 
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
-        waiting = self._window_checks.waiting(scope.namespace)
+        waiting = self._window_checks.waiting(scope)
         for _ in range(_MOST_DUMPS):
             omitted: dict[str, Omitted] = {}
             expected: list[Batch] = []
@@ -200,7 +200,7 @@ class LinuxConntrackDriver(FlowDriver):
         decoder = self._decoder(scope, scope.addresses if scope.is_shared else None)
 
         def look(keys: Batch) -> list[Decoded]:
-            waiting = self._window_checks.waiting(scope.namespace)  # who is checked meanwhile is among them
+            waiting = self._window_checks.waiting(scope)  # who is checked meanwhile is among them
             with self._connections.lend(scope.namespace) as asking:
                 found = _of_same_key(keys, self._look(asking, scope, keys)[1])
             for part in found:

@@ -62,13 +62,14 @@ class WindowChecks:
                 self._thread = thread
             self._changed.notify()
 
-    def waiting(self, namespace: str | None) -> list[Waiting]:
-        """Flows there that are without checks and are to have them again."""
+    def waiting(self, scope: Scope) -> list[Waiting]:
+        """Flows of the guest that are without checks there and are to have them again."""
         with self._changed:
             all_ = [one for _, _, _, one in self._due]
             if self._looked_at is not None:
                 all_.append(self._looked_at)
-        return [one for one in all_ if one.scope.namespace == namespace]
+        there = scope.namespace, scope.guest
+        return [one for one in all_ if (one.scope.namespace, one.scope.guest) == there]
 
     def close(self) -> None:
         """What was not done yet is left. Waits for a look that is under way. May be repeated."""
