@@ -384,8 +384,8 @@ def is_reached(lab: Lab, guest: Guest, family: int, kind: int) -> bool:
     with here, there:
         here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         here.bind((own, PORT))
-        there.settimeout(0.5)
-        here.settimeout(0.5)
+        there.settimeout(1.5)
+        here.settimeout(1.5)
         with contextlib.suppress(TimeoutError):
             if kind == socket.SOCK_STREAM:
                 here.listen()
