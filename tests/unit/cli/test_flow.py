@@ -18,7 +18,7 @@ from sami_plugin.cli import flow_transfer, scope_options, terminal
 from sami_plugin.codec import ipfix_file
 from sami_plugin.drivers.memory import Faults, MemoryDevice, MemoryDriver
 from sami_plugin.errors import ConfigurationError, DeviceFailed, NotAvailable
-from sami_plugin.model.flows import TEMPLATES, Batch, Omitted, ZoneRole
+from sami_plugin.model.flows import ACCOUNTING, TEMPLATES, Batch, Omitted, ZoneRole
 from sami_plugin.model.results import Reason
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.conformance import (
@@ -84,7 +84,14 @@ def test_list_shows_what_few_flows_have(sami: CommandLine) -> None:
     batch.rows["conntrackLabels"] = (1 << 5, 1)
     batch.rows["masterProtocolIdentifier"], batch.rows["masterSourceIPv4Address"] = 6, batch.rows["sourceIPv4Address"]
     batch.rows["masterSourceTransportPort"], batch.rows["masterDestinationTransportPort"] = 1000, 21
-    put(sami, 7, batch, flows(TEMPLATES["udp-extended-ipv6"], 1))
+    other = flows(TEMPLATES["udp-extended-ipv6"], 1)
+    batch.rows["octetTotalCount"], batch.rows["packetTotalCount"] = 3 * 60, 3
+    batch.rows["reverseOctetTotalCount"], batch.rows["reversePacketTotalCount"] = 52, 0
+    batch.rows["flowStartMilliseconds"] = 1_700_000_000_123
+    for name in ACCOUNTING:
+        other.rows[name] = 0
+    other.rows["flowStartMilliseconds"] = (1 << 64) - 1  # from a file may come anything
+    put(sami, 7, batch, other)
     tcp, udp = (row["Detail"] for row in listed(sami, "--zone", 7))
     behind, *others = tcp.split(", ")
     assert behind.startswith("translated to ")
@@ -93,6 +100,9 @@ def test_list_shows_what_few_flows_have(sami: CommandLine) -> None:
         f"expected by tcp {GUEST}:1000 > 0.0.0.0:21",
         "labels 5 64",
         "sequence numbers adjusted",
+        "sent 3 packets of 180 octets",
+        "answered 0 packets of 52 octets",
+        "began 2023-11-14T22:13:20.123Z",
     ]
     assert udp == "helper tftp, labels 0 127"
 
