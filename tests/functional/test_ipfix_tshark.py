@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+from datetime import UTC, datetime, timedelta
 
 import netaddr
 import numpy as np
@@ -44,6 +45,11 @@ DISSECTED = {
     "postNATDestinationIPv6Address": "cflow.post_nat_destination_ipv6_address",
     "postNAPTSourceTransportPort": "cflow.post_naptsource_transport_port",
     "postNAPTDestinationTransportPort": "cflow.post_naptdestination_transport_port",
+    "octetTotalCount": "cflow.permanent_octets",
+    "packetTotalCount": "cflow.permanent_packets",
+    "reverseOctetTotalCount": "cflow.permanent_octets",
+    "reversePacketTotalCount": "cflow.permanent_packets",
+    "flowStartMilliseconds": "cflow.abstimestart",
 }
 PRIVATE = "cflow.enterprise_private_entry"
 
@@ -93,6 +99,9 @@ def expected(batch: Batch) -> list[list[tuple[str, str]]]:
                 said = value.hex(":")
             elif "Address" in field:
                 said = str(netaddr.IPAddress(number, 6 if dtype.itemsize == 16 else 4))
+            elif field == "flowStartMilliseconds":
+                moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=number)
+                said = f"{moment:%b %d, %Y %H:%M:%S.%f}000 UTC"
             else:
                 said = str(number)
             record.append((name, said))
