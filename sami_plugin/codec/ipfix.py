@@ -6,8 +6,8 @@ so nothing here is done per flow.
 
 A reader takes what any exporter may write: fields in any order, unsigned values in more or fewer octets than ours
 (section 6.2), padding, withdrawals, several observation domains. It wants all the fields of one of our templates and
-no others that it knows, because a field that is left out has no value, and zero is one. Only what was counted of a flow
-may be left out, or be told of one that has no room for it, which is skipped. So are elements that it does not know, by
+no others that it knows, because a field that is left out has no value, and zero is one. Only what was counted may be
+left out, or be told where there is no room for it, and then it is skipped. So are elements that it does not know, by
 name, unless their sender marked them as critical; see `information_elements`.
 
 All or nothing: `decode` returns everything or raises a `RepresentationError`. It takes time and memory in proportion

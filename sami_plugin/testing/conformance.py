@@ -192,7 +192,7 @@ class FlowDriverConformance:
         return flows(template, count, first=first)
 
     def lost_by_nature(self, template: Template) -> frozenset[str]:
-        """State fields that this device cannot keep, and is known not to."""
+        """State fields that this device cannot keep, beside those of functions that the driver does not declare."""
         return frozenset()
 
     def has_fixed_timeouts(self, template: Template) -> bool:
@@ -755,7 +755,7 @@ class FlowDriverConformance:
     def _each_marked(self) -> Iterable[tuple[Template, FlowDriver, Scope]]:
         driver, scope = self.make_driver(), self.make_scope()
         kinds = (one for one in self._declared(driver, scope) if "flowMark" in (one.dtype.names or ()))
-        marked = [one for one in kinds if "flowMark" not in self.lost_by_nature(one)]
+        marked = [one for one in kinds if "flowMark" not in self._not_kept(driver, scope, one)]
         if not marked:
             raise unittest.SkipTest("the device keeps no marks")
         for template in marked:
@@ -779,12 +779,16 @@ class FlowDriverConformance:
         )
         return self.make_driver(), mine, theirs
 
+    def _not_kept(self, driver: FlowDriver, scope: Scope, template: Template) -> set[str]:
+        """Fields that no promise is made of: the driver says so by its functions, or its author here."""
+        functions = driver.capabilities(scope).functions
+        undeclared = {name for name, function in FUNCTION_OF.items() if function not in functions}
+        return undeclared | self.lost_by_nature(template)
+
     def _same(self, driver: FlowDriver, scope: Scope, sent: Batch, kept: Batch) -> None:
         lost = int(np.bitwise_or.reduce(lost_fields(sent, kept.rows))) if len(sent) else 0
         fields = {field[0] for position, field in enumerate(sent.template.state) if lost >> position & 1}
-        functions = driver.capabilities(scope).functions
-        fields -= {name for name, function in FUNCTION_OF.items() if function not in functions}
-        fields -= self.lost_by_nature(sent.template)
+        fields -= self._not_kept(driver, scope, sent.template)
         _promise(not fields, f"{sent.template.name}: {', '.join(sorted(fields))} not as they were")
 
     def _there(self, driver: FlowDriver, scope: Scope, batch: Batch, what: str) -> None:

@@ -90,7 +90,7 @@ _ACCOUNTED_ENTRY: _Known = {
     },
     nl.TIMESTAMP: {nl.TIMESTAMP_START: ("flowStartMilliseconds", 8)},
 }
-_NANOSECONDS = 1_000_000
+_NANOSECONDS_PER_MILLISECOND = 1_000_000
 _DIRECTIONS = {nl.TUPLE_ORIG: "orig.", nl.TUPLE_REPLY: "reply.", nl.TUPLE_MASTER: "master."}
 _BODY = HEADER_OCTETS + GENERIC_OCTETS
 _MOST_SHAPES = 256
@@ -271,9 +271,9 @@ class Decoder:
                     rows[f"master{end.capitalize()}TransportPort"] = columns.u2(f"master.{end}_port")
             for name, *_ in template.protocol.extension:
                 rows[name] = columns.u4(name)
-            for name in ACCOUNTING:
+            for name in shape.fields.keys() & ACCOUNTING:
                 rows[name] = columns.u8(name)
-            rows["flowStartMilliseconds"] //= _NANOSECONDS
+            rows["flowStartMilliseconds"] //= _NANOSECONDS_PER_MILLISECOND
         return Batch(template, rows)
 
     def _complete_offloaded(self, rows: npt.NDArray[np.void], template: Template) -> None:
@@ -313,12 +313,9 @@ class _Columns:
         return self._column(name, ">u4", 2)
 
     def u8(self, name: str) -> npt.NDArray[np.uint64]:
-        at = self.shape.fields.get(name)
-        if at is None:
-            return np.zeros(len(self), np.uint64)
         # Attributes begin at multiples of four octets.
         words = self._octets[: len(self._octets) & ~3].view(">u4")
-        first = (self._starts + at) >> 2
+        first = (self._starts + self.shape.fields[name]) >> 2
         return words[first].astype(np.uint64) << np.uint64(32) | words[first + 1]
 
     def part(self, name: str, part: nl.Part) -> npt.NDArray[Any]:
