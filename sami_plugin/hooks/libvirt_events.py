@@ -73,6 +73,8 @@ class LibvirtHost:
         self._host = host
         self._phases = _phases(libvirt)
         self._runs = _events_of_guests_that_run(libvirt)
+        self._lives = (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_PMSUSPENDED)
+        """Neither paused nor ended: a guest that sleeps wakes up where it is."""
         self._connection: Any = None
         self._callbacks: list[int] = []
         self._descriptions = descriptions
@@ -259,7 +261,7 @@ class LibvirtHost:
         """Whether a guest in this state is here, and not on its way from or to another host."""
         libvirt = self._libvirt
         if state != libvirt.VIR_DOMAIN_PAUSED:
-            return bool(state == libvirt.VIR_DOMAIN_RUNNING)
+            return state in self._lives
         # Between the end of the job and the next event, or for good after post-copy failed.
         return reason not in (
             libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
@@ -275,7 +277,7 @@ class LibvirtHost:
             return self._absence(error)
         if state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
             return None
-        return Phase.RESUMED if state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_PAUSED) else Phase.STOPPED
+        return Phase.RESUMED if state in (*self._lives, libvirt.VIR_DOMAIN_PAUSED) else Phase.STOPPED
 
     def _absence(self, error: Any) -> Phase | None:
         if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:

@@ -44,6 +44,7 @@ NAMES = [
     "VIR_DOMAIN_RUNNING",
     "VIR_DOMAIN_PAUSED",
     "VIR_DOMAIN_SHUTOFF",
+    "VIR_DOMAIN_PMSUSPENDED",
     "VIR_DOMAIN_PAUSED_USER",
     "VIR_DOMAIN_PAUSED_MIGRATION",
     "VIR_DOMAIN_PAUSED_POSTCOPY",
@@ -269,6 +270,7 @@ JOBS = {
     "in another job": ({"type": "UNBOUNDED", "operation": "OPERATION_SAVE"}, ("RUNNING", None), None, True),
     "runs, no job": ({}, ("RUNNING", None), "rollback", True),
     "paused by its user, no job": ({}, ("PAUSED", "USER"), "rollback", True),
+    "asleep, no job": ({}, ("PMSUSPENDED", None), "rollback", True),
     "paused for the move": ({}, ("PAUSED", "MIGRATION"), None, False),
     "in post-copy": ({}, ("PAUSED", "POSTCOPY"), None, False),
     "lost in post-copy": ({}, ("PAUSED", "POSTCOPY_FAILED"), None, False),
@@ -308,6 +310,7 @@ def test_guest_on_its_way_is_asked_for(
     [
         (("RUNNING", None), "resumed"),
         (("PAUSED", "USER"), "resumed"),
+        (("PMSUSPENDED", None), "resumed"),
         (("SHUTOFF", None), "stopped"),
         (None, "stopped"),
     ],
