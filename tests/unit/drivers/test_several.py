@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -17,6 +18,12 @@ from tests.unit.drivers.test_memory import MemoryConformance
 
 FLOWS = frozenset(name for name, one in TEMPLATES.items() if one.is_flow and not one.is_expectation)
 TCP = frozenset(name for name in FLOWS if name.startswith("tcp"))
+
+
+@pytest.fixture(autouse=True)
+def exports_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is."""
+    monkeypatch.setattr("sami_plugin.drivers.several.SHORT_SECONDS", math.inf)
 
 
 class TestSeveral(MemoryConformance):
@@ -178,3 +185,15 @@ def test_watch_of_one_that_cannot_tells_what_was_given_time(several: SeveralDriv
         (told,) = watch.collect().upserts
         assert told.rows["sourceTransportPort"].tolist() == longer.rows["sourceTransportPort"].tolist()
         assert not watch.collect().upserts
+
+
+def test_watch_of_one_whose_exports_are_slow_leaves_it_in_peace_until_the_last(
+    several: SeveralDrivers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sami_plugin.drivers.several.SHORT_SECONDS", 0)
+    monkeypatch.setattr("sami_plugin.drivers.several.PAUSES_PER_EXPORT", 1e9)
+    with several.watch(SCOPE) as watch:
+        several.insert(SCOPE, UDP_FLOWS)
+        assert not watch.collect().upserts
+        watch.collect_last()  # the first one's
+        assert sum(map(len, watch.collect_last().upserts)) == len(UDP_FLOWS)
