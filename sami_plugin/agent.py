@@ -192,7 +192,7 @@ class Agent:
                 LOG.error("%s: guest %s: what was under way cannot be gone on with: %s", name, guest, error)
                 continue
             LOG.warning("%s: guest %s: %s", name, guest, report.reason)
-            if isinstance(session, DestinationSession) and not former.has("guest resumed"):
+            if isinstance(session, DestinationSession) and not former.has(formers.WAS_HERE):
                 for leaving in self._sessions_of(guest, SourceSession):  # it has left, and comes back
                     leaving.expect_return()
             self._add(session)

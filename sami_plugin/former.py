@@ -18,6 +18,9 @@ from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Settings
 
+WAS_HERE = "guest was here"
+"""What "guest resumed" is to who reads it in the journal: while no agent was there, it may have left again."""
+
 FlowsByPort = tuple[tuple[Scope, FlowTable], ...]
 """Where the guest's ports have their state here; and which flows the destination was told of (of a source), or may have
 put in (of a destination)."""
@@ -53,6 +56,11 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
     :raises SamiError: the journal cannot be read, or holds what is no payload.
     """
     decisions = journal.decisions(row["session"])
+    heard = {*json.loads(row["heard"]), *(one["event"] for one in decisions)}
+    if "guest resumed" in heard:
+        heard = heard - {"guest resumed"} | {WAS_HERE}
+    # Who was about to hand over has the flows that it had before.
+    states = [one["state"] for one in decisions if one["actions"] != ["HandOver"]]
     scopes = [Scope.from_dict(told) for told in json.loads(row["ports"])]
     batches = _batches(journal.payloads(row["session"]), settings)
     if row["role"] == "destination":
@@ -63,11 +71,11 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
         row["guest"],
         row["role"],
         row["peer"],
-        decisions[-1]["state"] if decisions else row["state"],
+        states[-1] if states else row["state"],
         row["destination"],
         row["token"],
         journal.payload_count(row["session"]),
-        frozenset({*json.loads(row["heard"]), *(one["event"] for one in decisions)}),
+        frozenset(heard),
         tuple(zip(scopes, _tables(batches, scopes), strict=True)),
     )
 

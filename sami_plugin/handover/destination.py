@@ -12,7 +12,7 @@ import numpy.typing as npt
 from sami_plugin.arriving import Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import SamiError
-from sami_plugin.former import FlowsByPort, Former
+from sami_plugin.former import WAS_HERE, FlowsByPort, Former
 from sami_plugin.migration import destination
 from sami_plugin.migration.decision import (
     Action,
@@ -129,7 +129,8 @@ class DestinationSession(Session):
             former.peer,
             has_all=self._has_all,
             is_started=former.has("guest started"),
-            runs_here=former.has("guest resumed"),
+            runs_here=former.has("guest resumed", WAS_HERE),
+            has_come=former.has("guest resumed"),
             has_some=any(len(table) for _, table in former.ports),
             is_held=self._is_held,
             times_asked=self.times_asked,

@@ -112,6 +112,8 @@ class Destination:
     renew_at: float = math.inf
     has_last: bool = False
     runs_here: bool = False
+    has_come: bool = False
+    """This agent was told that the guest runs here; else `runs_here` may be of a stay that is over."""
     imported: int = 0
     refused: int = 0
     reason: str = ""
@@ -136,6 +138,7 @@ def continuing(
     has_all: bool,
     is_started: bool,
     runs_here: bool,
+    has_come: bool = False,
     has_some: bool = True,
     is_held: bool = False,
     times_asked: int = 1,
@@ -153,6 +156,7 @@ def continuing(
         is_started=is_started or runs_here,
         zone_deadline=now + limits.zone_seconds,
         runs_here=runs_here,
+        has_come=has_come,
         times_asked=times_asked,
     )
 
@@ -334,7 +338,7 @@ def _verified(session: Destination, event: Event, now: float) -> Decision:
         return session, []
     session = replace(session, state=State.COMPLETE)
     actions: list[Action] = [Say(Complete(session.imported, session.refused), is_durable=True)]
-    if session.runs_here:
+    if session.has_come:
         session, more = _tell_arrival(session, now)
         actions += more
     return session, actions
@@ -342,7 +346,7 @@ def _verified(session: Destination, event: Event, now: float) -> Decision:
 
 def _runs(session: Destination, event: Event, now: float) -> Decision:
     """Where nobody said STARTED, this says it too."""
-    return _started(replace(session, runs_here=True), event, now)
+    return _started(replace(session, runs_here=True, has_come=True), event, now)
 
 
 def _runs_complete(session: Destination, event: Event, now: float) -> Decision:

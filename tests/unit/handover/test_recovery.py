@@ -11,6 +11,7 @@ from pathlib import Path
 import netaddr
 import pytest
 
+from sami_plugin import former as formers
 from sami_plugin.codec import messages
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import JournalError
@@ -183,6 +184,42 @@ def test_guest_that_left_in_the_next_migration_while_the_agent_was_away_leaves_n
         words(hosts, guest, ("host-a", Phase.STOPPED), ("host-b", Phase.RESUMED))
         until_idle(hosts)
         assert (held(hosts, "host-a"), ports(hosts, "host-b")) == (set(), ALL)
+
+
+def test_guest_that_had_left_while_the_agent_was_away_has_not_come_again_before_that_is_said(tmp_path: Path) -> None:
+    """What the journal has is that it ran here once; where it is now, another migration has yet to show."""
+    with hosts_in(tmp_path, limited(arrival_seconds=20)) as hosts:
+        guest = guest_with_flows(hosts)
+        words(hosts, guest, ("host-a", Phase.OUTGOING), ("host-b", Phase.PREPARE))
+        until(lambda: hosts.agents["host-b"].sessions()[0]._state() == "receiving")
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.say("host-b", Phase.RESUMED, guest)  # its port has no zone here yet
+        until(lambda: hosts.agents["host-b"].sessions()[0]._known.runs_here)
+        hosts.kill("host-b")
+        hosts.say("host-a", Phase.STOPPED, guest)
+        hosts.say("host-a", Phase.RESUMED, guest)  # it is back, and nobody could say that it would
+        assert hosts.agents["host-a"].wait_until_idle(20)
+        words(hosts, guest, ("host-a", Phase.OUTGOING))
+        hosts.start("host-b")
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        until(lambda: hosts.has_step("host-b", guest, "in sync"))
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        until(lambda: all(one._state() == "complete" for one in hosts.agents["host-b"].sessions()))
+        words(hosts, guest, ("host-a", Phase.ROLLBACK))
+        until_idle(hosts)
+        assert ports(hosts, "host-a") == ALL
+
+
+def test_agent_that_died_before_it_went_on_with_a_session_has_what_that_had(tmp_path: Path) -> None:
+    with closing(Journal(tmp_path / "journal.sqlite")) as journal:
+        journal.begin("one", "a guest", "destination", "host-a", "looking")
+        decided = (("guest resumed", "receiving", []), ("Verify done (3)", "arrived", ["say Complete", "say Arrived"]))
+        for number, (event, state, actions) in enumerate((*decided, ("peer said AskAgain", "ended", ["HandOver"])), 1):
+            journal.record("one", number, event, state, actions, is_durable=False)
+        former = formers.read(journal, journal.unfinished()[0], SETTINGS, None)
+    assert former.state == "arrived"
+    assert former.has(formers.WAS_HERE)
+    assert not former.has("guest resumed")
 
 
 def test_where_the_ports_are_is_in_the_journal_before_anything_is_put_in(tmp_path: Path) -> None:
