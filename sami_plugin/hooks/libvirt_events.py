@@ -46,6 +46,8 @@ class Mark(enum.Enum):
     """It is to have another one than it has."""
     GONE = enum.auto()
     """It may not be here any more; then nothing is to be known of it."""
+    MISSED = enum.auto()
+    """As GONE, and nobody may have said so."""
 
 
 Words = tuple[tuple[Phase, str | None], ...]
@@ -169,7 +171,7 @@ class LibvirtHost:
                     self._say_what_was_missed(domain)
                     self._marks.put((domain.UUIDString(), Mark.THERE))
                 for guest in self._descriptions.guests():
-                    self._marks.put((guest, Mark.GONE))
+                    self._marks.put((guest, Mark.MISSED))
                 while not self._is_lost.wait(POLL_SECONDS):
                     self._poll()
             except Exception:  # as in `_say`
@@ -291,8 +293,9 @@ class LibvirtHost:
         while (wanted := self._marks.get()) is not None:
             guest, mark = wanted
             try:
-                if mark is Mark.GONE:
-                    self._forget_gone(guest)
+                if mark in (Mark.GONE, Mark.MISSED):
+                    if self._forget_gone(guest) and mark is Mark.MISSED:
+                        self._say(MigrationEvent(guest, Phase.STOPPED, role=SOURCE))
                 else:
                     self._mark(guest, is_new=mark is Mark.NEW)
             except self._libvirt.libvirtError as error:
@@ -321,16 +324,20 @@ class LibvirtHost:
             LOG.debug("guest %s: its description says that it is on %s", guest, self._host)
         self._descriptions.put(guest, xml)
 
-    def _forget_gone(self, guest: str) -> None:
+    def _forget_gone(self, guest: str) -> bool:
+        """Whether libvirt has no such guest any more. One that is off is forgotten as well."""
         connection = self._connection
         if connection is None:
-            return
+            return False
+        is_gone = False
         try:
             is_here = connection.lookupByUUIDString(guest).isActive()
         except self._libvirt.libvirtError as error:
-            is_here = error.get_error_code() != self._libvirt.VIR_ERR_NO_DOMAIN
+            is_gone = error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN
+            is_here = not is_gone
         if not is_here:
             self._descriptions.pop(guest)
+        return is_gone
 
     def _is_marked(self, xml: str) -> bool:
         origin = self._origin(xml)

@@ -333,8 +333,9 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     else:
         libvirt.domain.now = (NUMBERS[f"VIR_DOMAIN_{now[0]}"], NUMBERS[f"VIR_DOMAIN_PAUSED_{now[1]}"] if now[1] else 0)
     libvirt.is_up = True
-    wait_until(lambda: heard.events, "what had been missed")
-    assert heard.words() == [(word, "destination")]
+    expected = [(word, "destination")] + ([("stopped", "source")] if now is None else [])
+    wait_until(lambda: len(heard.events) == len(expected), "what had been missed")
+    assert heard.words() == expected
     assert libvirt.connections == 2
 
 
