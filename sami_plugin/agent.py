@@ -803,6 +803,7 @@ class Agent:
         if self._is_excluded(guest):
             raise NotAuthorised(self._words_of_exclusion(guest))
         has_job = self._has_job(guest, has_token=has_token)
+        has_left = not has_job and self._hypervisor is not None and self._hypervisor.is_here(guest) is False
         scopes = self._ports_of(guest)
         with self._lock:
             self._refuse_who_was_overtaken(greeting, guest)
@@ -812,9 +813,10 @@ class Agent:
                 raise NotAuthorised(f"{guest} has left this host already")
             if left is not None:
                 return self._take_over(greeting, said, left, heard)
-            if self._outgoing.is_of(guest, said.token):  # it may have left while no agent was here; one will be told
+            # It may have left, which will be told, or while no agent was here.
+            if (has_left or self._outgoing.is_unconfirmed(guest)) and self._outgoing.is_of(guest, said.token):
                 has_token = True
-            elif not has_job and outgoing is not None and not outgoing.is_suspended:
+            elif not has_job and not has_left and outgoing is not None and not outgoing.is_suspended:
                 self._outgoing.pop(guest)  # its job ended without a word
                 outgoing = None
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)

@@ -57,12 +57,13 @@ class OutgoingGuests:
         """Those of which nothing was heard since `read`: they may have left meanwhile, or have stayed."""
         return list(self._unconfirmed)
 
+    def is_unconfirmed(self, guest: str) -> bool:
+        return guest in self._unconfirmed
+
     def is_of(self, guest: str, token: str) -> bool:
-        """Whether nothing was heard of the guest since `read`, and it was to leave with this token."""
+        """Whether the guest was to leave with this token."""
         known = self._known.get(guest)
-        if known is None or not known.token or guest not in self._unconfirmed:
-            return False
-        return hmac.compare_digest(known.token.encode(), token.encode())
+        return known is not None and bool(known.token) and hmac.compare_digest(known.token.encode(), token.encode())
 
     def get(self, guest: str) -> Outgoing | None:
         return self._known.get(guest)

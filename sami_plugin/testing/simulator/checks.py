@@ -46,7 +46,8 @@ UNSAID = "a word was not said"
 PAUSED_EARLY = "the guest was paused before its flows were sent"
 MOVED_ON = "a guest moved on, maybe before its flows had come"
 LATE_ANSWER = "the source did not answer in time"
-CARRIED = (Outcome.MOVED.value, Outcome.STAYED.value)
+MOVED = Outcome.MOVED.value
+CARRIED = (MOVED, Outcome.STAYED.value)
 
 
 UNARRIVED = (Outcome.LEFT_WITHOUT_ARRIVAL.value, Outcome.FAILED.value, Outcome.CONTINUED.value)
@@ -303,8 +304,12 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     is_unheard = any((name, guest.id) in world.unheard for guest in guests)
     if is_unheard and not any(_is_told_of(world, name, one, device.born[entry.flow_id], sessions) for one in guests):
         return  # the agent was down when the guest left
-    says_so = not sessions or any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
-    if says_so and (world.hindrances or any(guest.died_at for guest in guests) or len(sessions) > 1):
+    is_hindered = bool(world.hindrances) or any(guest.died_at for guest in guests)
+    is_unknown = {UNSAID, CRASHED} & world.hindrances.keys() if sessions else is_hindered
+    if is_unknown and all(one.role == "destination" and one.report.outcome == MOVED for _, one in sessions):
+        return  # nobody here knew that it left again
+    says_so = any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
+    if says_so and (is_hindered or len(sessions) > 1):
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):
         return

@@ -182,6 +182,25 @@ def leaves_unheard(hosts: Hosts, hypervisors: dict[str, Hypervisor], guest: str)
     until_idle(hosts)
 
 
+@pytest.mark.parametrize("is_suspended", [False, True])
+def test_guest_that_has_left_before_its_hypervisor_says_so_is_asked_for_like_any_other(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor], is_suspended: bool
+) -> None:
+    guest = marked(hosts, hypervisors)
+    description = hypervisors["host-a"].description(guest)
+    hypervisors["host-a"].leaving.add(guest)
+    for phase in (Phase.OUTGOING, Phase.SUSPENDED)[: 1 + is_suspended]:
+        hosts.say("host-a", phase, guest)
+    hosts.unplug("host-a", guest)
+    hypervisors["host-a"].leaving.discard(guest)
+    del hypervisors["host-a"].marks[guest]
+    comes(hosts, guest, description)
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
+    assert outcome(hosts, "host-b", guest)[0] == "moved"
+
+
 def test_guest_of_an_excluded_flavor_whose_pause_is_the_first_word_is_left_alone(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
@@ -304,6 +323,7 @@ def test_a_host_whose_job_is_over_gives_nothing_for_what_it_was_told_before(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
     guest = marked(hosts, hypervisors)
+    hypervisors["host-a"].here.add(guest)
     hosts.agents["host-a"].note(MigrationEvent(guest, Phase.OUTGOING))  # and the job ended without a word
     comes(hosts, guest, hypervisors["host-a"].description(guest))
     hosts.say("host-b", Phase.RESUMED, guest)
