@@ -2,6 +2,7 @@
 
 python -m sami_plugin.testing.simulator --runs 20000 --jobs 2
 python -m sami_plugin.testing.simulator --seed 4711
+python -m sami_plugin.testing.simulator --runs 5000 --mix crash=1 moves=3
 """
 
 # ruff: noqa: T201 - it prints what it finds
@@ -9,12 +10,19 @@ python -m sami_plugin.testing.simulator --seed 4711
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
 
+from sami_plugin.testing.simulator.mix import Mix
 from sami_plugin.testing.simulator.soak import SLICE, Slice, played
+
+Fixed = dict[str, Any]
+"""Fields of the mix that are as they are given in each run."""
 
 MOST_TOLD = 10
 """Failing seeds that are told; a mistake that breaks every run is seen in the first."""
@@ -23,9 +31,10 @@ MOST_TOLD = 10
 def main(arguments: Sequence[str] | None = None) -> int:
     """:returns: 0 where no promise was broken, 1 where one was, 2 where the arguments are wrong."""
     options = _parser().parse_args(arguments)
+    fixed = dict(options.mix)
     if options.seed is not None:
-        return _replay(options.seed)
-    return _soak(options.first, options.runs, options.jobs)
+        return _replay(options.seed, fixed)
+    return _soak(options.first, options.runs, options.jobs, fixed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +47,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the seed of the first of them (0)")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes at a time (1)")
     parser.add_argument("--seed", type=int, metavar="SEED", help="play this one run, and print its story")
+    parser.add_argument(
+        "--mix",
+        type=_field,
+        nargs="+",
+        default=[],
+        metavar="FIELD=NUMBER",
+        help="what happens more often, or less, than the seed would have it; mix.py says what there is",
+    )
     return parser
+
+
+def _field(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    known = Mix.__dataclass_fields__
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(known)}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{name} has to be a number") from None
+    if number < 0 or not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{name} has to be 0 or more")
+    return name, int(number) if number.is_integer() else number
 
 
 def _positive(text: str) -> int:
@@ -48,10 +79,10 @@ def _positive(text: str) -> int:
     return number
 
 
-def _replay(seed: int) -> int:
+def _replay(seed: int, fixed: Fixed) -> int:
     from sami_plugin.testing.simulator.world import World
 
-    world = World(seed)
+    world = World(seed, **fixed)
     violations = world.run()
     print(world.story.drawn())
     for violation in violations:
@@ -61,11 +92,11 @@ def _replay(seed: int) -> int:
     return 1 if violations else 0
 
 
-def _soak(first: int, runs: int, jobs: int) -> int:
+def _soak(first: int, runs: int, jobs: int, fixed: Fixed) -> int:
     began = time.monotonic()
     failed: dict[int, list[str]] = {}
     done, cpu_seconds = 0, 0.0
-    for part in _parts(first, runs, jobs):
+    for part in _parts(first, runs, jobs, fixed):
         done += part.runs
         cpu_seconds += part.cpu_seconds
         failed |= part.failed
@@ -79,7 +110,8 @@ def _soak(first: int, runs: int, jobs: int) -> int:
         )
     print(file=sys.stderr)
     for seed, violations in sorted(failed.items())[:MOST_TOLD]:
-        print(f"seed {seed}: replay with: python -m sami_plugin.testing.simulator --seed {seed}")
+        mix = " ".join(["", "--mix", *(f"{name}={value}" for name, value in fixed.items())]) if fixed else ""
+        print(f"seed {seed}: replay with: python -m sami_plugin.testing.simulator --seed {seed}{mix}")
         for violation in violations:
             print(f"    {violation}")
     if len(failed) > MOST_TOLD:
@@ -91,14 +123,15 @@ def _soak(first: int, runs: int, jobs: int) -> int:
     return 1 if failed else 0
 
 
-def _parts(first: int, runs: int, jobs: int) -> Iterator[Slice]:
+def _parts(first: int, runs: int, jobs: int, fixed: Fixed) -> Iterator[Slice]:
     starts = range(first, first + runs, SLICE)
     counts = [min(SLICE, first + runs - start) for start in starts]
+    play = partial(played, **fixed)
     if jobs == 1:
-        yield from map(played, starts, counts)
+        yield from map(play, starts, counts)
         return
     with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(played, starts, counts)
+        yield from pool.map(play, starts, counts)
 
 
 if __name__ == "__main__":

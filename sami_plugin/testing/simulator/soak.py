@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from sami_plugin.testing.simulator.world import World, attentive
 
@@ -22,8 +23,8 @@ class Slice:
     failed: dict[int, list[str]] = field(default_factory=dict)
 
 
-def played(first: int, runs: int) -> Slice:
-    """The runs of so many seeds, from the first on."""
+def played(first: int, runs: int, **fixed: Any) -> Slice:
+    """The runs of so many seeds, from the first on; `fixed` as in `World`."""
     part = Slice(runs)
     began = time.process_time()
     # A world is one large circle of objects, which is swept up when all is over.
@@ -32,7 +33,7 @@ def played(first: int, runs: int) -> Slice:
     try:
         with attentive():
             for seed in range(first, first + runs):
-                world = World(seed, tells=False)
+                world = World(seed, tells=False, **fixed)
                 if violations := world.run():
                     part.failed[seed] = [str(violation) for violation in violations]
                 world.dissolve()

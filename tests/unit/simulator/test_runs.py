@@ -73,6 +73,12 @@ def test_command_line_says_how_many_runs_there_were(capsys: pytest.CaptureFixtur
     assert "20 of 20 runs" in said.err
 
 
+def test_command_line_takes_another_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--runs", "20", "--mix", "guests=0", "flows=0"]) == 0
+    assert main(["--seed", "3", "--mix", "guests=0", "residents=0"]) == 0
+    assert "guest" not in capsys.readouterr().out
+
+
 def test_command_line_tells_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seed", "3"]) == 0
     said = capsys.readouterr().out
@@ -80,7 +86,18 @@ def test_command_line_tells_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.endswith("Every promise was kept.\n")
 
 
-@pytest.mark.parametrize("wrong", [["--runs", "0"], ["--runs", "many"], ["--unknown"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--runs", "0"],
+        ["--runs", "many"],
+        ["--unknown"],
+        ["--mix", "crashes=1"],
+        ["--mix", "crash"],
+        ["--mix", "crash=-1"],
+        ["--mix", "crash=nan"],
+    ],
+)
 def test_wrong_arguments_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(wrong)
