@@ -331,7 +331,7 @@ def _is_told_of(
     Its journal said that it leaves, and it lived on to hear that it is gone before it was back; or a session says so.
     """
     came, left, back = guest.round_of(name, born)
-    is_noted = any(one == guest.id and came <= when - WALL <= back for when, one in world.journals[name].noted)
+    is_noted = world.journals[name].had_noted(guest.id, left + WALL, back + WALL)
     for said in world.stopped.get((name, guest.id), []):
         is_late = any(since <= said and back <= until for since, until in world.away[name])
         if is_noted and left <= said < back and not is_late:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from sami_plugin.errors import JournalError
@@ -21,8 +23,9 @@ class MemoryJournal(Journal):
         self._decisions: dict[str, list[dict[str, Any]]] = {}
         self._payloads: dict[str, dict[int, bytes]] = {}
         self._outgoing: dict[str, str] = {}
-        self.noted: list[tuple[float, str]] = []
-        """When it was written down that a guest leaves."""
+        self._noted_at: dict[str, float] = {}
+        self._noted: list[tuple[str, float, float]] = []
+        """Guests, and from when to when it was written down that they leave."""
 
     def close(self) -> None:
         pass
@@ -89,10 +92,19 @@ class MemoryJournal(Journal):
         self._before("what goes out")
         if told is None:
             self._outgoing.pop(guest, None)
+            if guest in self._noted_at:
+                self._noted.append((guest, self._noted_at.pop(guest), self._clock()))
         else:
             self._outgoing[guest] = told
-            self.noted.append((self._clock(), guest))
+            self._noted_at.setdefault(guest, self._clock())
         self._disturb("after what goes out")
+
+    def had_noted(self, guest: str, after: float, before: float) -> bool:
+        """Whether it was written down between these times that the guest leaves."""
+        still = ((one, since, math.inf) for one, since in self._noted_at.items())
+        return any(
+            one == guest and since <= before and after <= until for one, since, until in chain(self._noted, still)
+        )
 
     def outgoing(self) -> dict[str, str]:
         return dict(self._outgoing)
