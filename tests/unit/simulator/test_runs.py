@@ -114,6 +114,12 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(698790, {}, id="the next migration was taken for the one that had ended"),
         pytest.param(703821, {}, id="nobody was there for the whole of two migrations"),
         pytest.param(20166965, {}, id="the call of a migration that was over came in the midst of the next one"),
+        pytest.param(5000940, {"crash": 1.0, "moves": 3, "hosts": 3}, id="a stay that was over was told as an arrival"),
+        pytest.param(
+            5001400,
+            {"crash": 1.0, "moves": 3, "is_described": 1.0},
+            id="a guest that had left was taken for one that stayed",
+        ),
         pytest.param(673, RESTLESS, id="the first record of what leaves had no ports"),
         pytest.param(356, RESTLESS, id="what leaves was forgotten before its session was in the journal"),
         pytest.param(4456, RESTLESS, id="who came again while no agent was there was purged"),
