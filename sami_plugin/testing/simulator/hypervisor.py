@@ -113,6 +113,8 @@ class Migration:
             for flow in guest.flows:
                 flow.is_lost_unseen = True
         guest.moves_since = world.now
+        if not world.is_asked and world.told_until(source, guest) > world.now:
+            world.hinder("words of the migration before were late, and nobody could be asked")
         world.tell("", f"{guest.name} begins to move from {source} to {destination}; {fate}")
         guest.jobs[source] = destination
         guest.visited.add(destination)
