@@ -814,7 +814,8 @@ class Agent:
             if left is not None:
                 return self._take_over(greeting, said, left, heard)
             # It may have left, which will be told, or while no agent was here.
-            if (has_left or self._outgoing.is_unconfirmed(guest)) and self._outgoing.is_of(guest, said.token):
+            may_have_left = has_left or guest in self._outgoing.unconfirmed()
+            if may_have_left and self._outgoing.is_of(guest, said.token):
                 has_token = True
             elif not has_job and not has_left and outgoing is not None and not outgoing.is_suspended:
                 self._outgoing.pop(guest)  # its job ended without a word

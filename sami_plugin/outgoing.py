@@ -57,9 +57,6 @@ class OutgoingGuests:
         """Those of which nothing was heard since `read`: they may have left meanwhile, or have stayed."""
         return list(self._unconfirmed)
 
-    def is_unconfirmed(self, guest: str) -> bool:
-        return guest in self._unconfirmed
-
     def is_of(self, guest: str, token: str) -> bool:
         """Whether the guest was to leave with this token."""
         known = self._known.get(guest)

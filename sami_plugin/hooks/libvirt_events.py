@@ -329,11 +329,10 @@ class LibvirtHost:
         connection = self._connection
         if connection is None:
             return False
-        is_gone = False
         try:
-            is_here = connection.lookupByUUIDString(guest).isActive()
+            is_here, is_gone = connection.lookupByUUIDString(guest).isActive(), False
         except self._libvirt.libvirtError as error:
-            is_gone = error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN
+            is_gone = self._absence(error) is Phase.STOPPED
             is_here = not is_gone
         if not is_here:
             self._descriptions.pop(guest)

@@ -109,8 +109,8 @@ def _soak(first: int, runs: int, jobs: int, fixed: Fixed) -> int:
             flush=True,
         )
     print(file=sys.stderr)
+    mix = "".join([" --mix" if fixed else "", *(f" {name}={value}" for name, value in fixed.items())])
     for seed, violations in sorted(failed.items())[:MOST_TOLD]:
-        mix = " ".join(["", "--mix", *(f"{name}={value}" for name, value in fixed.items())]) if fixed else ""
         print(f"seed {seed}: replay with: python -m sami_plugin.testing.simulator --seed {seed}{mix}")
         for violation in violations:
             print(f"    {violation}")

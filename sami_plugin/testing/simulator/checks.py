@@ -305,8 +305,10 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if is_unheard and not any(_is_told_of(world, name, one, device.born[entry.flow_id], sessions) for one in guests):
         return  # the agent was down when the guest left
     is_hindered = bool(world.hindrances) or any(guest.died_at for guest in guests)
-    is_unknown = {UNSAID, CRASHED} & world.hindrances.keys() if sessions else is_hindered
-    if is_unknown and all(one.role == "destination" and one.report.outcome == MOVED for _, one in sessions):
+    if is_hindered and not sessions:
+        return
+    came = all(one.role == "destination" and one.report.outcome == MOVED for _, one in sessions)
+    if came and {UNSAID, CRASHED} & world.hindrances.keys():
         return  # nobody here knew that it left again
     says_so = any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
     if says_so and (is_hindered or len(sessions) > 1):
