@@ -3,10 +3,12 @@
  * command is killed too. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/pidfd.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -29,12 +31,15 @@ static void fail(const char *what)
 int main(int argc, char **argv)
 {
     char path[64];
+    struct pollfd self = {.fd = pidfd_open(getpid(), 0), .events = POLLIN};
     int status, fd;
 
     if (argc < 3) {
         fputs("use: enter PID COMMAND...\n", stderr);
         return 125;
     }
+    if (self.fd < 0)
+        fail("pidfd_open");
     for (size_t i = 0; i < sizeof namespaces / sizeof *namespaces; i++) {
         snprintf(path, sizeof path, "/proc/%d/ns/%s", atoi(argv[1]), namespaces[i]);
         fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -46,6 +51,8 @@ int main(int argc, char **argv)
         fail("fork");
     if (child == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (poll(&self, 1, 0) != 0)   /* killed before the line above: nobody tells */
+            _exit(125);
         execvp(argv[2], argv + 2);
         perror(argv[2]);
         _exit(127);
