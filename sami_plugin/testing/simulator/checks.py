@@ -100,7 +100,9 @@ class Guard:
                 self._taken.append(_Taken(device, place, flow, port.guest))
         if session.role == "source":
             self._purged(host, session, guest, device, entry, flow)
-        elif guest.place == host.name and guest.told_at == host.name and self._is_decided(host, session, "Discard"):
+            return
+        speaks_there = any(port.guest is guest and (None, port.zones.get(host.name)) == place for port in flow.owners)
+        if speaks_there and guest.told_at == guest.place == host.name and self._is_decided(host, session, "Discard"):
             world.violated(
                 NOT_WHERE_IT_RUNS, f"{host.name} discards {flow.conversation.name}, and {guest.name} runs there"
             )
