@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from sami_plugin.testing.simulator.mix import Mix
-from sami_plugin.testing.simulator.soak import SLICE, Slice, played
+from sami_plugin.testing.simulator.soak import FLOOR_TURNS, SLICE, Slice, played
 
 Fixed = dict[str, Any]
 """Fields of the mix that are as they are given in each run."""
@@ -95,10 +96,11 @@ def _replay(seed: int, fixed: Fixed) -> int:
 def _soak(first: int, runs: int, jobs: int, fixed: Fixed) -> int:
     began = time.monotonic()
     failed: dict[int, list[str]] = {}
-    done, cpu_seconds = 0, 0.0
+    done, cpu_seconds, floors = 0, 0.0, []
     for part in _parts(first, runs, jobs, fixed):
         done += part.runs
         cpu_seconds += part.cpu_seconds
+        floors.append(part.floor_seconds)
         failed |= part.failed
         rate = done / (time.monotonic() - began)
         print(
@@ -119,6 +121,11 @@ def _soak(first: int, runs: int, jobs: int, fixed: Fixed) -> int:
     print(
         f"{done} runs in {time.monotonic() - began:.0f} s, "
         f"{done / cpu_seconds:.0f} per CPU second, {len(failed)} broke a promise"
+    )
+    turns = FLOOR_TURNS / statistics.mean(floors)
+    print(
+        f"The floor, making an object and keeping it in a dictionary, was {turns / 1e6:.2f} million a CPU second: "
+        f"a run takes as long as {turns * cpu_seconds / done:.0f} of them"
     )
     return 1 if failed else 0
 

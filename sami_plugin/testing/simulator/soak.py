@@ -11,6 +11,8 @@ from sami_plugin.testing.simulator.world import World, attentive
 
 SLICE = 500
 """Runs between two words of how far it is."""
+FLOOR_TURNS = 20_000
+"""Of the loop that tells how fast the machine is now."""
 
 
 @dataclass(slots=True)
@@ -20,12 +22,14 @@ class Slice:
     runs: int
     cpu_seconds: float = 0.0
     """Of the process that played them."""
+    floor_seconds: float = 0.0
+    """What `FLOOR_TURNS` turns of a loop took the same process just before."""
     failed: dict[int, list[str]] = field(default_factory=dict)
 
 
 def played(first: int, runs: int, **fixed: Any) -> Slice:
     """The runs of so many seeds, from the first on; `fixed` as in `World`."""
-    part = Slice(runs)
+    part = Slice(runs, floor_seconds=_floor())
     began = time.process_time()
     # A world is one large circle of objects, which is swept up when all is over.
     gc.disable()
@@ -43,3 +47,21 @@ def played(first: int, runs: int, **fixed: Any) -> Slice:
         gc.enable()
     part.cpu_seconds = time.process_time() - began
     return part
+
+
+@dataclass(slots=True)
+class _Counted:
+    number: int
+
+    def key(self) -> tuple[int, int]:
+        return self.number, self.number + 1
+
+
+def _floor() -> float:
+    """CPU seconds of what a run is made of, too: objects, calls and a dictionary."""
+    began = time.process_time()
+    known = {}
+    for number in range(FLOOR_TURNS):
+        one = _Counted(number)
+        known[one.key()] = one
+    return time.process_time() - began

@@ -70,6 +70,7 @@ def test_command_line_says_how_many_runs_there_were(capsys: pytest.CaptureFixtur
     assert main(["--runs", "20", "--first", "100"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("20 runs in ")
+    assert "million a CPU second: a run takes as long as " in said.out
     assert "20 of 20 runs" in said.err
 
 
