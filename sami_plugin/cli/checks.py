@@ -377,6 +377,8 @@ def _receive_buffer() -> Check:
 
 
 def _configured(files: list[str] | None) -> Iterator[Check]:
+    from sami_plugin.cli.broker_checks import broker
+
     name = "configuration"
     try:
         known = configuration.load(files)
@@ -391,7 +393,7 @@ def _configured(files: list[str] | None) -> Iterator[Check]:
     for name, own in known.drivers.items():
         yield _driver(name, own)
     yield _journal(known.journal)
-    yield _broker(known.transport_url)
+    yield broker(known.transport_url, is_tls=known.is_broker_tls)
     yield _certificate(known)
     yield from _domains(known, files)
     yield from _libvirt(known)
@@ -514,35 +516,6 @@ def _agent_socket(path: str) -> Check:
     return Check(name, Result.LIMITED, f"no agent listens; {path} can be made", "start sami-agent")
 
 
-def _broker(url: str) -> Check:
-    name = "broker"
-    import oslo_messaging
-    from oslo_config import cfg
-
-    from sami_plugin.transport.rpc import refuse_unknown_broker
-
-    mend = "set [DEFAULT] transport_url, for example rabbit://NAME:PASSWORD@127.0.0.1:5672/"
-    if url.partition("://")[2].strip("/") == "" and not url.startswith("fake:"):
-        return Check(name, Result.MISSING, f"transport_url: {url} names no broker", mend)
-    try:
-        refuse_unknown_broker(url)
-        parsed = oslo_messaging.TransportURL.parse(cfg.ConfigOpts(), url) if not url.startswith("fake:") else None
-    except errors.ConfigurationError as error:
-        return Check(name, Result.MISSING, str(error), mend)
-    except (oslo_messaging.InvalidTransportURL, ValueError) as error:
-        return Check(name, Result.MISSING, f"transport_url: {error}", mend)
-    if parsed is None:
-        return Check(name, Result.LIMITED, "fake:// carries messages within one process only: for tests", mend)
-    places = [(host.hostname or "", host.port or 5672) for host in parsed.hosts]
-    silent = [f"{place}:{port}: {why}" for place, port in places if (why := _amqp_silence(place, port))]
-    if len(silent) == len(places):
-        return Check(name, Result.MISSING, f"no broker answers: {'; '.join(silent)}", "start RabbitMQ")
-    if silent:
-        return Check(name, Result.LIMITED, f"some brokers do not answer: {'; '.join(silent)}", "start them")
-    where = ", ".join(f"{place}:{port}" for place, port in places)
-    return Check(name, Result.OK, f"{where} speaks AMQP; name and password were not tried")
-
-
 def _certificate(known: AgentConfiguration) -> Check:
     from sami_plugin.channel.identity import Credentials, days_until, utc
 
@@ -574,32 +547,20 @@ def _domains(known: AgentConfiguration, files: list[str] | None) -> Iterator[Che
 
 def _domain(known: AgentConfiguration, domain: Domain) -> Check:
     from sami_plugin.channel.identity import Credentials
+    from sami_plugin.cli.broker_checks import broker
 
     name = f"domain {domain.name}"
     try:
         Credentials(known.host, domain.credentials, f"domain:{domain.name}")
     except errors.SamiError as error:
         return Check(name, Result.MISSING, str(error), "ask the domain's operator for the file")
-    broker = _broker(domain.transport_url or known.transport_url)
-    if broker.result is not Result.OK:
-        return Check(name, broker.result, broker.reason, f"[domain:{domain.name}] transport_url; {broker.mend}")
+    found = broker(domain.transport_url or known.transport_url, is_tls=known.is_broker_tls)
+    if found.result is not Result.OK:
+        return Check(name, found.result, found.reason, f"[domain:{domain.name}] transport_url; {found.mend}")
     if domain.credentials.revoked is None:
         mend = f"set [domain:{domain.name}] revoked"
         return Check(name, Result.LIMITED, "no list of the hosts that were revoked there is used", mend)
-    return Check(name, Result.OK, f"{', '.join(domain.hosts)} by {domain.credentials.authorities}; {broker.reason}")
-
-
-def _amqp_silence(host: str, port: int) -> str:
-    """Why nothing that speaks AMQP 0-9-1 is there; empty if something is."""
-    try:
-        with socket.create_connection((host, port), _WAIT_SECONDS) as tried:
-            tried.settimeout(_WAIT_SECONDS)
-            tried.sendall(b"AMQP\x00\x00\x09\x01")
-            answer = tried.recv(8)
-    except OSError as error:
-        return error.strerror or str(error)
-    # Connection.Start is a method frame on channel 0; what knows another version answers with its own header.
-    return "" if answer[:3] == b"\x01\x00\x00" else "something else than AMQP 0-9-1 answers"
+    return Check(name, Result.OK, f"{', '.join(domain.hosts)} by {domain.credentials.authorities}; {found.reason}")
 
 
 # --- what is installed

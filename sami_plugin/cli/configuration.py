@@ -31,6 +31,8 @@ class AgentConfiguration:
     journal: str
     socket: str
     transport_url: str
+    is_broker_tls: bool
+    """Where the URL says nothing else."""
     libvirt_uri: str
     tls: Files
 
@@ -65,6 +67,7 @@ def load(files: list[str] | None) -> AgentConfiguration:
             agent.journal,
             agent.socket,
             conf.transport_url,
+            conf.oslo_messaging_rabbit.ssl,
             conf.libvirt.uri,
             known.tls_files(conf),
         )
@@ -85,8 +88,9 @@ def options(files: list[str] | None) -> cfg.ConfigOpts:
         files = [DEFAULT_FILE] if os.path.exists(DEFAULT_FILE) else []
     conf = cfg.ConfigOpts()
     known.register(conf)
-    # oslo.messaging's own option, by its name and default: it registers it only when a transport is made.
+    # oslo.messaging's own options, by their names and defaults: it registers them only when a transport is made.
     conf.register_opt(cfg.StrOpt("transport_url", default="rabbit://", secret=True))
+    conf.register_opt(cfg.BoolOpt("ssl", default=False), group="oslo_messaging_rabbit")
     try:
         conf(args=[], project="sami", prog="sami-agent", default_config_files=files, default_config_dirs=[])
     except (cfg.Error, OSError, ValueError) as error:

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.unit.cli.broker import AMQP_START, Broker
 from tests.unit.cli.command_line import CommandLine
 
 
@@ -10,6 +11,14 @@ from tests.unit.cli.command_line import CommandLine
 def sami() -> CommandLine:
     """The command line of a host with an empty firewall in memory."""
     return CommandLine()
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    """A broker that speaks AMQP."""
+    made = Broker(AMQP_START)
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

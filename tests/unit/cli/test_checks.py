@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from sami_plugin.cli.checks import Result
 from sami_plugin.drivers.base import Capabilities
 from sami_plugin.journal.journal import Journal
 from sami_plugin.testing.certificates import Certificates
+from tests.unit.cli.broker import Broker
 from tests.unit.cli.command_line import CommandLine
 
 
@@ -50,75 +49,6 @@ def test_protocol_that_the_kernel_lacks_limits_and_breaks_nothing(kept: set[str]
     assert {check.result for check in found} <= {Result.OK, Result.LIMITED}
     assert [check.name for check in found if check.result is Result.LIMITED] == limited
     assert all(check.mend for check in found if check.result is Result.LIMITED)
-
-
-class Broker:
-    """Answers each connection with the same bytes."""
-
-    def __init__(self, answer: bytes) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._answer = answer
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with connection:
-                connection.recv(8)
-                connection.sendall(self._answer)
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
-
-
-@pytest.fixture
-def broker() -> Iterator[Broker]:
-    made = Broker(b"\x01\x00\x00\x00\x00\x01\xf0\x00")
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def stranger() -> Iterator[Broker]:
-    made = Broker(b"HTTP/1.1")
-    yield made
-    made.close()
-
-
-def test_broker_that_speaks_amqp_is_ok(broker: Broker) -> None:
-    assert checks._broker(f"rabbit://u:secret@127.0.0.1:{broker.port}/").result is Result.OK
-
-
-def test_broker_that_speaks_something_else_is_missing(stranger: Broker, broker: Broker) -> None:
-    found = checks._broker(f"rabbit://u:secret@127.0.0.1:{stranger.port}/")
-    assert (found.result, "AMQP" in found.reason) == (Result.MISSING, True)
-    both = f"rabbit://u:p@127.0.0.1:{stranger.port},u:p@127.0.0.1:{broker.port}/"
-    assert checks._broker(both).result is Result.LIMITED
-
-
-@pytest.mark.parametrize(
-    ("url", "result", "said"),
-    [
-        ("rabbit://", Result.MISSING, "names no broker"),
-        ("kafka://u:secret@127.0.0.1/", Result.MISSING, "not supported"),
-        ("rabbit://u:secret@127.0.0.1:1/", Result.MISSING, "refused"),
-        ("rabbit://u:secret@127.0.0.1:port/", Result.MISSING, "transport_url"),
-        ("fake://", Result.LIMITED, "for tests"),
-    ],
-)
-def test_broker_that_cannot_be_used_is_told_without_its_password(url: str, result: Result, said: str) -> None:
-    found = checks._broker(url)
-    assert found.result is result
-    assert said in found.reason
-    assert "secret" not in found.reason
-    assert found.mend
 
 
 def test_journal_is_ok_where_it_is_or_can_be_made(tmp_path: Path) -> None:
