@@ -380,12 +380,16 @@ def _configured(files: list[str] | None) -> Iterator[Check]:
     from sami_plugin.cli.broker_checks import broker
 
     name = "configuration"
+    mend = "mend the file; sami-agent.conf.sample shows every option"
     try:
         known = configuration.load(files)
     except errors.ConfigurationError as error:
-        yield Check(name, Result.MISSING, str(error), "mend the file; sami-agent.conf.sample shows every option")
+        yield Check(name, Result.MISSING, str(error), mend)
         return
-    if files is None and not os.path.exists(configuration.DEFAULT_FILE):
+    wrong = list(configuration.complaints(files))
+    if wrong:
+        yield Check(name, Result.MISSING, "; ".join(wrong), mend)
+    elif files is None and not os.path.exists(configuration.DEFAULT_FILE):
         mend = f"copy sami-agent.conf.sample to {configuration.DEFAULT_FILE}"
         yield Check(name, Result.LIMITED, f"{configuration.DEFAULT_FILE} is not there; the defaults apply", mend)
     else:
@@ -536,9 +540,13 @@ def _certificate(known: AgentConfiguration) -> Check:
 
 def _domains(known: AgentConfiguration, files: list[str] | None) -> Iterator[Check]:
     from sami_plugin import conf
+    from sami_plugin.policies.chosen import Policies
 
     try:
-        domains = conf.domains(configuration.options(files))
+        options = configuration.options(files)
+        domains = conf.domains(options)
+        if domains:
+            Policies.from_conf(options, domains)
     except errors.ConfigurationError as error:
         yield Check("domains", Result.MISSING, str(error), "mend the file; sami-agent.conf.sample shows every option")
         return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sami_plugin.errors import ConfigurationError
@@ -82,20 +83,60 @@ def options(files: list[str] | None) -> cfg.ConfigOpts:
     """
     from oslo_config import cfg
 
+    conf = _read(files)
+    # oslo.messaging's own options, by their names and defaults: it registers them only when a transport is made.
+    conf.register_opt(cfg.StrOpt("transport_url", default="rabbit://", secret=True))
+    conf.register_opt(cfg.BoolOpt("ssl", default=False), group="oslo_messaging_rabbit")
+    return conf
+
+
+def _read(files: list[str] | None) -> cfg.ConfigOpts:
+    from oslo_config import cfg
+
     from sami_plugin import conf as known
 
     if files is None:
         files = [DEFAULT_FILE] if os.path.exists(DEFAULT_FILE) else []
     conf = cfg.ConfigOpts()
     known.register(conf)
-    # oslo.messaging's own options, by their names and defaults: it registers them only when a transport is made.
-    conf.register_opt(cfg.StrOpt("transport_url", default="rabbit://", secret=True))
-    conf.register_opt(cfg.BoolOpt("ssl", default=False), group="oslo_messaging_rabbit")
     try:
         conf(args=[], project="sami", prog="sami-agent", default_config_files=files, default_config_dirs=[])
     except (cfg.Error, OSError, ValueError) as error:
         raise ConfigurationError(f"configuration: {words(error)}") from error
     return conf
+
+
+def complaints(files: list[str] | None) -> Iterator[str]:
+    """What the agent would say of these files and not start; domains, driver and scopes are looked at apart.
+
+    :raises ConfigurationError: as `options`.
+    """
+    from oslo_config import cfg
+
+    from sami_plugin import conf as known
+    from sami_plugin import notifications
+    from sami_plugin.hooks.local_socket import group_id, user_id
+    from sami_plugin.policies.chosen import Policies
+
+    conf = _read(files)
+    groups = [name for name in conf if isinstance(conf[name], cfg.ConfigOpts.GroupAttr)]
+    readings: list[Callable[[], object]] = [partial(getattr, conf[name], one) for name in groups for one in conf[name]]
+    readings += [
+        partial(known.settings, conf),
+        partial(known.retention, conf),
+        lambda: Policies.from_conf(conf, ()),
+        lambda: notifications.from_conf(conf, conf.agent.host),
+        lambda: conf.agent.socket_group and group_id(conf.agent.socket_group),
+        lambda: list(map(user_id, conf.agent.socket_users)),
+    ]
+    told = set()
+    for reading in readings:
+        try:
+            reading()
+        except (ConfigurationError, cfg.Error, ValueError) as error:
+            if (said := words(error)) not in told:
+                told.add(said)
+                yield said
 
 
 def words(error: Exception) -> str:

@@ -153,8 +153,8 @@ class LocalSocket:
         :raises ConfigurationError: the socket cannot be made so, or another agent listens there.
         """
         self._path = Path(path)
-        owner = None if group is None else _group_id(group)
-        admitted = frozenset({0, os.geteuid(), *map(_user_id, users)}) if users else None
+        owner = None if group is None else group_id(group)
+        admitted = frozenset({0, os.geteuid(), *map(user_id, users)}) if users else None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
@@ -173,8 +173,9 @@ class LocalSocket:
         except OSError as error:
             self._server.server_close()
             self._path.unlink(missing_ok=True)
+            mend = "" if owner is None else "; the agent has to be in the group, or have CAP_CHOWN"
             raise ConfigurationError(
-                f"socket {self._path}: mode {mode:04o}, group {group}: {error.strerror}"
+                f"socket {self._path}: mode {mode:04o}, group {group}: {error.strerror}{mend}"
             ) from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="sami-socket", daemon=True)
 
@@ -200,7 +201,8 @@ class LocalSocket:
         raise ConfigurationError(f"socket {self._path}: another agent listens there")
 
 
-def _group_id(group: str) -> int:
+def group_id(group: str) -> int:
+    """Of a name or a number. Raises ConfigurationError."""
     if group.isascii() and group.isdigit():
         return int(group)
     try:
@@ -209,7 +211,8 @@ def _group_id(group: str) -> int:
         raise ConfigurationError(f"socket_group: there is no group {group!r} on this host") from error
 
 
-def _user_id(user: str) -> int:
+def user_id(user: str) -> int:
+    """Of a name or a number. Raises ConfigurationError."""
     if user.isascii() and user.isdigit():
         return int(user)
     try:

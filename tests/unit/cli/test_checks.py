@@ -81,6 +81,30 @@ def test_configuration_that_cannot_be_read_is_missing_and_names_the_file(tmp_pat
     assert (found.result, "none.conf" in found.reason) == (Result.MISSING, True)
 
 
+@pytest.mark.parametrize(
+    ("group", "line", "said"),
+    [
+        ("policy", "default = asking", "there is no policy 'asking'"),
+        ("policy", "guests = web:veto", "is no guest's UUID"),
+        ("agent", "socket_group = nobody-here", "socket_group: there is no group"),
+        ("agent", "socket_users = nobody-here", "socket_users: there is no user"),
+        ("agent", "socket_mode = 9999", "socket_mode"),
+        ("migration", "hold_seconds = abc", "hold_seconds"),
+        ("oslo_messaging_notifications", "driver = telegraph", "there is no 'telegraph'"),
+    ],
+)
+def test_configuration_that_the_agent_would_refuse_is_missing(tmp_path: Path, group: str, line: str, said: str) -> None:
+    conf = tmp_path / "agent.conf"
+
+    def configured(*lines: str) -> list[checks.Check]:
+        conf.write_text("\n".join([f"[agent]\njournal = {tmp_path}/journal\nsocket = {tmp_path}/socket", *lines]))
+        return [one for one in checks._configured([str(conf)]) if one.name == "configuration"]
+
+    assert [one.result for one in configured()] == [Result.OK]
+    (found,) = configured(f"[{group}]", line)
+    assert (found.result, found.reason.count(said)) == (Result.MISSING, 1)
+
+
 def test_scope_file_is_read(tmp_path: Path) -> None:
     ports, conf = tmp_path / "ports.json", tmp_path / "agent.conf"
     conf.write_text(f"[agent]\nscope_file = {ports}\njournal = {tmp_path}/journal\nsocket = {tmp_path}/socket\n")
@@ -164,6 +188,7 @@ def test_domain_s_files_and_broker_are_looked_at(tmp_path: Path, broker: Broker)
     assert silent.result is Result.MISSING
     assert "[domain:west] transport_url" in silent.mend
     assert "secret" not in silent.reason
+    assert "there is no policy 'asking'" in look(policy="asking").reason
     unfinished = look(hosts="")
     assert (unfinished.name, unfinished.result) == ("domains", Result.MISSING)
     assert "[domain:west] hosts: has to be set" in unfinished.reason
