@@ -437,7 +437,7 @@ def _scopes(known: AgentConfiguration, files: list[str] | None) -> Iterator[Chec
     is_static = known.scopes == "static"
     mend = "[agent] scopes names what finds the ports of this host, and its own options where it looks"
     if is_static:
-        mend = "[agent] scope_file names a JSON file that lists the ports of this host"
+        mend = "[agent] scope_file names a JSON file of this host's ports; the documentation's page on scopes shows one"
     try:
         finder = load_scopes(known.scopes, configuration.options(files))
         finder.find("")

@@ -1,13 +1,4 @@
-"""Scopes from a file that the operator, or what sets the ports up, keeps.
-
-    {"ports": [{"port": "tap-web", "guest": "6ac3...", "namespace": "/run/netns/fw", "zone": 4097,
-                "shared": false, "addresses": ["192.0.2.7", "2001:db8::7"], "translations": ["203.0.113.9"]}]}
-
-`namespace` may be left out: the agent's own. `translations` are addresses that the firewall translates the port's own
-to and from, if any. A zone in which a router tracks what is the port's has an entry of its own, with `"role": "dnat"`
-or `"snat"`; its flows go to the zone of this role on the other host. Replace the file by renaming: it is read at each
-question.
-"""
+"""Scopes from a file that the operator, or what sets the ports up, keeps; doc/source/user/scopes.rst has one."""
 
 from __future__ import annotations
 
@@ -47,7 +38,9 @@ class StaticScopes(ScopeFinder):
         try:
             ports = json.loads(self._file.read_text())["ports"]
             return [self._checked(port) for port in ports]
-        except (OSError, ValueError, KeyError, TypeError, netaddr.AddrFormatError) as error:
+        except KeyError as error:
+            raise ConfigurationError(f"scope_file {self._file}: {error} is missing") from error
+        except (OSError, ValueError, TypeError, netaddr.AddrFormatError) as error:
             raise ConfigurationError(f"scope_file {self._file}: {type(error).__name__}: {error}") from error
 
     @staticmethod

@@ -143,3 +143,20 @@ def test_namespace_is_a_path(scopes_of: Write, namespace: object) -> None:
 def test_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="ports"):
         StaticScopes(tmp_path / "ports.json").find("web")
+
+
+@pytest.mark.parametrize("field", ["port", "guest", "zone", "addresses"])
+def test_what_a_port_has_to_have_is_named(scopes_of: Write, field: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"'{field}' is missing"):
+        scopes_of({"ports": [{name: value for name, value in WEB.items() if name != field}]}).find("web")
+
+
+def test_file_of_the_documentation_is_one(scopes_of: Write) -> None:
+    page = (Path(__file__).parents[3] / "doc/source/user/scopes.rst").read_text()
+    shown = page.partition(".. code-block:: json\n")[2].partition("``port``, ``guest``")[0]
+    (scope,) = scopes_of(shown).find("6ac31f0e-8c1f-4f5e-9d0b-0d6d3a9b7c11")
+    assert (scope.zones, scope.namespace, scope.translations) == (
+        {ZoneRole.PORT: 4097},
+        "/run/netns/fw",
+        (netaddr.IPAddress("203.0.113.9"),),
+    )
