@@ -70,8 +70,7 @@ class _Certificate(Command):
         from sami_plugin.channel.authority import write_file
 
         output = Path(parsed_args.output)
-        if "/" in parsed_args.host or not parsed_args.host:
-            raise ConfigurationError(f"{parsed_args.host!r} is no name of a host")
+        _refuse_what_is_no_host(parsed_args.host)
         certificate, key = output / f"{parsed_args.host}.pem", output / f"{parsed_args.host}.key"
         if not output.is_dir():
             raise ConfigurationError(f"--output {output}: there is no such folder")
@@ -85,6 +84,18 @@ class _Certificate(Command):
             f"{certificate}, {key}: made for {parsed_args.host}\n"
             f"put them there as [tls] certificate and key; move the key, and keep no copy\n"
         )
+
+
+def _refuse_what_is_no_host(name: str) -> None:
+    """No agent could be called that."""
+    from oslo_config import types
+
+    try:
+        types.HostDomain()(name)
+    except ValueError:
+        raise ConfigurationError(
+            f"{name!r} is no name that [agent] host takes: letters, digits, '-', '_' and '.'"
+        ) from None
 
 
 class PkiIssue(_Certificate):

@@ -31,7 +31,7 @@ NFT_SETS = cfg.OptGroup("nft_sets", title="nftables' sets and maps, for the driv
 PCP = cfg.OptGroup("pcp", title="Mappings of a NAT or firewall that PCP controls, for the driver `pcp`")
 
 AGENT_OPTIONS = [
-    cfg.HostAddressOpt(
+    cfg.HostDomainOpt(
         "host",
         default=socket.gethostname(),
         sample_default="<the host's name>",
@@ -56,7 +56,8 @@ AGENT_OPTIONS = [
         "capacity",
         min=1,
         help="Flows that the firewall may hold at the most, where that is to be less than it could: what is beyond it "
-        "is not imported, and named. The firewall's own limit by default.",
+        "is not imported, and named. The firewall's own limit by default. A driver of another package has to know of "
+        "it: it is made with `capacity=N` then.",
     ),
     cfg.StrOpt(
         "scopes",
@@ -123,7 +124,8 @@ AGENT_OPTIONS = [
         default="0600",
         regex=r"^0?[0-7]{3}$",
         help="Mode of that socket, in octal. Who may write to it may tell of migrations. Root always may, and libvirt "
-        "calls its hooks as root; so change it only where libvirtd runs as somebody else, together with socket_group.",
+        "calls its hooks as root; so change it, together with socket_group, only where somebody else has to write to "
+        "it: nova-compute with the notification driver (0660), or a libvirtd that runs as somebody else.",
     ),
     cfg.StrOpt(
         "socket_group",
@@ -287,7 +289,8 @@ MIGRATION_OPTIONS = [
         help="Seconds that the start of the guest's empty shell on the destination is held up until all that the "
         "source had at first is in the firewall. Most guests' flows are there in a tenth of a second once the port has "
         "its zone. Raise it where the manager's agent gives the zone only after the start, as with Linux bridges, and "
-        "small guests are not to run before it has: each of their migrations takes so much longer.",
+        "small guests are not to run before it has: each of their migrations takes so much longer. libvirt's hook "
+        "waits no longer than its own started_seconds (/etc/sami/libvirt-hook.conf): set that to a second more.",
     ),
     cfg.FloatOpt(
         "zone_seconds",

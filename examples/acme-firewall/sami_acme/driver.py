@@ -20,8 +20,10 @@ SECONDS = 10.0
 
 
 class AcmeDriver(FlowDriver):
-    def __init__(self, url=None):
+    def __init__(self, url=None, capacity=None):
+        """`capacity` is [agent] capacity, where that is set; the firewall's address is in the agent's environment."""
         self._url = url or os.environ.get("ACME_URL", "http://127.0.0.1:8089")
+        self._capacity = capacity
 
     def _ask(self, method, path, said=None):
         body = None if said is None else json.dumps(said).encode()
@@ -34,7 +36,8 @@ class AcmeDriver(FlowDriver):
 
     def capabilities(self, scope=None):
         told = self._ask("GET", "/")
-        return Capabilities(KINDS, False, told["capacity"], told["in_use"], told["serial"], frozenset({MARKS}))
+        capacity = min(told["capacity"], self._capacity or told["capacity"])
+        return Capabilities(KINDS, False, capacity, told["in_use"], told["serial"], frozenset({MARKS}))
 
     def watch(self, scope):
         raise UndeclaredAbility("ACME's firewalls tell no changes")

@@ -35,3 +35,7 @@ class TestAcme(FlowDriverConformance):
     def make_shared_scope(self):
         zones = {ZoneRole.PORT: 9}
         return Scope("port", "guest", zones, PORT_ADDRESSES, is_shared=True, neighbours=NEIGHBOUR_ADDRESSES)
+
+    @pytest.mark.parametrize(("capacity", "declared"), [(None, 10000), (500, 500), (20000, 10000)])
+    def test_operator_s_capacity_counts_where_it_is_less(self, capacity, declared):
+        assert AcmeDriver(self.device.url, capacity=capacity).capabilities().capacity == declared

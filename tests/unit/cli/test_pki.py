@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sami_plugin.channel.identity import Credentials
-from sami_plugin.cli import checks
+from sami_plugin.cli import checks, configuration
 from sami_plugin.cli.checks import Result
 from sami_plugin.model.settings import Files
 from tests.unit.cli.command_line import CommandLine
@@ -37,6 +37,17 @@ def test_host_that_was_issued_a_certificate_can_use_it(sami: CommandLine, folder
     assert (one["Host"], one["State"], one["Days left"]) == ("compute-1", "valid", 99)
 
 
+def test_host_may_be_called_as_in_nova(sami: CommandLine, folder: Path, tmp_path: Path) -> None:
+    """Which takes an underscore."""
+    name = "compute_1.rack-2"
+    assert sami("pki", "issue", "--folder", folder, "--output", tmp_path, name) == 0, sami.err
+    files = Files(tmp_path / f"{name}.pem", tmp_path / f"{name}.key", folder / "ca.pem", folder / "crl.pem")
+    Credentials(name, files)
+    conf = tmp_path / "agent.conf"
+    conf.write_text(f"[agent]\nhost = {name}\n")
+    assert configuration.load([str(conf)]).host == name
+
+
 def test_certificate_is_renewed_and_the_one_before_counts_until_it_is_revoked(
     sami: CommandLine, folder: Path, tmp_path: Path
 ) -> None:
@@ -58,8 +69,9 @@ def test_certificate_is_renewed_and_the_one_before_counts_until_it_is_revoked(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("issue", "../a"), "is no name of a host"),
-        (("issue", ""), "is no name of a host"),
+        (("issue", "../a"), "is no name that [agent] host takes"),
+        (("issue", "bad host"), "is no name that [agent] host takes"),
+        (("issue", ""), "is no name that [agent] host takes"),
         (("issue", "a", "--output", "/nowhere"), "there is no such folder"),
         (("issue", "a", "--days", "99999"), "the authority itself ends"),
         (("renew", "a"), "never had a certificate"),
