@@ -489,9 +489,9 @@ class Agent:
             self._note_outgoing(event.guest, self._refusing.pop(event.guest, None))
             self._lead(replace(event, phase=Phase.OUTGOING), SourceSession)
         with self._lock:  # a session that begins from here on knows of the pause
+            self._lead(event, SourceSession)  # first: the guest stands still, and the journal may be busy
             if (outgoing := self._outgoing.get(event.guest)) is not None:
                 self._outgoing.put(event.guest, replace(outgoing, is_suspended=True))
-            self._lead(event, SourceSession)
         for coming in self._sessions_of(event.guest, DestinationSession):
             if not coming.is_awaited:
                 coming.tell(event)

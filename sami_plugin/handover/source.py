@@ -76,6 +76,9 @@ from sami_plugin.model.scope import Scope
 from sami_plugin.notifications import started
 from sami_plugin.session import Actions, Host, Session
 
+REMOVED_AT_A_TIME = 2048
+"""Flows that are removed between two moments in which another guest of a shared zone gets its turn."""
+
 
 class SourceSession(Session):
     """The source's part."""
@@ -474,25 +477,31 @@ class SourceSession(Session):
                 return Done("Purge", refused=self._exported_count())
             self._note_unsent(self._unsent)
             for port in self._ports:
-                with self._unless_gone(port.scope), self.host.lock:
-                    stay = self._neighbours(port.scope)
-                    victims: list[Batch] = []
-                    for batch in chain(*(table.batches() for table in (port.exported, *port.untold()))):
-                        is_others = self._is_others_too(port, batch, stay)
-                        if is_others.any():
-                            kept, batch = batch.take(is_others), batch.take(~is_others)
-                            self._kept_for_others += len(kept)
-                            self.report.name(KEPT, len(kept), names(kept))
-                        victims.append(batch)
-                    for batch in victims:
-                        removed = self.host.driver.remove(port.scope, batch.identities)
-                        self._removed += int(np.count_nonzero(came_out(removed, Outcome.REMOVED)))
-                    self.note("purged")
-                    self._left += sum(self._is_left(port.scope, batch) for batch in victims)
-                    self.host.leaving.release(self.id, port.scope)
+                with self._unless_gone(port.scope):
+                    self._purge_port(port)
             self.host.gone[self.id] = tuple(address for port in self._ports for address in port.scope.addresses)
         self.note("proved")
         return Done("Purge", self._removed, refused=self._left)
+
+    def _purge_port(self, port: Leaving) -> None:
+        stay = self._neighbours(port.scope)
+        victims: list[Batch] = []
+        told = chain(*(table.batches() for table in (port.exported, *port.untold())))
+        for batch in chain(*split(told, REMOVED_AT_A_TIME)):
+            with self.host.deciding(port.scope):
+                if port.scope.is_shared:
+                    stay = self._neighbours(port.scope)  # with who has come since
+                is_others = self._is_others_too(port, batch, stay)
+                self.host.leaving.withdraw(self.id, port.scope, batch)  # what others claim is theirs alone now
+                if is_others.any():
+                    kept, batch = batch.take(is_others), batch.take(~is_others)
+                    self._kept_for_others += len(kept)
+                    self.report.name(KEPT, len(kept), names(kept))
+                removed = self.host.driver.remove(port.scope, batch.identities)
+            self._removed += int(np.count_nonzero(came_out(removed, Outcome.REMOVED)))
+            victims.append(batch)
+        self.note("purged")
+        self._left += sum(self._is_left(port.scope, batch) for batch in victims)
 
     def _is_left(self, scope: Scope, batch: Batch) -> int:
         """How many are there still. What has the same name and another id was made since: that is `_purge_late`'s."""
@@ -506,20 +515,26 @@ class SourceSession(Session):
         """
         with self.host.purging(self.guest) as is_allowed:
             for port in self._ports if is_allowed else ():
-                with self._unless_gone(port.scope), self.host.lock:
-                    stay = self._neighbours(port.scope)
-                    if stay and not port.scope.is_shared:  # of what passes there now the guest is no measure
-                        self.report.remark(f"the zone of {port.scope.port} is another guest's, and was not watched")
-                        continue
-                    for batch in self._remaining(port, stay):
-                        made = self.host.driver.remove(port.scope, batch.identities)
-                        gone = batch.take(came_out(made, Outcome.REMOVED))
-                        self._late += len(gone)
-                        if len(gone):
-                            why = "removed at the source, made there after the pause"
-                            self.report.name(why, len(gone), names(gone))
+                with self._unless_gone(port.scope):
+                    remaining = self._remaining(port)  # a whole firewall, while nobody waits for it
+                    with self.host.deciding(port.scope):
+                        self._purge_remaining(port, remaining)
         self.note("watched")
         return Done("PurgeLate", self._late)
+
+    def _purge_remaining(self, port: Leaving, remaining: list[Batch]) -> None:
+        stay = self._neighbours(port.scope)
+        if stay and not port.scope.is_shared:  # of what passes there now the guest is no measure
+            self.report.remark(f"the zone of {port.scope.port} is another guest's, and was not watched")
+            return
+        for batch in remaining:
+            left = batch.take(~self._is_others_too(port, batch, stay))
+            made = self.host.driver.remove(port.scope, left.identities)
+            gone = left.take(came_out(made, Outcome.REMOVED))
+            self._late += len(gone)
+            if len(gone):
+                why = "removed at the source, made there after the pause"
+                self.report.name(why, len(gone), names(gone))
 
     def _neighbours(self, scope: Scope) -> Addresses:
         """Whose flows stay. A zone that was the port's own when the guest began to leave may be shared by now.
@@ -538,11 +553,10 @@ class SourceSession(Session):
     def _is_others_too(self, port: Leaving, batch: Batch, stay: Addresses) -> npt.NDArray[np.bool_]:
         return self.host.leaving.claimed_by_others(self.id, port.scope, batch) | has_end_in(batch, stay)
 
-    def _remaining(self, port: Leaving, stay: Addresses) -> list[Batch]:
+    def _remaining(self, port: Leaving) -> list[Batch]:
         self._leave_in_place(port, self.host.driver.capabilities(port.scope))
         pieces = (piece for piece in self.host.driver.export(port.scope) if not isinstance(piece, Omitted))
-        own = (piece.take(has_end_in(piece, port.scope.addresses)) for piece in pieces if port.leaves(piece))
-        return [left for piece in own if len(left := piece.take(~self._is_others_too(port, piece, stay)))]
+        return [piece.take(has_end_in(piece, port.scope.addresses)) for piece in pieces if port.leaves(piece)]
 
     # What the session asks of its role.
 

@@ -130,7 +130,9 @@ class Journal:
                 os.fchmod(file, 0o600)  # it may have been there, and others must not write what is believed later
                 os.close(file)
                 self._db = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None)
-                self._db.execute("PRAGMA journal_mode=WAL")
+                # Nothing waits for the disk but what calls `_sync`; a file system without WAL has all of it wait.
+                self._is_logged = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0] == "wal"
+                self._db.execute(f"PRAGMA synchronous={'NORMAL' if self._is_logged else 'FULL'}")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version > FORMAT_VERSION or (read_only and version == 0):
                 raise JournalError(f"{self.path} is no journal of format {FORMAT_VERSION} (it says {version})")
@@ -178,7 +180,6 @@ class Journal:
         """
         now, told = time.time(), json.dumps(report)
         with self._lock, self._failing():
-            self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("BEGIN IMMEDIATE")
             with self._db:  # commits, or rolls back
                 self._db.execute(
@@ -194,6 +195,7 @@ class Journal:
                     "WHERE session = ?",
                     (report["outcome"], told, now, former),
                 )
+        self._sync()
 
     def know(
         self, session: str, *, peer: str, ports: list[dict[str, Any]], destination: str = "", token: str = ""
@@ -357,16 +359,30 @@ class Journal:
 
     def _write(self, query: str, values: tuple[object, ...], *, is_durable: bool = False) -> None:
         with self._lock, self._failing():
-            # In WAL mode FULL syncs this commit and with it everything written before; NORMAL leaves it to checkpoints.
-            self._db.execute(f"PRAGMA synchronous={'FULL' if is_durable else 'NORMAL'}")
             self._db.execute(query, values)
+        if is_durable:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Waits until the disk has all that was written. Others write meanwhile: no guest waits for another's flush.
+
+        Of the log SQLite itself syncs the beginning, and the whole of it before any of it goes into the database.
+        """
+        if not self._is_logged:
+            return
+        with self._failing():
+            file = os.open(f"{self.path}-wal", os.O_RDONLY)
+            try:
+                os.fdatasync(file)
+            finally:
+                os.close(file)
 
     def _failing(self) -> _Failing:
         return _Failing(self.path)
 
 
 class _Failing:
-    """Turns what SQLite raises into `JournalError`."""
+    """Turns what SQLite and the disk raise into `JournalError`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -375,5 +391,5 @@ class _Failing:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, sqlite3.Error | OSError):
             raise JournalError(f"cannot use the journal {self._path}: {error}") from error

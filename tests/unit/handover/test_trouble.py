@@ -605,6 +605,67 @@ def test_words_of_the_hypervisor_are_taken_at_once(tmp_path: Path) -> None:
         assert was_taken
 
 
+class HeldUpExport(MemoryDriver):
+    """Of the guest that has left: a large table."""
+
+    def __init__(self, device: MemoryDevice) -> None:
+        super().__init__(device)
+        self.of = ""
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+
+    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        if scope.guest == self.of:
+            self.has_begun.set()
+            assert self.may_end.wait(10)
+        yield from super().export(scope)
+
+
+def test_look_at_what_came_after_the_purge_holds_up_no_other_guest(tmp_path: Path) -> None:
+    limits = limited(watch_seconds=0.05)
+    with hosts_in(tmp_path, limits, lambda name: HeldUpExport(MemoryDevice(name))) as hosts:
+        guest = new_guest()
+        driver, host = hosts.drivers["host-a"], hosts.agents["host-a"].host
+        assert isinstance(driver, HeldUpExport)
+        hosts.plug("host-a", guest, 7, GUEST_ADDRESS, shared=True)
+        driver.insert(hosts.scope("host-a", guest), tcp_flows(10))
+        begin(hosts, guest)
+        driver.of = guest
+        finish(hosts, guest)
+        assert driver.has_begun.wait(10)
+        is_free = host.lock.acquire(timeout=1)  # who decides about another guest's flows of the same zone takes it
+        if is_free:
+            host.lock.release()
+        driver.may_end.set()
+        until_idle(hosts)
+        assert is_free
+        assert held(hosts, "host-a", 7) == set()
+
+
+def test_flow_between_two_guests_that_leave_at_once_goes_with_the_last(tmp_path: Path) -> None:
+    """Who has purged has no claim to it any more, long before the session's end."""
+    with hosts_in(tmp_path, limited(watch_seconds=1.0)) as hosts:
+        guests = {new_guest(): address for address in (GUEST_ADDRESS, SECOND_ADDRESS)}
+        driver = hosts.drivers["host-a"]
+        for guest, address in guests.items():
+            hosts.plug("host-a", guest, 7, address, shared=True)
+        between = tcp_flows(30)
+        between.rows["destinationIPv4Address"] = int(netaddr.IPAddress(SECOND_ADDRESS))
+        driver.insert(hosts.scope("host-a", next(iter(guests))), between)
+        assert len(held(hosts, "host-a", 7)) == 30
+        for number, guest in enumerate(guests):
+            hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+            hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+            hosts.plug("host-b", guest, 8 + number, guests[guest])
+            hosts.say("host-b", Phase.STARTED, guest)
+            wait_for_step(hosts, "host-b", guest, "in sync")
+        for guest in guests:
+            finish(hosts, guest)
+        for guest in guests:
+            wait_for_step(hosts, "host-a", guest, "proved")
+        assert held(hosts, "host-a", 7) == set()
+        until_idle(hosts)
+
+
 # --- peers and brokers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -241,17 +242,57 @@ def test_what_was_written_is_there_after_the_writer_was_killed(path: Path) -> No
     journal.close()
 
 
-def test_durable_decision_waits_for_the_disk_and_others_do_not(journal: Journal) -> None:
-    levels: list[str] = []
+def test_durable_decision_waits_for_the_disk_and_others_do_not(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fdatasync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
     begin(journal)
-    journal._db.set_trace_callback(levels.append)
-    for number, is_durable in enumerate((False, True)):
-        journal.record(ONE, number, "event", "drained", [], is_durable=is_durable)
-    assert [said for said in levels if "synchronous" in said] == [
-        "PRAGMA synchronous=NORMAL",
-        "PRAGMA synchronous=FULL",
-    ]
+    journal.record(ONE, 0, "event", "drained", [], is_durable=False)
+    assert synced == []
+    journal.record(ONE, 1, "event", "drained", [], is_durable=True)
+    assert synced == [f"{path}-wal"]
+    journal.go_on(ONE, TWO, ONE, "drained", (), {"outcome": "continued"})
+    assert synced == [f"{path}-wal"] * 2
     assert journal._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert journal._db.execute("PRAGMA synchronous").fetchone() == (1,), "checkpoints are safe without us"
+
+
+def test_nobody_waits_for_another_s_flush(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(journal)
+    begin(journal, TWO)
+    is_slow, may_end = threading.Event(), threading.Event()
+
+    def fdatasync(file: int) -> None:
+        is_slow.set()
+        may_end.wait(10)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    waiting = threading.Thread(
+        target=journal.record, args=(ONE, 0, "event", "purging", []), kwargs={"is_durable": True}
+    )
+    waiting.start()
+    assert is_slow.wait(10)
+    others = threading.Thread(
+        target=journal.record, args=(TWO, 0, "event", "drained", []), kwargs={"is_durable": False}
+    )
+    others.start()
+    others.join(5)
+    has_waited = others.is_alive()
+    may_end.set()
+    waiting.join()
+    others.join()
+    assert not has_waited
+
+
+def test_disk_that_fails_is_a_failing_journal(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fdatasync(file: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    begin(journal)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with pytest.raises(JournalError, match="Input/output error"):
+        journal.record(ONE, 0, "event", "purging", [], is_durable=True)
 
 
 def test_journal_that_another_process_had_locked_works_afterwards(journal: Journal, path: Path) -> None:
