@@ -67,7 +67,9 @@ VERDICT_MARGIN_SECONDS = 0.5
 HYPERVISOR_SECONDS = 5.0
 """It is connected to a second or two after the agent's start."""
 ASK_AGAIN_SECONDS = 0.1
-MOST_ANNOUNCED = MOST_REFUSING = MOST_OVER = 1024
+MOST_ANNOUNCED = MOST_REFUSED = MOST_REFUSING = MOST_OVER = 1024
+REFUSED_SECONDS = 300.0
+"""Who goes on against a veto starts the guest's shell by then, however much memory it takes first."""
 OVER_OF_A_GUEST = 8
 MOST_EXCLUDED = 16384
 
@@ -130,8 +132,8 @@ class Agent:
         self._announced: OrderedDict[str, _Announced] = OrderedDict()
         self._excluded: OrderedDict[str, None] = OrderedDict()
         """Guests of flavors for which nothing is to be done."""
-        self._refused: dict[str, str] = {}
-        """Guests that were refused, and where from: if nobody stops their migration, they come all the same."""
+        self._refused: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        """Guests that were refused, where from, and until when they may come all the same, where nobody stops them."""
         bounds = host.settings.bounds
         self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing = OutgoingGuests(host.journal)
@@ -270,7 +272,8 @@ class Agent:
         newest = session.newest
         if isinstance(newest, DestinationSession) and newest.refusal is not None:
             with self._lock:
-                self._refused[newest.guest] = newest.peer
+                until = self.host.monotonic() + REFUSED_SECONDS
+                _remember(self._refused, newest.guest, (newest.peer, until), MOST_REFUSED)
             raise Veto(f"{newest.refusal} (session {newest.id})")
         if not has_spoken:
             LOG.warning("%s: nothing is decided yet; the migration goes on", session.id)
@@ -383,7 +386,9 @@ class Agent:
             case Phase.STARTED:
                 # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
                 if all(one.refusal is not None for one in self._sessions_of(event.guest, DestinationSession)):
-                    refused_from = self._refused.pop(event.guest, "")
+                    refused_from, until = self._refused.pop(event.guest, ("", 0.0))
+                    if until < self.host.monotonic() or (origin is not None and origin.host == self.host.name):
+                        refused_from = ""  # it starts here
                     if event.is_incoming or refused_from:  # who was to stop the migration has not done it
                         known = event if event.source else replace(event, source=refused_from or None)
                         self._expect(known, origin or self._look(event.guest))

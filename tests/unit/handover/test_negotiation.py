@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sami_plugin import agent as agent_module
 from sami_plugin.agent import Agent
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import OperatorError, PeerUnreachable, Veto
@@ -638,6 +639,21 @@ def test_guest_that_goes_on_against_a_veto_does_not_lose_what_has_a_place(tmp_pa
         until_idle(hosts)
         assert len(held(hosts, "host-b")) == 4
         assert [told["outcome"] for told in hosts.reports("host-b", guest)] == ["moved", "stayed"]
+
+
+def test_refused_guest_that_is_started_here_later_does_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was moved cold. A session that waited for it would have its next migration refused."""
+    monkeypatch.setattr(agent_module, "REFUSED_SECONDS", 0.0)
+    with six_against_four(tmp_path, Refuse()) as (hosts, guest):
+        with pytest.raises(Veto):
+            prepare(hosts, guest)
+        until_idle(hosts)
+        hosts.unplug("host-a", guest)
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        assert hosts.agents["host-b"].sessions() == []
 
 
 def test_guest_that_has_left_already_leaves_nothing_behind_when_it_is_refused(tmp_path: Path) -> None:
