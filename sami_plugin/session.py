@@ -369,8 +369,13 @@ class Session(abc.ABC):
 
     def continue_with(self, successor: Session) -> None:
         """The other host goes on with another session, which has not begun. It begins when it has all of this one."""
-        self._next = successor
-        self._events.put(Continued())
+        with self._handing_over:
+            is_over = self.is_over
+            if not is_over:
+                self._next = successor
+                self._events.put(Continued())
+        if is_over:
+            successor.fail(f"session {self.id} has ended before another one could go on with it")
 
     def find(self, source: str) -> None:
         """It is known now which host the guest leaves."""
@@ -429,10 +434,13 @@ class Session(abc.ABC):
                 self.handle(event)
         except Exception as error:  # the session boundary: our own mistake, or a device at the very beginning
             LOG.exception("%s: the session failed", self.id)
-            self._fail(f"{type(error).__name__}: {error}")
+            self.fail(f"{type(error).__name__}: {error}")
 
-    def _fail(self, reason: str) -> None:
-        """Ends the session whatever works and what not: nobody may wait for it, and nobody find it."""
+    def fail(self, reason: str) -> None:
+        """Ends the session whatever works and what not: nobody may wait for it, and nobody find it.
+
+        By another thread only where it has none of its own and never will.
+        """
         try:
             self._say(GivesUp(reason))
             self._end(Outcome.FAILED, reason)
@@ -628,7 +636,7 @@ class Session(abc.ABC):
 
     def _hand_over(self) -> None:
         """Another session goes on from here, with the flows, the journal's rows, and the words that are to come."""
-        successor = self._next or self._made_successor()
+        successor = self._next = self._next or self._made_successor()
         self.note("ended")
         self.report.outcome, self.report.reason = Outcome.CONTINUED.value, f"session {successor.id} goes on with it"
         LOG.info("%s: guest %s: %s", self.id, self.guest, self.report.reason)
@@ -664,12 +672,16 @@ class Session(abc.ABC):
 
     def _leave(self) -> None:
         """Nobody waits for the session any more, and nobody finds it."""
-        self.is_over = True
+        with self._handing_over:
+            self.is_over = True
+            abandoned = self._next if self._successor is None else None
         self.host.notifications.send(ended(self.report, self.host.wall()))
         self.line.finish()
         self.has_verdict.set()
         self.has_caught_up.set()
         self._ended(self)
+        if abandoned is not None:
+            abandoned.fail(f"session {self.id} has ended before another one could go on with it")
 
     @contextmanager
     def _unless_gone(self, scope: Scope) -> Iterator[None]:

@@ -388,7 +388,7 @@ class World:
             self._crash(host, str(crash))
         except Exception as error:  # noqa: BLE001 - of the code under test
             self.violated(checks.NO_MISTAKE, f"{type(error).__name__}: {error}")
-            session._fail(f"{type(error).__name__}: {error}")
+            session.fail(f"{type(error).__name__}: {error}")
         finally:
             self.acting = before
         if host.is_down:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import netaddr
@@ -664,6 +665,36 @@ def test_flow_between_two_guests_that_leave_at_once_goes_with_the_last(tmp_path:
             wait_for_step(hosts, "host-a", guest, "proved")
         assert held(hosts, "host-a", 7) == set()
         until_idle(hosts)
+
+
+def test_session_that_was_to_go_on_with_one_that_ends_first_ends_with_it(tmp_path: Path) -> None:
+    """Nobody runs it: the guest's next migrations would meet it for ever."""
+    settings = limited(resync_seconds=0.1)
+    with hosts_in(tmp_path, settings, lambda name: HeldUpExport(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        driver, leaving = hosts.drivers["host-a"], hosts.agents["host-a"]
+        assert isinstance(driver, HeldUpExport)
+        begin(hosts, guest)
+        driver.of = guest
+        assert driver.has_begun.wait(10)
+        hosts.say("host-a", Phase.ROLLBACK, guest)  # heard when the look at the table is over
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        until(lambda: len(leaving.sessions()) == 2)
+        older, late = leaving.sessions()
+        driver.may_end.set()
+        until(lambda: not leaving.sessions())
+        assert late.is_over
+        too_late: list[str] = []
+        older.continue_with(SimpleNamespace(fail=too_late.append))  # type: ignore[arg-type]
+        assert too_late
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-b") == set()
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
 
 
 # --- peers and brokers
