@@ -65,6 +65,7 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.settings import Limits
 
 TOO_LONG = "the migration took longer than session_seconds"
+UNWANTED = "the guest has left, and the destination took no more of its flows within arrival_limit"
 
 
 class State(enum.StrEnum):
@@ -187,7 +188,7 @@ def _leaves(session: Source, event: Event, now: float) -> Decision:
 
 def _begin(session: Source) -> Decision:
     session = replace(session, state=State.COPYING, is_paused_early=session.is_suspended)
-    return session, [WakeAt(session.deadline), StartExport()]
+    return session, [_copy_ends(session), StartExport()]
 
 
 def _never_left(session: Source, event: Event, now: float) -> Decision:
@@ -210,7 +211,8 @@ def _started(session: Source, event: Event, now: float) -> Decision:
 def _answered(session: Source, event: Event, now: float) -> Decision:
     assert isinstance(event, PeerSaid)
     assert isinstance(event.message, Answer)
-    return replace(session, state=State.COPYING), [Choose(event.message.places, event.message.kinds), ExportNext()]
+    session = replace(_still_wanted(session, now), state=State.COPYING)
+    return session, [Choose(event.message.places, event.message.kinds), ExportNext()]
 
 
 def _paused_while_offered(session: Source, event: Event, now: float) -> Decision:
@@ -222,7 +224,7 @@ def _paused_while_offered(session: Source, event: Event, now: float) -> Decision
 
 def _copied(session: Source, event: Event, now: float) -> Decision:
     assert isinstance(event, Done)
-    session = replace(session, exported=session.exported + event.count)
+    session = replace(_still_wanted(session, now), exported=session.exported + event.count)
     if not event.is_all:
         return session, [ExportNext()]
     in_sync = Say(InSync(session.exported))
@@ -235,10 +237,21 @@ def _copied(session: Source, event: Event, now: float) -> Decision:
     return session, [in_sync, WakeAt(now + session.limits.delta_seconds)]
 
 
+def _copy_ends(session: Source) -> WakeAt:
+    return WakeAt(min(session.deadline, session.purge_at))
+
+
+def _still_wanted(session: Source, now: float) -> Source:
+    """The destination takes the flows of a guest that has left already: it gets its time for each step of it."""
+    return replace(session, purge_at=now + session.limits.arrival_seconds) if session.is_gone else session
+
+
 def _copies_too_long(session: Source, event: Event, now: float) -> Decision:
-    if now < session.deadline:
-        return session, [WakeAt(session.deadline)]
-    return _abandon(session, TOO_LONG)
+    if now >= session.deadline:
+        return _abandon(session, TOO_LONG)
+    if now >= session.purge_at:
+        return _abandon(session, UNWANTED)
+    return session, [_copy_ends(session)]
 
 
 def _paused_before_copying(session: Source, event: Event, now: float) -> Decision:
@@ -276,8 +289,7 @@ def _paused(session: Source, event: Event, now: float) -> Decision:
 
 
 def _drained(session: Source, event: Event, now: float) -> Decision:
-    if session.is_gone:  # the destination has all of it only now: it gets its time to say so
-        session = replace(session, purge_at=now + session.limits.arrival_seconds)
+    session = _still_wanted(session, now)
     return session, [_next_wake(session)]
 
 
@@ -330,7 +342,10 @@ def _noted_gone(session: Source, now: float) -> Source:
 
 def _gone_while_copying(session: Source, event: Event, now: float) -> Decision:
     """The guest was faster than its flows: they are still here, and go on their way."""
-    return replace(_noted_gone(session, now), is_suspended=True, is_paused_early=True), []
+    if session.is_gone:
+        return session, []
+    session = replace(_noted_gone(session, now), is_suspended=True, is_paused_early=True)
+    return session, [_copy_ends(session)]
 
 
 def _gone_unasked(session: Source, event: Event, now: float) -> Decision:

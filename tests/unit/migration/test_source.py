@@ -260,6 +260,32 @@ def test_destination_has_its_time_when_the_guest_was_faster_than_its_flows() -> 
     assert source.step(session, TimePassed(), 70.0)[1] == [Purge()]
 
 
+def test_destination_that_takes_no_more_does_not_put_off_the_purge_of_a_guest_that_left() -> None:
+    """Who comes late is to find nothing: what the guest left may have ended since."""
+    session = new()
+    for event in (OPENED, OUTGOING, SUSPENDED):
+        session, _ = source.step(session, event, 0.0)
+    session, actions = source.step(session, STOPPED, 0.0)
+    assert actions == [WakeAt(20.0)]
+    session, _ = source.step(session, Done("ExportNext", 10, is_all=False), 15.0)
+    assert source.step(session, TimePassed(), 20.0) == (session, [WakeAt(35.0)])
+    session, _ = source.step(session, TimePassed(), 35.0)
+    assert (session.state, session.reason) == (State.ABANDONED, source.UNWANTED)
+    assert source.step(session, TimePassed(), 35.0)[1] == [Purge()]
+
+
+def test_destination_that_never_answers_does_not_put_off_the_purge_of_a_guest_that_left() -> None:
+    session = new()
+    for event in (OPENED, OUTGOING, Done("StartExport", 1), SUSPENDED):
+        session, _ = source.step(session, event, 0.0)
+    assert session.state is State.OFFERED
+    session, actions = source.step(session, STOPPED, 5.0)
+    assert actions == [WakeAt(25.0)]
+    assert source.step(session, TimePassed(), 25.0)[0].state is State.ABANDONED
+    answered, _ = source.step(session, ANSWERED, 24.0)
+    assert source.step(answered, TimePassed(), 25.0) == (answered, [WakeAt(44.0)])
+
+
 def test_copy_that_hangs_ends_with_the_session_s_time() -> None:
     session, actions = source.step(source.step(new(), OPENED, 0.0)[0], OUTGOING, 0.0)
     assert WakeAt(100) in actions
