@@ -308,6 +308,8 @@ class Session(abc.ABC):
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._finished: deque[Done | Negotiated | ActionFailed] = deque()
         self.wake_at: float | None = None
+        self._had_its_time = False
+        """The last event was that time had passed."""
         self.line = line or host.line(session)
         self.line.lost = lambda reason: self._events.put(PeerLost(reason))
         self._hearing = threading.Lock()
@@ -468,13 +470,17 @@ class Session(abc.ABC):
         if self._finished:
             return self._finished.popleft()
         wait = None if self.wake_at is None else self.wake_at - self.host.monotonic()
-        try:
-            # The clock comes first: a peer that never stops speaking does not put off what has its time.
-            if wait is None or wait > 0:
-                return self._events.get(waits, wait)
-        except queue.Empty:
-            if not waits:
-                return None
+        is_due = wait is not None and wait <= 0
+        # In turns: a peer that never stops speaking does not put off what has its time, and what takes longer than the
+        # time until it is due again, as a slow scope finder does, keeps nobody from being heard.
+        if not is_due or self._had_its_time:
+            self._had_its_time = False
+            try:
+                return self._events.get(waits and not is_due, wait)
+            except queue.Empty:
+                if not waits and not is_due:
+                    return None
+        self._had_its_time = True
         self.wake_at = None
         return TimePassed()
 

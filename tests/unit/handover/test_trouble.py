@@ -18,6 +18,7 @@ import pytest
 from sami_plugin import agent as agent_module
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import DeviceFailed, NotAuthorised, PeerUnreachable
+from sami_plugin.migration import destination as destination_decisions
 from sami_plugin.migration import source as source_decisions
 from sami_plugin.model.flows import Batch, Omitted, ZoneRole
 from sami_plugin.model.migration import MigrationEvent, Open, Phase
@@ -669,7 +670,7 @@ def test_flow_between_two_guests_that_leave_at_once_goes_with_the_last(tmp_path:
 
 def test_session_that_was_to_go_on_with_one_that_ends_first_ends_with_it(tmp_path: Path) -> None:
     """Nobody runs it: the guest's next migrations would meet it for ever."""
-    settings = limited(resync_seconds=0.1)
+    settings = limited(resync_seconds=0.1, watch_seconds=0.1)
     with hosts_in(tmp_path, settings, lambda name: HeldUpExport(MemoryDevice(name))) as hosts:
         guest = guest_with_flows(hosts)
         driver, leaving = hosts.drivers["host-a"], hosts.agents["host-a"]
@@ -695,6 +696,28 @@ def test_session_that_was_to_go_on_with_one_that_ends_first_ends_with_it(tmp_pat
         finish(hosts, guest)
         until_idle(hosts)
         assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
+
+
+def test_scope_finder_that_is_slow_keeps_nobody_from_being_heard(tmp_path: Path) -> None:
+    """It is asked again when it has answered; what it waits for is in the queue."""
+    with hosts_in(tmp_path, limited(zone_seconds=60.0, watch_seconds=0.1)) as hosts:
+        guest = guest_with_flows(hosts)
+        scopes = hosts.agents["host-b"].host.scopes
+        find = scopes.find
+
+        def slow(asked: str) -> tuple[Scope, ...]:
+            time.sleep(1.5 * destination_decisions.ZONE_POLL_SECONDS)
+            return find(asked)
+
+        scopes.find = slow  # type: ignore[method-assign]
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        hosts.say("host-b", Phase.STARTED, guest)
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        wait_for_step(hosts, "host-b", guest, "in sync")
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
 
 
 # --- peers and brokers
