@@ -638,12 +638,11 @@ class Agent:
             return list(self._sessions.values())
 
     def underway(self) -> list[tuple[str, str]]:
-        """Guests that are on their way, or were when the agent of before ended, and this host's role in it.
-
-        Of one that comes back, only that it comes.
+        """Guests that are on their way as far as is known here, whether anybody has asked for them or not, and this
+        host's role in it. Of one that comes back, only that it comes.
         """
         with self._lock:
-            roles = dict.fromkeys(self._outgoing.unconfirmed(), "source")
+            roles = dict.fromkeys(self._outgoing, "source")
         roles |= {session.guest: session.role for session in self.sessions() if session.role == "source"}
         return list({**roles, **{one.guest: one.role for one in self.sessions() if one.role == "destination"}}.items())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from sami_plugin.errors import JournalError
@@ -49,6 +50,9 @@ class OutgoingGuests:
             scopes = tuple(map(Scope.from_dict, told["scopes"]))
             self._known[guest] = Outgoing(told["destination"], told["is_suspended"], scopes, told["token"])
             self._unconfirmed.add(guest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
 
     def __contains__(self, guest: str) -> bool:
         return guest in self._known

@@ -646,3 +646,19 @@ def test_what_a_guest_left_is_purged_though_it_comes_back_before_anybody_said_th
         assert len(held(hosts, "host-a", OTHER_ZONE)) == 7
         assert held(hosts, "host-a") == set()
         assert sorted(one["outcome"] for one in hosts.reports("host-a", guest)) == ["moved", "purged without arrival"]
+
+
+def test_job_that_nobody_asked_about_is_over_when_the_hypervisor_is_asked(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    """Of its abort no event tells. When its user shuts the guest down one day, it does not leave."""
+    guest, agent = marked(hosts, hypervisors), hosts.agents["host-a"]
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    assert agent.underway() == [(guest, "source")]
+    hypervisors["host-a"].leaving.discard(guest)
+    hosts.say("host-a", Phase.ROLLBACK, guest)  # as who polls those that are under way finds out
+    assert agent.underway() == []
+    hosts.say("host-a", Phase.STOPPED, guest)
+    assert agent.sessions() == []
+    assert hosts.reports("host-a", guest) == []
