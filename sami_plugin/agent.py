@@ -391,7 +391,8 @@ class Agent:
                         refused_from = ""  # it starts here
                     if event.is_incoming or refused_from:  # who was to stop the migration has not done it
                         known = event if event.source else replace(event, source=refused_from or None)
-                        self._expect(known, origin or self._look(event.guest))
+                        # Who brought a description has said all, and libvirt may wait for its hook to return.
+                        self._expect(known, origin or (None if event.domain else self._look(event.guest)))
                     else:  # it starts here: what it left before has to be gone before it speaks
                         for leaving in self._sessions_of(event.guest, SourceSession):
                             leaving.expect_return()
@@ -599,8 +600,10 @@ class Agent:
             raise IllegalMessage("a session is a UUID")
         with self._lock:
             now = self.host.monotonic()
-            for old in [one for one, known in self._greetings.items() if now > known.until]:
-                self._hang_up(old)
+            for old, known in list(self._greetings.items()):
+                if now > known.until and not known.lock.locked():  # else it is being answered, which may take its time
+                    # Not among what has ended: who calls late begins anew, under the same name.
+                    self._greetings.pop(old).line.close()
             if session_id not in self._greetings:
                 bounds = self.host.settings.bounds
                 self._refuse_crowd(now)

@@ -369,7 +369,8 @@ class LibvirtHost:
     def _pass_on(self) -> None:
         while (heard := self._queue.get()) is not None:
             guest, words = heard
-            if words == COPIES and self._job(guest) is not Phase.OUTGOING:
+            # Asked once: QEMU answers when it has a moment, and the guest's pause would wait behind that.
+            if words == COPIES and ((guest, SOURCE) in self._underway() or self._job(guest) is not Phase.OUTGOING):
                 continue
             for phase, role in words:
                 self._say(MigrationEvent(guest, phase, role=role, is_incoming=phase is Phase.STARTED))

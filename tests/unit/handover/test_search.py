@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ import pytest
 from sami_plugin import agent as agent_module
 from sami_plugin.agent import Agent
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.errors import OperatorError
+from sami_plugin.errors import OperatorError, Veto
 from sami_plugin.hooks import domain_xml
 from sami_plugin.model.migration import Flows, MigrationEvent, Offer, Phase
 from sami_plugin.model.settings import Settings
 from sami_plugin.policies.chosen import Policies
+from sami_plugin.policies.policies import Refuse
 from sami_plugin.session import Session
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
@@ -662,3 +664,37 @@ def test_job_that_nobody_asked_about_is_over_when_the_hypervisor_is_asked(
     hosts.say("host-a", Phase.STOPPED, guest)
     assert agent.sessions() == []
     assert hosts.reports("host-a", guest) == []
+
+
+def test_guest_that_nobody_asked_for_is_in_the_journal_until_its_session_is(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts anew between the two finds it as one or as the other."""
+    guest, journal = marked(hosts, hypervisors), hosts.agents["host-a"].host.journal
+    hypervisors["host-a"].leaving.add(guest)
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    keep, unfinished = journal.keep_outgoing, []
+
+    def kept(of: str, told: str | None) -> None:
+        if told is None:
+            unfinished.extend(row["guest"] for row in journal.unfinished())
+        keep(of, told)
+
+    monkeypatch.setattr(journal, "keep_outgoing", kept)
+    hosts.say("host-a", Phase.STOPPED, guest)
+    assert unfinished == [guest]
+
+
+def test_libvirt_is_not_asked_about_a_guest_whose_hook_brings_its_description(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    """It answers only when the hook has returned."""
+    agent, guest = hosts.agents["host-b"], new_guest()
+    agent.host.policies = Policies(Refuse())
+    told = partial(MigrationEvent, guest, domain=f"<domain><uuid>{guest}</uuid></domain>")
+    agent.announce(guest, "host-a", "host-b", "req-1")
+    with pytest.raises(Veto):
+        agent.tell(told(Phase.PREPARE))
+    agent.tell(told(Phase.STARTED))
+    assert guest not in hypervisors["host-b"].asked
+    hosts.say("host-b", Phase.STOPPED, guest)

@@ -722,6 +722,50 @@ def test_scope_finder_that_is_slow_keeps_nobody_from_being_heard(tmp_path: Path)
 
 # --- peers and brokers
 
+HASTY = replace(SETTINGS, call_seconds=0.2, bounds=replace(SETTINGS.bounds, handshake_seconds=0.3))
+"""For a handshake that takes longer than it may."""
+
+
+def test_handshake_that_was_held_up_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker fails over between its two flights: who called late is called under the same name again."""
+    with hosts_in(tmp_path, HASTY) as hosts:
+        guest = guest_with_flows(hosts)
+        transport, is_back = hosts.agents["host-b"].host.peers.way_to("host-a").transport, threading.Event()
+        call = transport.call
+
+        def held_up(peer: str, session: str, packet: Packet, seconds: float) -> str:
+            if packet.number and not is_back.is_set():
+                is_back.wait(0.1)
+                raise PeerUnreachable("the broker fails over")
+            return call(peer, session, packet, seconds)
+
+        monkeypatch.setattr(transport, "call", held_up)
+        threading.Timer(3 * HASTY.bounds.handshake_seconds, is_back.set).start()
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+
+
+def test_answer_that_takes_longer_than_a_handshake_may_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt is busy; meanwhile the question is asked again, and others call."""
+    with hosts_in(tmp_path, HASTY) as hosts:
+        guest = guest_with_flows(hosts)
+        leaving = hosts.agents["host-a"]
+        has_job = leaving._has_job
+
+        def slow(*arguments: Any, **options: Any) -> bool:
+            time.sleep(3 * HASTY.bounds.handshake_seconds)
+            return has_job(*arguments, **options)
+
+        monkeypatch.setattr(leaving, "_has_job", slow)
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert len(held(hosts, "host-b")) == 100
+
 
 def test_stays_is_heard_when_the_broker_comes_back_after_longer_than_a_message_lives(tmp_path: Path) -> None:
     with hosts_in(tmp_path, replace(SETTINGS, message_seconds=0.2)) as hosts:

@@ -260,6 +260,23 @@ def test_guest_whose_memory_is_copied_leaves_unless_it_is_saved(libvirt: Libvirt
     assert heard.words() == [("resumed", "source"), ("outgoing", "source"), ("resumed", "source")]
 
 
+@pytest.mark.usefixtures("host")
+def test_pause_waits_for_no_question_about_a_guest_that_is_known_to_leave(
+    libvirt: Libvirt, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU tells of an iteration right before the pause, and answers when it has drained its disks."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        libvirt.domain, "jobStats", lambda flags: (asked.append(threading.current_thread().name), {})[1]
+    )
+    heard.underway = [(GUEST, "source")]
+    for _ in range(3):
+        libvirt.heard[libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION](libvirt, libvirt.domain, 1, None)
+    libvirt.say("SUSPENDED", "MIGRATED")
+    wait_until(lambda: ("suspended", "source") in heard.words(), "the pause")
+    assert set(asked) <= {"sami-libvirt"}, "who polls may wait"
+
+
 JOBS = {
     "in an outgoing job": (
         {"type": "UNBOUNDED", "operation": "OPERATION_MIGRATION_OUT"},

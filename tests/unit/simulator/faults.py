@@ -284,18 +284,6 @@ def a_new_start_forgets_who_is_on_the_way() -> Any:
     return mock.patch.object(OutgoingGuests, "read", nothing)
 
 
-@fault(1000, crash=1.0, moves=3, is_described=1.0, no_hook=1.0, flows=2, abort=0.0)
-def the_record_is_taken_back_before_the_session_is_there() -> Any:
-    real = Agent._has_gone
-
-    def has_gone(self: Agent, event: Any) -> None:
-        if (known := self._outgoing.pop(event.guest)) is not None:
-            self._outgoing._known[event.guest] = known
-        real(self, event)
-
-    return mock.patch.object(Agent, "_has_gone", has_gone)
-
-
 @fault(1500, crash=1.0, moves=3, loss=0.0, abort=0.0)
 def what_came_again_while_no_agent_was_there_is_taken_for_gone() -> Any:
     return mock.patch.object(Agent, "_is_here", return_value=False)
