@@ -62,7 +62,9 @@ class DepositDriver(FlowDriver):
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
         if scope.zones:
             with self._lock:
-                yield from self._read(scope).batches()
+                kept = list(self._read(scope).batches())
+            # Without the lock, for who takes one may not come for the next. Of a guest before this one may be more.
+            yield from (own for batch in kept if len(own := batch.take(scope.owns(batch))))
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
         if batch.template.name not in self.capabilities().templates:

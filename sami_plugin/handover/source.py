@@ -622,6 +622,7 @@ class SourceSession(Session):
 
     def _let_go(self) -> None:
         self.host.gone.pop(self.id, None)
+        self._sweep = None
         for port in self._ports:
             port.close()
             with self.host.deciding(port.scope):

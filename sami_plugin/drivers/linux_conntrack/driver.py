@@ -301,7 +301,7 @@ class LinuxConntrackDriver(FlowDriver):
         """Has windows checked again where the source did, as soon as packets have told what they are."""
         template = batch.template
         if template.is_flow and template.protocol is TCP and not template.is_expectation:
-            batch = batch.take(np.flatnonzero(~_is_liberal(batch).all(axis=0)))
+            batch = batch.take(~_is_liberal(batch).all(axis=0) & ~_lacks_a_scale(batch))
             if scope.is_shared:  # the other end's session may have put it in anew
                 batch.rows["flowId"] = 0
             self._window_checks.begin(scope, batch)
@@ -556,6 +556,17 @@ def _is_liberal(batch: Batch) -> Mask:
     """Shape (2, n): of each direction."""
     liberal: Mask = _flags(batch) & np.uint8(nl.FLAG_BE_LIBERAL) != 0
     return liberal
+
+
+def _lacks_a_scale(batch: Batch) -> Mask:
+    """Of flows of which one end only had said how it scales its window, as when the other had not answered yet.
+
+    The kernel takes the scales of both or of none. What it learns of the answer leaves it with a wrong one of the other
+    end, and with window checks it would drop what that end is sent.
+    """
+    scaled = _flags(batch) & np.uint8(nl.FLAG_WINDOW_SCALE)
+    lacks: Mask = scaled[0] != scaled[1]
+    return lacks
 
 
 def _ask_for_checks(batch: Batch, waiting: Sequence[Waiting]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +144,19 @@ def test_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotAvailable, match="folder"):
         DepositDriver(str(tmp_path / "file"))
+
+
+def test_export_that_is_not_read_to_its_end_keeps_nobody_out(tmp_path: Path, records: Batch) -> None:
+    driver = DepositDriver(str(tmp_path))
+    driver.insert(SCOPE, records)
+    reading = iter(driver.export(SCOPE))
+    assert next(reading)
+    assert not driver._lock.locked()
+
+
+def test_records_of_a_guest_before_this_one_are_not_this_one_s(tmp_path: Path, records: Batch) -> None:
+    """It had a device of the same name."""
+    driver = DepositDriver(str(tmp_path))
+    driver.insert(SCOPE, records)
+    assert list(driver.export(replace(SCOPE, guest="another", addresses=NEIGHBOUR_ADDRESSES))) == []
+    assert kept(tmp_path) == len(records)

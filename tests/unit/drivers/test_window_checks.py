@@ -8,7 +8,8 @@ import netaddr
 import pytest
 
 from lab.deadline import wait_until
-from sami_plugin.drivers.linux_conntrack import windows
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, windows
+from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.windows import WindowChecks
 from sami_plugin.errors import NotAvailable
 from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
@@ -98,3 +99,21 @@ def test_thread_that_could_not_be_started_is_tried_again(monkeypatch: pytest.Mon
     checks.begin(SCOPE, FLOWS)
     wait_until(lambda: len(looks.asked) == 2, "both looks")
     checks.close()
+
+
+def test_flow_of_which_one_end_s_scale_is_not_known_stays_without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was in its handshake: by the peer's answer the kernel learns the peer's scale, and never the guest's."""
+    asked: list[list[int]] = []
+    monkeypatch.setattr(windows.WindowChecks, "begin", lambda self, scope, batch: asked.append(ports(batch)))
+    opened = flows(TEMPLATES["tcp-ipv4"], 4)
+    scale = nl.FLAG_WINDOW_SCALE
+    opened.rows["tcpTrackingFlags"], opened.rows["reverseTcpTrackingFlags"] = (0, scale, 0, scale), (0, 0, scale, scale)
+    driver = LinuxConntrackDriver()
+    driver.arrived(SCOPE, opened)
+    driver.close()
+    both_or_none = [0, 3]
+    assert asked == [[ports(opened)[at] for at in both_or_none]]
+
+
+def ports(batch: Batch) -> list[int]:
+    return [int(port) for port in batch.rows["sourceTransportPort"]]
