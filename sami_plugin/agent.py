@@ -151,7 +151,7 @@ class Agent:
         host.is_here = self._is_here
 
     def start(self) -> None:
-        """:raises SamiError: the firewall or the broker cannot be used; better now than at the first migration."""
+        """:raises SamiError: the firewall cannot be used; better now than at the first migration."""
         self.host.driver.capabilities()
         for namespace in self.host.scopes.namespaces():
             try:

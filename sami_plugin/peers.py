@@ -34,6 +34,8 @@ class Peers:
     def start(self, receiver: Receiver) -> None:
         """From now on this host is heard; as the transport's."""
         self._own.transport.start(receiver)
+        for way in self._others:
+            way.transport.connect()
 
     def stop(self) -> None:
         """As the transport's, of all of them."""

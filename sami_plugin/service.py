@@ -92,29 +92,34 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
         ),
         libvirt,
     )
+    # Before anything is started: another agent that runs here is found while its journal and its queues are its own.
+    socket = LocalSocket(
+        conf.agent.socket,
+        agent.tell,
+        mode=int(conf.agent.socket_mode, 8),
+        group=conf.agent.socket_group,
+        users=conf.agent.socket_users,
+        bounds=settings.bounds,
+        refused=agent.host.refusals.note,
+        requests={
+            "announce": lambda said: agent.announce(
+                guest_of(said),
+                text_of(said, "source"),
+                text_of(said, "destination"),
+                text_of(said, "request_id") if said.get("request_id") else "",
+            ),
+            "check": lambda said: agent.check(guest_of(said), text_of(said, "to")),
+            "approve": lambda said: agent.decide(text_of(said, "session"), may_come=True),
+            "refuse": lambda said: agent.decide(text_of(said, "session"), may_come=False),
+        },
+    )
     with ExitStack() as stack:
-        agent.start()
+        try:
+            agent.start()
+        except BaseException:
+            socket.stop()
+            raise
         stack.callback(agent.stop)
-        socket = LocalSocket(
-            conf.agent.socket,
-            agent.tell,
-            mode=int(conf.agent.socket_mode, 8),
-            group=conf.agent.socket_group,
-            users=conf.agent.socket_users,
-            bounds=settings.bounds,
-            refused=agent.host.refusals.note,
-            requests={
-                "announce": lambda said: agent.announce(
-                    guest_of(said),
-                    text_of(said, "source"),
-                    text_of(said, "destination"),
-                    text_of(said, "request_id") if said.get("request_id") else "",
-                ),
-                "check": lambda said: agent.check(guest_of(said), text_of(said, "to")),
-                "approve": lambda said: agent.decide(text_of(said, "session"), may_come=True),
-                "refuse": lambda said: agent.decide(text_of(said, "session"), may_come=False),
-            },
-        )
         socket.start()
         stack.callback(socket.stop)
         if libvirt is not None:

@@ -183,7 +183,8 @@ class LocalSocket:
         self._thread.start()
 
     def stop(self) -> None:
-        self._server.shutdown()
+        if self._thread.is_alive():
+            self._server.shutdown()
         self._server.server_close()
         self._path.unlink(missing_ok=True)
 

@@ -33,11 +33,17 @@ LOG = logging.getLogger(__name__)
 EXCHANGE = TOPIC = "sami"
 VERSION = "2.0"
 CLOSE_SECONDS = 1.0
+CONNECT_SECONDS = 3.0
+"""For an agent that starts: without its broker it goes on then, since its host's hooks need it."""
 TAKEN = "taken"
 LATER = "later"
 """Answered by an agent that ends, or has more to do than it can keep: the packet is to be sent again."""
 BROKEN = "broken"
 """The packet's stream is of no more use; its client begins another."""
+
+
+# A connection that cannot be made while the broker is away comes as kombu has it.
+FAILURES = (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, KombuError, OSError)
 
 
 class Receiver(Protocol):
@@ -122,6 +128,11 @@ class Transport:
         except (oslo_messaging.InvalidTransportURL, oslo_messaging.DriverLoadFailure) as error:
             raise ConfigurationError(f"transport_url: {error}") from error
         self._server: Any = None
+        self._connecting = threading.Thread(target=self._connect, name="sami-connecting", daemon=True)
+        self._starting = threading.Lock()
+        self._is_connected = threading.Event()
+        if self._is_embedded:
+            self._is_connected.set()
         # Zed's oslo.messaging has no get_rpc_client.
         make_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
         self._client = make_client(
@@ -129,7 +140,10 @@ class Transport:
         )
 
     def start(self, receiver: Receiver) -> None:
-        """From now on this host is heard there. A broker of hosts that answer elsewhere needs no start."""
+        """From now on, or from when the broker answers on, this host is heard there.
+
+        Blocks for that, up to `CONNECT_SECONDS`. A broker of hosts that answer elsewhere needs no start.
+        """
         self._server = oslo_messaging.get_rpc_server(
             self._transport,
             oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=self.host),
@@ -137,7 +151,34 @@ class Transport:
             executor="threading",
             access_policy=dispatcher.ExplicitRPCAccessPolicy,
         )
-        self._server.start()
+        if self._is_embedded:
+            self._server.start()
+            return
+        self.connect()
+        if not self._is_connected.wait(CONNECT_SECONDS):
+            LOG.warning("%s: the broker does not answer; other hosts hear of this one when it does", self.host)
+
+    def connect(self) -> None:
+        """Begins to, if that has not begun. Returns at once."""
+        with self._starting:
+            if not self._is_embedded and self._connecting.ident is None:
+                self._connecting.start()
+
+    def _connect(self) -> None:
+        """oslo.messaging tries for ever, whatever limit it has: to listen, and to hear answers to calls."""
+        try:
+            if self._server is not None:
+                self._server.start()
+            # Nobody takes it: there is no packet of nobody.
+            self._client.prepare(server=self.host, timeout=CLOSE_SECONDS, retry=0).call(
+                {}, "deliver", sender="", session="", stream=0, number=0, payload=""
+            )
+        except FAILURES as error:
+            LOG.debug("%s: nobody answered the first call: %s", self.host, error)
+        except Exception:  # a thread's boundary
+            LOG.exception("%s: the broker cannot be used", self.host)
+            return
+        self._is_connected.set()
 
     def stop(self) -> None:
         """Nothing comes in any more, and nothing that goes out is repeated."""
@@ -165,6 +206,9 @@ class Transport:
         :returns: TAKEN, BROKEN, or the peer's words why it did not take it.
         :raises PeerUnreachable: nobody answered, or an agent that takes nothing now.
         """
+        self.connect()
+        if not self._is_connected.wait(timeout_seconds):
+            raise PeerUnreachable(f"{peer} does not answer: the broker does not")
         try:
             answer = self._client.prepare(server=peer, timeout=timeout_seconds, retry=0).call(
                 {},
@@ -175,8 +219,7 @@ class Transport:
                 number=packet.number,
                 payload=base64.b64encode(packet.octets).decode("ascii"),
             )
-        except (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, KombuError, OSError) as error:
-            # Of KombuError, a connection that cannot be made while the broker is away comes as it is.
+        except FAILURES as error:
             raise PeerUnreachable(f"{peer} does not answer: {error or type(error).__name__}") from error
         if answer == LATER:
             raise PeerUnreachable(f"the agent of {peer} is busy or about to end")
