@@ -179,6 +179,7 @@ class Transport:
             LOG.exception("%s: the broker cannot be used", self.host)
             return
         self._is_connected.set()
+        LOG.info("%s: the broker answers", self.host)
 
     def stop(self) -> None:
         """Nothing comes in any more, and nothing that goes out is repeated."""

@@ -105,6 +105,15 @@ def test_a_broker_that_dies_and_comes_back_while_memory_is_copied_costs_nothing(
         assert_moved(made, guest)
 
 
+def test_agents_that_start_while_the_broker_is_away_are_heard_when_it_comes(broker: Broker) -> None:
+    broker.stop()
+    with cloud(broker) as made:  # they are there, and hear their host
+        broker.start()
+        for agent in made.agents.values():
+            wait_until(lambda agent=agent: "the broker answers" in agent.log.read_text(), "the agent to find it", 40)
+        assert_moved(made, download_lives_through_a_move(made, {}))
+
+
 def test_a_broker_that_is_away_in_the_pause_delays_the_purge_and_nothing_else(broker: Broker) -> None:
     with cloud(broker) as made:
         left: list[int] = []
