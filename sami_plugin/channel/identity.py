@@ -12,6 +12,7 @@ import logging
 import ssl
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from sami_plugin.model.settings import Files
 LOG = logging.getLogger(__name__)
 
 SCHEME = "sami://"
+AGAIN_SECONDS = 1.0
+"""Between two looks at files that did not do: a clock may be set, and a certificate begin to count."""
 
 
 def uri_of(host: str) -> str:
@@ -61,6 +64,9 @@ class Credentials:
         self._lock = threading.Lock()
         self._read_at = self._stamp()
         self._contexts = self._load()
+        self._complaint = ""
+        """Why the files as they are do not do; then they are tried again."""
+        self._again_at = 0.0
 
     def check(self) -> None:
         """Whether the files as they are now would do.
@@ -86,17 +92,19 @@ class Credentials:
     def context(self, *, is_server: bool) -> ssl.SSLContext:
         """For one handshake."""
         with self._lock:
-            now = self._stamp()
-            if now != self._read_at:
-                self._read_at = now
+            stamp, now = self._stamp(), time.monotonic()
+            if stamp != self._read_at or (self._complaint and now >= self._again_at):
+                self._read_at, self._again_at = stamp, now + AGAIN_SECONDS
                 try:
-                    self._contexts = self._load()
+                    self._contexts, self._complaint = self._load(), ""
                     LOG.info("%s: the certificates were read again", self.host)
                 except ConfigurationError as error:
-                    LOG.error("%s: what was read before goes on to count: %s", self.host, error)
+                    if str(error) != self._complaint:
+                        LOG.error("%s: what was read before goes on to count: %s", self.host, error)
+                    self._complaint = str(error)
             return self._contexts[is_server]
 
-    def _stamp(self) -> list[tuple[int, int, int] | None]:
+    def _stamp(self) -> list[tuple[int, ...] | None]:
         return [_stamp_of(path) for path in _paths(self.files)]
 
     def _load(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
@@ -199,9 +207,9 @@ def _paths(files: Files) -> list[Path]:
     return [path for path in (files.certificate, files.key, files.authorities, files.revoked) if path is not None]
 
 
-def _stamp_of(path: Path) -> tuple[int, int, int] | None:
+def _stamp_of(path: Path) -> tuple[int, ...] | None:
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size

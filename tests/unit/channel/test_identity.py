@@ -12,7 +12,7 @@ from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sami_plugin.channel import authority
+from sami_plugin.channel import authority, identity
 from sami_plugin.channel.authority import Authority, write_file
 from sami_plugin.channel.identity import Credentials, days_until, host_of, uri_of, uris_of, utc
 from sami_plugin.channel.tls import Channel
@@ -167,6 +167,36 @@ def test_certificate_that_is_replaced_counts_at_once_and_one_that_does_not_fit_n
     assert len([one for one in caplog.records if "goes on to count" in one.message]) == 1
     write_file(a.files.key, old, mode=0o600)
     assert talks(a, b)
+
+
+def test_key_that_others_could_read_counts_when_they_cannot_any_more(
+    certificates: Certificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the complaint asks for; nothing of the file changes but its mode."""
+    a, b = (Credentials(host, certificates.files(host)) for host in "ab")
+    before = a.context(is_server=False)
+    certificates.files("a")
+    a.files.key.chmod(0o644)
+    assert a.context(is_server=False) is before
+    assert "chmod 600" in caplog.text
+    a.files.key.chmod(0o600)
+    assert a.context(is_server=False) is not before
+    assert talks(a, b)
+
+
+def test_certificate_that_begins_to_count_later_is_taken_then(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = Credentials("a", certificates.files("a"))
+    before = a.context(is_server=False)
+    certificates.files("a")
+    monkeypatch.setattr(identity, "AGAIN_SECONDS", 0.0)
+    with monkeypatch.context() as later:
+        later.setattr(identity, "_now", lambda: datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1))
+        for _ in range(3):
+            assert a.context(is_server=False) is before
+    assert len([one for one in caplog.records if "goes on to count" in one.message]) == 1
+    assert a.context(is_server=False) is not before
 
 
 def test_authority_is_not_replaced_and_tells_what_it_issued(tmp_path: Path) -> None:
