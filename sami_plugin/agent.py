@@ -142,6 +142,8 @@ class Agent:
         guest comes all the same, and the agent asks for what it left."""
         self._missed: set[str] = set()
         """Guests that were leaving, or had left, when the agent of before ended: they may be here again."""
+        self._gone: set[str] = set()
+        """Guests that have ended here while a session with them goes on."""
         self._begun: OrderedDict[str, tuple[str, ...]] = OrderedDict()
         """By guest that was to come here, the newest of its sessions, newest last."""
         self._heard_out: OrderedDict[str, str] = OrderedDict()
@@ -369,6 +371,8 @@ class Agent:
             return None
         if event.phase in (Phase.PREPARE, Phase.STARTED):
             self._missed.discard(event.guest)
+        if event.phase in (Phase.PREPARE, Phase.STARTED, Phase.RESUMED):
+            self._gone.discard(event.guest)
         origin = self._learn(event.guest, event.domain)
         # In the pause nothing is asked that was asked before it.
         leaves = event.phase is Phase.OUTGOING or (event.phase is Phase.SUSPENDED and event.guest not in self._outgoing)
@@ -520,8 +524,12 @@ class Agent:
             for coming in self._sessions_of(event.guest, DestinationSession):
                 if not coming.is_awaited:  # it ran here, and has left before its flows had come
                     coming.tell(event)
-        if not any(session.guest == event.guest for session in self.sessions()):
-            self.host.scopes.learn(event.guest, ())  # it ended here, and its tap's name may be another guest's next
+        with self._lock:
+            comes_back = event.role == "source" and bool(self._sessions_of(event.guest, DestinationSession))
+            if any(session.guest == event.guest for session in self._sessions.values()):
+                self._gone.update(() if comes_back else (event.guest,))
+                return
+        self.host.scopes.learn(event.guest, ())  # it ended here, and its tap's name may be another guest's next
 
     def _has_gone(self, event: MigrationEvent) -> None:
         """What a guest leaves that nobody asked for is removed by a session too."""
@@ -979,7 +987,10 @@ class Agent:
             has_moved = session.role == "source" and session.report.outcome == Outcome.MOVED.value
             if is_last and has_moved and (left := self._outgoing.get(session.guest)) is not None and left.is_suspended:
                 self._outgoing.pop(session.guest)  # with post-copy its process ends later, and leaves nothing more
-            if is_last and has_stayed == (session.role == "destination"):
+            is_gone = is_last and session.guest in self._gone
+            if is_gone:
+                self._gone.discard(session.guest)
+            if is_last and (is_gone or has_stayed == (session.role == "destination")):
                 self.host.scopes.learn(session.guest, ())  # it is not here any more
             self._ended.add(session.id, session.line, self.host.monotonic())
             self._idle.notify_all()

@@ -720,6 +720,26 @@ def test_scope_finder_that_is_slow_keeps_nobody_from_being_heard(tmp_path: Path)
         assert len(held(hosts, "host-b")) == 100
 
 
+def test_guest_that_ends_while_its_session_goes_on_is_forgotten_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of its tap may be another guest's next."""
+    with hosts_in(tmp_path, limited(watch_seconds=0.1, arrival_seconds=0.5)) as hosts:
+        guest = guest_with_flows(hosts)
+        learned: list[tuple[str, object]] = []
+        monkeypatch.setattr(hosts.agents["host-b"].host.scopes, "learn", lambda *told: learned.append(told))
+        begin(hosts, guest)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        hosts.say("host-b", Phase.STOPPED, guest)
+        assert hosts.agents["host-b"].sessions()
+        assert learned == []
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hosts.unplug("host-a", guest)
+        hosts.say("host-a", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert learned == [(guest, ())]
+
+
 # --- peers and brokers
 
 HASTY = replace(SETTINGS, call_seconds=0.2, bounds=replace(SETTINGS.bounds, handshake_seconds=0.3))
