@@ -16,6 +16,7 @@ import enum
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,6 +30,7 @@ LOG = logging.getLogger(__name__)
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 5, 3
 RECONNECT_SECONDS = 1.0
 POLL_SECONDS = 0.5
+MARK_AGAIN_SECONDS = 30.0
 
 Tell = Callable[[MigrationEvent], object]
 Underway = Callable[[], Iterable[tuple[str, str]]]
@@ -82,6 +84,9 @@ class LibvirtHost:
         self._descriptions = descriptions
         self._queue: queue.SimpleQueue[tuple[str, Words] | None] = queue.SimpleQueue()
         self._marks: queue.SimpleQueue[tuple[str, Mark] | None] = queue.SimpleQueue()
+        self._unmarked: dict[str, Mark] = {}
+        """Guests with which that was tried in vain."""
+        self._mark_again_at = 0.0
         self._is_stopping = threading.Event()
         self._is_lost = threading.Event()
         self._tell: Tell = lambda event: None
@@ -174,6 +179,7 @@ class LibvirtHost:
                     self._marks.put((guest, Mark.MISSED))
                 while not self._is_lost.wait(POLL_SECONDS):
                     self._poll()
+                    self._mark_again()
             except Exception:  # as in `_say`
                 LOG.exception("libvirt %s is connected to anew", self._uri)
             self._disconnect()
@@ -298,12 +304,23 @@ class LibvirtHost:
                         self._say(MigrationEvent(guest, Phase.STOPPED, role=SOURCE))
                 else:
                     self._mark(guest, is_new=mark is Mark.NEW)
+                self._unmarked.pop(guest, None)
             except self._libvirt.libvirtError as error:
-                if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:
-                    continue  # it ended meanwhile
-                LOG.warning("guest %s: its flows cannot be carried away from here: %s", guest, error)
+                if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:  # it ended meanwhile
+                    self._unmarked.pop(guest, None)
+                    continue
+                if guest not in self._unmarked:
+                    LOG.warning("guest %s: its flows cannot be carried away from here yet: %s", guest, error)
+                self._unmarked[guest] = mark
             except Exception:  # as in `_say`
                 LOG.exception("guest %s is not marked", guest)
+
+    def _mark_again(self) -> None:
+        """What could not be done while the guest was busy, with a migration that came to nothing for example."""
+        if self._unmarked and time.monotonic() >= self._mark_again_at:
+            self._mark_again_at = time.monotonic() + MARK_AGAIN_SECONDS
+            for wanted in tuple(self._unmarked.items()):
+                self._marks.put(wanted)
 
     def _mark(self, guest: str, *, is_new: bool) -> None:
         """Blocks while libvirt moves the guest, up to half a minute."""

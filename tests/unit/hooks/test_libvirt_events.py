@@ -529,6 +529,21 @@ def test_guest_that_came_is_marked_when_it_runs_here_and_not_before(libvirt: Lib
 
 
 @pytest.mark.usefixtures("host")
+def test_guest_that_could_not_be_marked_is_marked_some_time_later(
+    libvirt: Libvirt, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long job had it, and no event tells that this is over."""
+    monkeypatch.setattr(libvirt_events, "MARK_AGAIN_SECONDS", 0.01)
+    wait_until(lambda: libvirt.domain.writes == 1, "the mark")
+    libvirt.domain.metadata, libvirt.domain.may_write = "", False
+    libvirt.say("STARTED", "BOOTED")
+    wait_until(lambda: libvirt.domain.writes >= 3, "tries")
+    libvirt.domain.may_write = True
+    wait_until(lambda: libvirt.domain.metadata, "the mark")
+    assert caplog.text.count("cannot be carried away from here") == 1
+
+
+@pytest.mark.usefixtures("host")
 def test_guest_that_cannot_be_marked_is_named_and_the_next_one_is_marked(
     libvirt: Libvirt, caplog: pytest.LogCaptureFixture
 ) -> None:
