@@ -169,15 +169,15 @@ class Transport:
         try:
             if self._server is not None:
                 self._server.start()
-            # Nobody takes it: there is no packet of nobody.
+        except Exception:  # a thread's boundary
+            LOG.exception("%s: the broker cannot be used", self.host)
+            return
+        try:  # nobody takes it: there is no packet of nobody
             self._client.prepare(server=self.host, timeout=CLOSE_SECONDS, retry=0).call(
                 {}, "deliver", sender="", session="", stream=0, number=0, payload=""
             )
         except FAILURES as error:
             LOG.debug("%s: nobody answered the first call: %s", self.host, error)
-        except Exception:  # a thread's boundary
-            LOG.exception("%s: the broker cannot be used", self.host)
-            return
         self._is_connected.set()
         LOG.info("%s: the broker answers", self.host)
 
