@@ -33,6 +33,7 @@ LOG = logging.getLogger(__name__)
 EXCHANGE = TOPIC = "sami"
 VERSION = "2.0"
 CLOSE_SECONDS = 1.0
+FIRST_CALL_SECONDS = 0.1
 CONNECT_SECONDS = 3.0
 """For an agent that starts: without its broker it goes on then, since its host's hooks need it."""
 TAKEN = "taken"
@@ -154,9 +155,21 @@ class Transport:
         if self._is_embedded:
             self._server.start()
             return
-        self.connect()
-        if not self._is_connected.wait(CONNECT_SECONDS):
+        listening = threading.Thread(target=self._listen, name="sami-listening", daemon=True)
+        listening.start()
+        listening.join(CONNECT_SECONDS)
+        if listening.is_alive():
             LOG.warning("%s: the broker does not answer; other hosts hear of this one when it does", self.host)
+
+    def _listen(self) -> None:
+        """oslo.messaging tries for ever to."""
+        try:
+            self._server.start()
+        except Exception:  # a thread's boundary
+            LOG.exception("%s: the broker cannot be used", self.host)
+        else:
+            LOG.info("%s: the broker answers", self.host)
+        self.connect()
 
     def connect(self) -> None:
         """Begins to, if that has not begun. Returns at once."""
@@ -165,21 +178,14 @@ class Transport:
                 self._connecting.start()
 
     def _connect(self) -> None:
-        """oslo.messaging tries for ever, whatever limit it has: to listen, and to hear answers to calls."""
+        """By a call that nobody takes: before its first one oslo.messaging tries for ever to hear answers to calls."""
         try:
-            if self._server is not None:
-                self._server.start()
-        except Exception:  # a thread's boundary
-            LOG.exception("%s: the broker cannot be used", self.host)
-            return
-        try:  # nobody takes it: there is no packet of nobody
-            self._client.prepare(server=self.host, timeout=CLOSE_SECONDS, retry=0).call(
+            self._client.prepare(server=self.host, timeout=FIRST_CALL_SECONDS, retry=0).call(
                 {}, "deliver", sender="", session="", stream=0, number=0, payload=""
             )
         except FAILURES as error:
             LOG.debug("%s: nobody answered the first call: %s", self.host, error)
         self._is_connected.set()
-        LOG.info("%s: the broker answers", self.host)
 
     def stop(self) -> None:
         """Nothing comes in any more, and nothing that goes out is repeated."""
