@@ -19,7 +19,7 @@ from sami_plugin.errors import ConfigurationError
 from sami_plugin.migration.negotiation import NOT_KEPT
 from sami_plugin.model.migration import Outcome
 from sami_plugin.model.report import Report
-from sami_plugin.model.results import WORDS, Reason
+from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Reason
 from sami_plugin.model.risk import MARKS, Risk
 from sami_plugin.model.settings import Limits
 from sami_plugin.notifications import Notification, Notifications, Queued, at_risk, ended, from_conf, started
@@ -30,7 +30,7 @@ PAGE = (REFERENCE / "notifications.rst").read_text()
 KINDS = ("start", "risk", "end", "error")
 AT = 1_790_000_000.0
 NO_PLACE = WORDS[Reason.NO_PLACE]
-NOT_PLACED = "not exported: there was no place for it at the destination"
+NOT_PLACED = f"not exported: there was no place for it at the destination; {MEND_NO_PLACE}"
 
 
 def new(role: str = "destination") -> Report:
