@@ -241,7 +241,8 @@ class DestinationSession(Session):
         self.keep_payload(action.payload)
         # The ports that are known take theirs at once; the rest waits for those that are not.
         is_awaited = self._apply(action.payload, self._ports, is_last=self._known.has_scope)
-        if not self._known.has_scope and (is_awaited or not self._has_ports):
+        # What comes behind something that waits may take it back.
+        if not self._known.has_scope and (is_awaited or self._waiting or not self._has_ports):
             self._waiting.append(action.payload)
         self._note_last()
         self._settle(until_all=False)
@@ -264,10 +265,10 @@ class DestinationSession(Session):
         if fresh:
             self.note_knowledge()  # before anything is put in, or a later start could not find it
         if self._unfilled:
-            awaited = [payload for payload in self._waiting if self._apply(payload, self._unfilled, is_last=False)]
+            are_awaited = [self._apply(payload, self._unfilled, is_last=False) for payload in self._waiting]
             self._unfilled = []  # only now: a device that fails is tried again, with all that came
             if self._has_ports:
-                self._waiting = awaited
+                self._waiting = self._waiting[(*are_awaited, True).index(True) :]
         # What waits when all ports are known is a router's, and whether something does is known when all has come.
         is_all = action.is_last or (self._has_ports and self._known.in_sync and not self._waiting)
         if is_all:

@@ -168,6 +168,7 @@ def test_flows_that_end_while_their_router_is_waited_for_are_not_refused(hosts: 
     ended.rows["zoneRole"] = ZoneRole.DNAT
     driver.remove(routed, ended.identities)
     finish(hosts, guest)
+    wait_for_step(hosts, "host-b", guest, "last changes came")
     hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
     until_idle(hosts)
     assert hosts.reports("host-b", guest)[0]["named"] == {}
