@@ -525,9 +525,10 @@ class Agent:
                 if not coming.is_awaited:  # it ran here, and has left before its flows had come
                     coming.tell(event)
         with self._lock:
-            comes_back = event.role == "source" and bool(self._sessions_of(event.guest, DestinationSession))
             if any(session.guest == event.guest for session in self._sessions.values()):
-                self._gone.update(() if comes_back else (event.guest,))
+                comes_back = event.role == "source" and self._sessions_of(event.guest, DestinationSession)
+                if not comes_back:
+                    self._gone.add(event.guest)
                 return
         self.host.scopes.learn(event.guest, ())  # it ended here, and its tap's name may be another guest's next
 
@@ -987,11 +988,10 @@ class Agent:
             has_moved = session.role == "source" and session.report.outcome == Outcome.MOVED.value
             if is_last and has_moved and (left := self._outgoing.get(session.guest)) is not None and left.is_suspended:
                 self._outgoing.pop(session.guest)  # with post-copy its process ends later, and leaves nothing more
-            is_gone = is_last and session.guest in self._gone
-            if is_gone:
+            if is_last:
+                if session.guest in self._gone or has_stayed == (session.role == "destination"):
+                    self.host.scopes.learn(session.guest, ())  # it is not here any more
                 self._gone.discard(session.guest)
-            if is_last and (is_gone or has_stayed == (session.role == "destination")):
-                self.host.scopes.learn(session.guest, ())  # it is not here any more
             self._ended.add(session.id, session.line, self.host.monotonic())
             self._idle.notify_all()
 

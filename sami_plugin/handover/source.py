@@ -484,13 +484,13 @@ class SourceSession(Session):
         return Done("Purge", self._removed, refused=self._left)
 
     def _purge_port(self, port: Leaving) -> None:
-        stay = self._neighbours(port.scope)
-        victims: list[Batch] = []
         told = chain(*(table.batches() for table in (port.exported, *port.untold())))
-        for batch in chain(*split(told, REMOVED_AT_A_TIME)):
+        if port.scope.is_shared:
+            told = chain(*split(told, REMOVED_AT_A_TIME))
+        victims: list[Piece] = []
+        for batch in told:
             with self.host.deciding(port.scope):
-                if port.scope.is_shared:
-                    stay = self._neighbours(port.scope)  # with who has come since
+                stay = self._neighbours(port.scope)  # with who has come since
                 is_others = self._is_others_too(port, batch, stay)
                 self.host.leaving.withdraw(self.id, port.scope, batch)  # what others claim is theirs alone now
                 if is_others.any():
@@ -499,9 +499,9 @@ class SourceSession(Session):
                     self.report.name(KEPT, len(kept), names(kept))
                 removed = self.host.driver.remove(port.scope, batch.identities)
             self._removed += int(np.count_nonzero(came_out(removed, Outcome.REMOVED)))
-            victims.append(batch)
+            victims.append((port, batch))
         self.note("purged")
-        self._left += sum(self._is_left(port.scope, batch) for batch in victims)
+        self._left += sum(self._is_left(port.scope, batch) for _, batch in merged(victims))
 
     def _is_left(self, scope: Scope, batch: Batch) -> int:
         """How many are there still. What has the same name and another id was made since: that is `_purge_late`'s."""
