@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.errors import DeviceFailed
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.protocols import TcpState
+from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Limits, Settings
 from sami_plugin.testing.hosts import Hosts, new_guest
 
 ZONES = {"host-a": 4097, "host-b": 5201, "host-c": 6305}
 GUEST_ADDRESS = "192.0.2.7"
+SECOND_ADDRESS = "192.0.2.8"
 SETTINGS = Settings(
     Limits(delta_seconds=0.02, resync_seconds=0.5, open_seconds=5.0, arrival_seconds=20.0, watch_seconds=0.1),
     batch_flows=40,
@@ -133,3 +136,34 @@ def mark(hosts: Hosts, host: str, guest: str, port: int, value: int) -> None:
         assert entry is not None
         entry.row["flowMark"] = value
         driver.device.changed(place, entry)
+
+
+def report(hosts: Hosts, host: str, guest: str) -> dict[str, Any]:
+    return hosts.reports(host, guest)[0]
+
+
+def is_orphaned(hosts: Hosts) -> bool:
+    return [one._state() for one in hosts.agents["host-b"].sessions()] == ["orphaned"]
+
+
+class FailsOnce(MemoryDriver):
+    """The first look at the destination, or the first question what it can do, fails."""
+
+    what = ""
+
+    def capabilities(self, scope: Scope | None = None) -> Any:
+        self._fail("capabilities")
+        return super().capabilities(scope)
+
+    def read_back(self, scope: Scope, batch: Batch) -> Any:
+        self._fail("read_back")
+        return super().read_back(scope, batch)
+
+    def insert(self, scope: Scope, batch: Batch) -> Results:
+        self._fail("insert")
+        return super().insert(scope, batch)
+
+    def _fail(self, what: str) -> None:
+        if what == self.what:
+            self.what = ""
+            raise DeviceFailed("the kernel dropped messages for lack of room in the receive buffer")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,42 +16,36 @@ import pytest
 
 from sami_plugin import agent as agent_module
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.errors import DeviceFailed, NotAuthorised, PeerUnreachable
+from sami_plugin.errors import PeerUnreachable
 from sami_plugin.migration import destination as destination_decisions
 from sami_plugin.migration import source as source_decisions
 from sami_plugin.model.flows import Batch, Omitted, ZoneRole
-from sami_plugin.model.migration import MigrationEvent, Open, Phase
-from sami_plugin.model.packet import Packet
+from sami_plugin.model.migration import Phase
 from sami_plugin.model.results import Outcome, Results, results
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
     IMPATIENT,
+    SECOND_ADDRESS,
     SETTINGS,
     ZONES,
+    FailsOnce,
     begin,
     finish,
     guest_with_flows,
     held,
     hosts_in,
+    is_orphaned,
     limited,
-    mark,
     ports,
+    report,
     tcp_flows,
     until,
     until_idle,
     wait_for_step,
     zone_scope,
 )
-from tests.unit.handover.stranger import Stranger, is_given_flows
-
-SECOND_ADDRESS = "192.0.2.8"
-
-
-def report(hosts: Hosts, host: str, guest: str) -> dict[str, Any]:
-    return hosts.reports(host, guest)[0]
-
 
 # --- flows that end on the way
 
@@ -215,29 +208,6 @@ def test_a_flow_of_medium_timeout_is_there_when_a_long_copy_ends(tmp_path: Path)
 # --- devices that fail
 
 
-class FailsOnce(MemoryDriver):
-    """The first look at the destination, or the first question what it can do, fails."""
-
-    what = ""
-
-    def capabilities(self, scope: Scope | None = None) -> Any:
-        self._fail("capabilities")
-        return super().capabilities(scope)
-
-    def read_back(self, scope: Scope, batch: Batch) -> Any:
-        self._fail("read_back")
-        return super().read_back(scope, batch)
-
-    def insert(self, scope: Scope, batch: Batch) -> Results:
-        self._fail("insert")
-        return super().insert(scope, batch)
-
-    def _fail(self, what: str) -> None:
-        if what == self.what:
-            self.what = ""
-            raise DeviceFailed("the kernel dropped messages for lack of room in the receive buffer")
-
-
 def test_a_device_that_fails_when_a_guest_is_announced_ends_that_session_alone(tmp_path: Path) -> None:
     with hosts_in(tmp_path, driver=lambda name: FailsOnce(MemoryDevice(name))) as hosts:
         guest = guest_with_flows(hosts)
@@ -291,10 +261,6 @@ def test_flows_that_wait_for_the_zone_are_put_in_when_a_firewall_that_failed_wor
         finish(hosts, guest)
         until_idle(hosts)
         assert len(held(hosts, "host-b")) == 100
-
-
-def is_orphaned(hosts: Hosts) -> bool:
-    return [one._state() for one in hosts.agents["host-b"].sessions()] == ["orphaned"]
 
 
 def test_a_look_that_fails_leaves_nothing_behind_at_the_destination(tmp_path: Path) -> None:
@@ -738,272 +704,3 @@ def test_guest_that_ends_while_its_session_goes_on_is_forgotten_with_it(
         hosts.say("host-a", Phase.STOPPED, guest)
         until_idle(hosts)
         assert learned == [(guest, ())]
-
-
-# --- peers and brokers
-
-HASTY = replace(SETTINGS, call_seconds=0.2, bounds=replace(SETTINGS.bounds, handshake_seconds=0.3))
-"""For a handshake that takes longer than it may."""
-
-
-def test_handshake_that_was_held_up_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The broker fails over between its two flights: who called late is called under the same name again."""
-    with hosts_in(tmp_path, HASTY) as hosts:
-        guest = guest_with_flows(hosts)
-        transport, is_back = hosts.agents["host-b"].host.peers.way_to("host-a").transport, threading.Event()
-        call = transport.call
-
-        def held_up(peer: str, session: str, packet: Packet, seconds: float) -> str:
-            if packet.number and not is_back.is_set():
-                is_back.wait(0.1)
-                raise PeerUnreachable("the broker fails over")
-            return call(peer, session, packet, seconds)
-
-        monkeypatch.setattr(transport, "call", held_up)
-        threading.Timer(3 * HASTY.bounds.handshake_seconds, is_back.set).start()
-        begin(hosts, guest)
-        finish(hosts, guest)
-        until_idle(hosts)
-        assert len(held(hosts, "host-b")) == 100
-
-
-def test_answer_that_takes_longer_than_a_handshake_may_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """libvirt is busy; meanwhile the question is asked again, and others call."""
-    with hosts_in(tmp_path, HASTY) as hosts:
-        guest = guest_with_flows(hosts)
-        leaving = hosts.agents["host-a"]
-        has_job = leaving._has_job
-
-        def slow(*arguments: Any, **options: Any) -> bool:
-            time.sleep(3 * HASTY.bounds.handshake_seconds)
-            return has_job(*arguments, **options)
-
-        monkeypatch.setattr(leaving, "_has_job", slow)
-        begin(hosts, guest)
-        finish(hosts, guest)
-        until_idle(hosts)
-        assert len(held(hosts, "host-b")) == 100
-
-
-def test_stays_is_heard_when_the_broker_comes_back_after_longer_than_a_message_lives(tmp_path: Path) -> None:
-    with hosts_in(tmp_path, replace(SETTINGS, message_seconds=0.2)) as hosts:
-        guest = guest_with_flows(hosts)
-        begin(hosts, guest)
-        transport = hosts.agents["host-a"].host.peers.way_to("host-b").transport
-        tries: list[Packet] = []
-
-        def away(peer: str, session: str, packet: Packet, *_: object) -> str:
-            tries.append(packet)
-            raise PeerUnreachable("the broker is away")
-
-        real, transport.call = transport.call, away  # type: ignore[method-assign]
-        hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), tcp_flows(1, first_port=8000))
-        until(lambda: len(tries) > 3)
-        transport.call = real  # type: ignore[method-assign]
-        hosts.say("host-a", Phase.SUSPENDED, guest)
-        hosts.say("host-a", Phase.RESUMED, guest)
-        until_idle(hosts)
-        assert held(hosts, "host-b") == set()
-
-
-def test_a_call_of_a_migration_that_is_over_comes_too_late_to_end_the_next_one(tmp_path: Path) -> None:
-    with hosts_in(tmp_path) as hosts, Stranger(hosts, "stranger") as stranger:
-        guest = guest_with_flows(hosts)
-        hosts.say("host-a", Phase.OUTGOING, guest, destination="stranger")
-        agent = hosts.agents["host-a"]
-        late, later, session = (str(uuid.uuid4()) for _ in range(3))
-        greeting = agent._greeting("stranger", late)
-        said = Open(guest, "stranger", (1,), (), ("zlib",), None)
-        stranger.say("host-a", session, replace(said, after=(late, later)))
-        until(lambda: is_given_flows(stranger))
-        with pytest.raises(NotAuthorised, match=r"a newer session of .* has come before this one"):
-            agent._open(greeting, said, [])
-        agent.deliver("stranger", later, Packet(0, 0, b"a call"))
-        assert not {late, later} & agent._greetings.keys()
-        assert [one.id for one in agent.sessions()] == [session]
-
-
-def test_host_that_says_what_is_over_silences_no_other_host(tmp_path: Path) -> None:
-    with hosts_in(tmp_path) as hosts, Stranger(hosts, "stranger") as stranger:
-        guest, others = guest_with_flows(hosts), str(uuid.uuid4())
-        said = Open(guest, "stranger", (1,), (), ("zlib",), None, after=(others, "no session"))
-        agent = hosts.agents["host-a"]
-        hosts.say("host-a", Phase.OUTGOING, guest, destination="stranger")
-        stranger.say("host-a", str(uuid.uuid4()), said)
-        until(lambda: is_given_flows(stranger))
-        assert agent._heard_out == {others: "stranger"}
-        assert agent._greeting("host-b", others).id == others
-
-
-def test_a_host_that_the_guest_does_not_move_to_is_refused(tmp_path: Path) -> None:
-    with hosts_in(tmp_path) as hosts:
-        guest = guest_with_flows(hosts)
-        asked = hosts.agents["host-a"]
-        asked.tell(MigrationEvent(guest, Phase.OUTGOING, "host-a", "host-b"))
-        with Stranger(hosts, "host-x") as stranger:
-            stranger.ask("host-a", guest)
-            assert "moves to host-b, not to host-x" in stranger.is_refused()
-        assert asked.sessions() == []
-
-
-def test_last_word_is_heard_though_it_was_said_before_the_other_host_answered_the_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with hosts_in(tmp_path) as hosts:
-        guest = guest_with_flows(hosts)
-        agent, may_hear = hosts.agents["host-a"], threading.Event()
-        deliver = agent.deliver
-
-        def late(sender: str, session: str, packet: Packet) -> None:
-            assert may_hear.wait(20)
-            deliver(sender, session, packet)
-
-        monkeypatch.setattr(agent, "deliver", late)
-        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
-        hosts.say("host-b", Phase.STOPPED, guest)
-        assert hosts.agents["host-b"].wait_until_idle(20)
-        may_hear.set()
-        until(lambda: hosts.reports("host-a", guest))
-        assert report(hosts, "host-a", guest)["reason"] == "the guest did not come"
-
-
-def test_a_quiet_copy_fills_no_journal(tmp_path: Path) -> None:
-    with hosts_in(tmp_path) as hosts:
-        guest = guest_with_flows(hosts)
-        begin(hosts, guest)
-        (leaving,) = hosts.agents["host-a"].sessions()
-        journal = hosts.agents["host-a"].host.journal
-        before = len(journal.decisions(leaving.id))
-        looks: list[object] = []
-        port = leaving._ports[0]  # type: ignore[attr-defined]
-        real = port.watch.collect
-        port.watch.collect = lambda: looks.append(None) or real()
-        until(lambda: len(looks) > 20)
-        assert len(journal.decisions(leaving.id)) == before
-
-
-# --- zones that ports share
-
-
-def test_a_guest_that_comes_into_the_zone_during_the_copy_keeps_its_flows(tmp_path: Path) -> None:
-    with hosts_in(tmp_path) as hosts:
-        guest, newcomer = guest_with_flows(hosts), new_guest()
-        begin(hosts, guest)
-        hosts.plug("host-a", newcomer, ZONES["host-a"], SECOND_ADDRESS)
-        own = Scope("any", newcomer, {ZoneRole.PORT: ZONES["host-a"]}, (netaddr.IPAddress(SECOND_ADDRESS),))
-        hosts.drivers["host-a"].insert(own, tcp_flows(10, SECOND_ADDRESS, first_port=7000))
-        until(lambda: any(port == 7000 for port, _ in held(hosts, "host-a")))
-        finish(hosts, guest)
-        until_idle(hosts)
-        assert ports(hosts, "host-a") == set(range(7000, 7010))
-        assert ports(hosts, "host-b") == set(range(1000, 1100))
-
-
-def two_that_share(hosts: Hosts) -> tuple[str, str, Batch]:
-    """Two guests of one zone that both move, and the one flow between them."""
-    one, two = new_guest(), new_guest()
-    hosts.plug("host-a", one, ZONES["host-a"], GUEST_ADDRESS, shared=True)
-    hosts.plug("host-a", two, ZONES["host-a"], SECOND_ADDRESS, shared=True)
-    between = tcp_flows(1)
-    between.rows["destinationIPv4Address"] = int(netaddr.IPAddress(SECOND_ADDRESS))
-    own = Scope("any", one, {ZoneRole.PORT: ZONES["host-a"]}, hosts.scope("host-a", one).addresses)
-    hosts.drivers["host-a"].insert(own, between)
-    for guest in (one, two):
-        hosts.say("host-a", Phase.OUTGOING, guest)
-        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
-    hosts.plug("host-b", one, ZONES["host-b"], GUEST_ADDRESS, shared=True)
-    hosts.plug("host-b", two, ZONES["host-b"], SECOND_ADDRESS, shared=True)
-    for guest in (one, two):
-        hosts.say("host-b", Phase.STARTED, guest)
-        wait_for_step(hosts, "host-b", guest, "in sync")
-    arriving = hosts.agents["host-b"].sessions()
-    until(lambda: all(session._held_count() == 1 for session in arriving))  # type: ignore[attr-defined]
-    return one, two, between
-
-
-def test_a_shared_flow_that_ends_during_the_copy_ends_at_the_destination_too(tmp_path: Path) -> None:
-    with hosts_in(tmp_path) as hosts:
-        one, two, between = two_that_share(hosts)
-        hosts.drivers["host-a"].remove(zone_scope("host-a"), between.identities)
-        for guest in (one, two):
-            finish(hosts, guest)
-        until_idle(hosts)
-        assert held(hosts, "host-b") == set()
-
-
-def test_a_shared_flow_is_purged_with_the_last_of_both_though_the_ports_are_still_there(tmp_path: Path) -> None:
-    with hosts_in(tmp_path, limited(watch_seconds=2.0)) as hosts:
-        guests = two_that_share(hosts)[:2]
-        for guest in guests:
-            hosts.say("host-a", Phase.SUSPENDED, guest)
-        for guest in guests:
-            hosts.say("host-b", Phase.RESUMED, guest)
-            until(lambda guest=guest: hosts.has_step("host-a", guest, "proved"))
-        assert held(hosts, "host-a") == set()
-        until_idle(hosts)
-        assert len(held(hosts, "host-b")) == 1
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_shared_flow_is_discarded_with_the_last_of_both_roll_backs(tmp_path: Path, first: int) -> None:
-    with hosts_in(tmp_path) as hosts:
-        guests = two_that_share(hosts)[:2]
-        for guest in (guests[first], guests[1 - first]):
-            hosts.say("host-b", Phase.STOPPED, guest)
-            until(lambda guest=guest: hosts.reports("host-b", guest))
-        until_idle(hosts)
-        assert held(hosts, "host-b") == set()
-        assert len(held(hosts, "host-a")) == 1
-
-
-def test_a_roll_back_after_a_failed_insert_takes_nothing_from_a_guest_that_runs_here(tmp_path: Path) -> None:
-    with hosts_in(tmp_path, driver=lambda name: FailsOnce(MemoryDevice(name))) as hosts:
-        guest, resident = new_guest(), new_guest()
-        between = tcp_flows(1)
-        between.rows["destinationIPv4Address"] = int(netaddr.IPAddress(SECOND_ADDRESS))
-        hosts.plug("host-a", guest, ZONES["host-a"], GUEST_ADDRESS, shared=True)
-        hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), between)
-        hosts.plug("host-b", resident, ZONES["host-b"], SECOND_ADDRESS, shared=True)
-        hosts.drivers["host-b"].insert(hosts.scope("host-b", resident), between)
-        hosts.say("host-a", Phase.OUTGOING, guest)
-        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
-        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS, shared=True)
-        hosts.drivers["host-b"].what = "insert"  # type: ignore[attr-defined]
-        hosts.say("host-b", Phase.STARTED, guest)
-        until(lambda: is_orphaned(hosts))
-        hosts.say("host-b", Phase.STOPPED, guest)
-        until_idle(hosts)
-        assert len(held(hosts, "host-b")) == 1
-        assert [name for name in report(hosts, "host-b", guest)["named"] if name.startswith("not discarded")]
-
-
-def test_a_roll_back_after_a_new_start_takes_nothing_from_a_guest_that_has_come(tmp_path: Path) -> None:
-    with hosts_in(tmp_path) as hosts:
-        one, two, _ = two_that_share(hosts)
-        finish(hosts, one)
-        until(lambda: hosts.reports("host-b", one))
-        hosts.kill("host-b")
-        hosts.start("host-b")
-        hosts.say("host-b", Phase.STOPPED, two)
-        until(lambda: len(hosts.reports("host-b", two)) > 1)
-        assert len(held(hosts, "host-b")) == 1
-
-
-def test_what_the_guest_changed_or_ended_since_it_runs_is_not_put_back_by_the_last_changes(tmp_path: Path) -> None:
-    """The source's last changes come when the guest runs at the destination already: what is there is younger."""
-    with hosts_in(tmp_path) as hosts:
-        guest = guest_with_flows(hosts)
-        begin(hosts, guest)
-        hosts.say("host-b", Phase.RESUMED, guest)
-        mark(hosts, "host-b", guest, 1000, 3)
-        hosts.drivers["host-b"].remove(hosts.scope("host-b", guest), tcp_flows(1, first_port=1001).identities)
-        for port in (1000, 1001, 1002):
-            mark(hosts, "host-a", guest, port, 2)
-        finish(hosts, guest)
-        until_idle(hosts)
-        assert {(1000, 3), (1002, 2)} < held(hosts, "host-b")
-        assert len(held(hosts, "host-b")) == 99
-        assert held(hosts, "host-a") == set()
