@@ -514,7 +514,10 @@ class SourceSession(Session):
         Later than the purge, for they may still be coming then, and since a look at a whole firewall has no hurry.
         """
         with self.host.purging(self.guest) as is_allowed:
-            for port in self._ports if is_allowed else ():
+            if not is_allowed:
+                self.report.remark("the guest is back; what late packets made where it was before was not looked for")
+                return Done("PurgeLate")
+            for port in self._ports:
                 with self._unless_gone(port.scope):
                     remaining = self._remaining(port)  # a whole firewall, while nobody waits for it
                     with self.host.deciding(port.scope):

@@ -20,7 +20,7 @@ from sami_plugin.errors import PeerUnreachable
 from sami_plugin.migration import destination as destination_decisions
 from sami_plugin.migration import source as source_decisions
 from sami_plugin.model.flows import Batch, Omitted, ZoneRole
-from sami_plugin.model.migration import Phase
+from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.results import Outcome, Results, results
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.hosts import Hosts, new_guest
@@ -354,6 +354,26 @@ def test_what_late_packets_made_at_the_source_after_the_purge_is_removed_and_nam
         told = report(hosts, "host-a", guest)
         assert (told["outcome"], told["flows"]["late"], told["flows"]["left_behind"]) == ("moved", 3, 0)
         assert set(told["named"]) == {"removed at the source, made there after the pause"}
+
+
+def test_watch_says_that_it_looked_for_nothing_where_the_guest_is_back(tmp_path: Path) -> None:
+    """It began to come back before it was known to have left, so the watch did not end with it."""
+    with hosts_in(tmp_path, limited(watch_seconds=1.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        (leaving,) = hosts.agents["host-a"].sessions()
+        hosts.say("host-b", Phase.RESUMED, guest)
+        hosts.agents["host-a"].note(MigrationEvent(guest, Phase.PREPARE, "host-b"))
+        hosts.unplug("host-a", guest)
+        hosts.agents["host-a"].note(MigrationEvent(guest, Phase.STOPPED, role="source"))
+        until(lambda: "proved" in leaving.report.steps)
+        hosts.say("host-b", Phase.OUTGOING, guest, destination="host-a")
+        hosts.plug("host-a", guest, ZONES["host-a"] + 1, GUEST_ADDRESS)
+        hosts.say("host-a", Phase.STARTED, guest)
+        wait_for_step(hosts, "host-a", guest, "in sync")
+        until(lambda: leaving.is_over)
+        assert "watched" not in leaving.report.steps
+        assert any("was not looked for" in remark for remark in leaving.report.remarks)
 
 
 @pytest.mark.parametrize("zone", ["reassigned", "released"])

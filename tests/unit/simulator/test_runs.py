@@ -114,6 +114,7 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(530783, {}, id="what had ended was gone on with"),
         pytest.param(698790, {}, id="the next migration was taken for the one that had ended"),
         pytest.param(703821, {}, id="nobody was there for the whole of two migrations"),
+        pytest.param(1066954, {}, id="the watch of a guest that was back looked for nothing, and did not say so"),
         pytest.param(20166965, {}, id="the call of a migration that was over came in the midst of the next one"),
         pytest.param(5000940, {"crash": 1.0, "moves": 3, "hosts": 3}, id="a stay that was over was told as an arrival"),
         pytest.param(
