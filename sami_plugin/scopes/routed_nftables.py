@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,27 @@ from sami_plugin.scopes.learned import LearnedScopes
 from sami_plugin.scopes.rules import Assignment, Devices, Jump, Knowledge, Rule, Verdict, host_address
 
 PACKAGE = "nftables"
-TOOL = ("nft", "-j", "list", "ruleset")
+TOOL = ("nft", "-j", "-t", "list", "ruleset")
+"""Without the elements of named sets, of which there may be very many: what a rule needs is asked for by name."""
 FAMILIES = ("inet", "ip", "ip6")
 
 # The calling thread's: /proc/net is that of the process's first thread.
 ROUTES = (Path("/proc/thread-self/net/route"), Path("/proc/thread-self/net/ipv6_route"))
 _RTF_UP, _RTF_REJECT, _RTF_ANYCAST, _RTF_LOCAL = 0x1, 0x200, 0x100000, 0x80000000  # include/uapi/linux/{,ipv6_}route.h
 
+_NAME = re.compile(r"[A-Za-z][\w./\\-]*", re.ASCII)
+"""As nft's own language has them, of which its arguments are a text."""
+
 _REMARKS = ("counter", "log", "comment")
 """Statements that change nothing of what becomes of a packet."""
 
 
 class RoutedNftablesScopes(LearnedScopes):
-    """Asks `nft -j list ruleset`, once for all guests, and the kernel's main routing tables."""
+    """Asks `nft`, once for all guests, and the kernel's main routing tables."""
 
     def _look(self) -> Knowledge:
         text, _ = output_of(TOOL, PACKAGE)
-        rules, begins = rules_of(ruleset_of(text))
+        rules, begins = rules_of(ruleset_of(text), elements_of)
         try:
             texts = [path.read_text() if path.exists() else "" for path in ROUTES]
         except OSError as error:
@@ -88,7 +93,7 @@ def _is_used(flags: str) -> bool:
     return int(flags, 16) & (_RTF_UP | _RTF_REJECT | _RTF_ANYCAST | _RTF_LOCAL) == _RTF_UP
 
 
-def ruleset_of(text: str) -> list[Any]:
+def ruleset_of(text: str, tool: Sequence[str] = TOOL) -> list[Any]:
     """The objects of nft's JSON, see libnftables-json(5).
 
     :raises NotAvailable: it is none; this nft is not one that is known here.
@@ -96,25 +101,76 @@ def ruleset_of(text: str) -> list[Any]:
     try:
         ruleset = json.loads(text)["nftables"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise NotAvailable(f"{' '.join(TOOL)} wrote no JSON as of nftables 0.9 or later: {error}") from error
+        raise NotAvailable(f"{' '.join(tool)} wrote no JSON as of nftables 0.9 or later: {error}") from error
     if not isinstance(ruleset, list):
-        raise NotAvailable(f"{' '.join(TOOL)} wrote no list of objects; nftables 0.9 or later is needed")
+        raise NotAvailable(f"{' '.join(tool)} wrote no list of objects; nftables 0.9 or later is needed")
     return ruleset
 
 
-def rules_of(ruleset: list[Any]) -> tuple[list[Rule], list[str]]:
-    """The rules, and the chains where received packets begin; what is not known here is skipped."""
+def elements_of(kind: str, table: str, name: str) -> list[Any]:
+    """What is in a named `set` or `map` of a table, which is said with its family.
+
+    :raises NotAvailable, NotPermitted: as `output_of`, and `ruleset_of`.
+    """
+    tool = ("nft", "-j", "list", kind, *table.split(" ", 1), name)
+    text, _ = output_of(tool, PACKAGE)
+    return [one for _, thing in _objects(ruleset_of(text, tool)) for one in _elements_in(thing) or ()]
+
+
+def rules_of(ruleset: list[Any], ask: Callable[[str, str, str], list[Any]]) -> tuple[list[Rule], list[str]]:
+    """The rules, and the chains where received packets begin; what is not known here is skipped.
+
+    `ask` is `elements_of`, for a set whose elements are not in the ruleset.
+    """
     rules, begins = [], []
-    sets: dict[tuple[str, str], Any] = {}
-    for kind, thing in _objects(ruleset):
-        if kind in ("set", "map") and isinstance(thing.get("elem"), list):
-            sets[_table(thing), str(thing.get("name"))] = thing["elem"]
+    sets = _Sets(ruleset, ask)
     for kind, thing in _objects(ruleset):
         if kind == "chain" and thing.get("hook") in ("prerouting", "forward"):
             begins.append(_chain(thing, thing.get("name")))
-        elif kind == "rule" and isinstance(thing.get("expr"), list):
+        elif kind == "rule" and isinstance(thing.get("expr"), list) and _may_say_something(thing["expr"]):
             rules.append(_Reader(thing, sets).rule())
     return rules, begins
+
+
+def _may_say_something(expr: list[Any]) -> bool:
+    """Whether a rule can give a zone, lead on, or say which addresses a device may have.
+
+    Else it is not read, nor the sets that it asks for: a list of addresses that are dropped can be long.
+    """
+    said = [statement for statement in expr if isinstance(statement, dict)]
+    is_of_others = any(isinstance(one.get("match"), dict) and one["match"].get("op") == "!=" for one in said)
+    return is_of_others or any(not _SAYS.isdisjoint(one) for one in said)
+
+
+_SAYS = frozenset(("mangle", "jump", "goto", "vmap", "accept", "return"))
+
+
+class _Sets:
+    """The elements of named sets, each asked for once, where a rule needs it."""
+
+    def __init__(self, ruleset: list[Any], ask: Callable[[str, str, str], list[Any]]) -> None:
+        self._ask = ask
+        self._kinds: dict[tuple[str, str], str] = {}
+        self._elements: dict[tuple[str, str], list[Any]] = {}
+        for kind, thing in _objects(ruleset):
+            if kind in ("set", "map"):
+                place = _table(thing), str(thing.get("name"))
+                self._kinds[place] = kind
+                if (elements := _elements_in(thing)) is not None:
+                    self._elements[place] = elements
+
+    def get(self, table: str, name: str) -> list[Any] | None:
+        """None where there is no such set."""
+        place = table, name
+        is_known = place in self._elements or place not in self._kinds
+        if not is_known and all(map(_NAME.fullmatch, (*table.split(" ", 1), name))):
+            self._elements[place] = self._ask(self._kinds[place], table, name)
+        return self._elements.get(place)
+
+
+def _elements_in(thing: dict[str, Any]) -> list[Any] | None:
+    elements = thing.get("elem")
+    return elements if isinstance(elements, list) else None
 
 
 def _objects(ruleset: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -136,7 +192,7 @@ def _chain(thing: dict[str, Any], name: object) -> str:
 class _Reader:
     """Reads one rule, statement by statement."""
 
-    def __init__(self, thing: dict[str, Any], sets: Mapping[tuple[str, str], Any]) -> None:
+    def __init__(self, thing: dict[str, Any], sets: _Sets) -> None:
         self._thing = thing
         self._sets = sets
         self._devices: Devices = None
@@ -240,7 +296,7 @@ class _Reader:
     def _elements(self, value: Any) -> list[Any] | None:
         """Of a value, an anonymous set or a named one."""
         if isinstance(value, str) and value.startswith("@"):
-            value = self._sets.get((_table(self._thing), value[1:]))
+            value = self._sets.get(_table(self._thing), value[1:])
         elif isinstance(value, dict) and isinstance(value.get("set"), list):
             value = value["set"]
         if isinstance(value, (str, dict)):

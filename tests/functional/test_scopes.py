@@ -168,13 +168,18 @@ def test_addresses_of_a_shared_zone_are_not_taken_of_claims_alone() -> None:
         assert [finders["a"].scope(guest) for guest in lab.guests.values()] == [None, None]
 
 
-def test_routes_of_the_host_say_whose_an_address_is_in_a_shared_zone() -> None:
+@pytest.mark.parametrize("zones", ["{ tap-g : 9, tap-h : 9 }", "@zones"])
+def test_routes_of_the_host_say_whose_an_address_is_in_a_shared_zone(zones: str) -> None:
+    """Beside a set with as much in it as a list of addresses to drop may have, which no look at the rules lists."""
     with Lab(kind="routed") as lab:
         finders, host = Finders(lab), lab.hosts["a"]
         guests = [lab.add_guest(name, "a", on=()) for name in ("g", "h")]
-        zones = "ct zone set iifname map { tap-g : 9, tap-h : 9 }"
-        chain = ["chain c {", "type filter hook prerouting priority raw", zones, "}"]
-        host.run(["nft", "-f", "-"], "\n".join(["table ip z {", *chain, "}", ""]))
+        named = "map zones { typeof iifname : ct zone; elements = { tap-g : 9, tap-h : 9 } }"
+        blocked = ", ".join(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}" for n in range(50_000))
+        many = f"set blocked {{ type ipv4_addr; elements = {{ {blocked} }} }}"
+        rules = [f"ct zone set iifname map {zones}", "ip saddr @blocked drop"]
+        chain = ["chain c {", "type filter hook prerouting priority raw", *rules, "}"]
+        host.run(["nft", "-f", "-"], "\n".join(["table ip z {", named, many, *chain, "}", ""]))
         for guest, other in (guests, guests[::-1]):
             finders.learn(guest)
             scope = finders["a"].scope(guest)

@@ -59,6 +59,10 @@ def addresses(*texts: str) -> tuple[netaddr.IPAddress, ...]:
     return tuple(map(netaddr.IPAddress, texts))
 
 
+def none_asked(*_: str) -> list[Any]:
+    return []
+
+
 class Told(RoutedNftablesScopes):
     """A finder of a host with these rules and routes."""
 
@@ -70,7 +74,7 @@ class Told(RoutedNftablesScopes):
             self.learn(tap[-1], (GuestPort(tap),))
 
     def _look(self) -> Knowledge:
-        return Knowledge.of(*rules_of(ruleset_of(self._ruleset)), HERE, routes_of(*self._routes))
+        return Knowledge.of(*rules_of(ruleset_of(self._ruleset), none_asked), HERE, routes_of(*self._routes))
 
 
 def match(left: Any, right: Any, op: str = "==") -> dict[str, Any]:
@@ -111,11 +115,48 @@ def ruleset(*rules: list[Any], chain: str = "c", hook: str = "prerouting", famil
 
 
 def known(*rules: list[Any], **options: Any) -> Knowledge:
-    return Knowledge.of(*rules_of(ruleset_of(ruleset(*rules, **options))), HERE)
+    return Knowledge.of(*rules_of(ruleset_of(ruleset(*rules, **options)), none_asked), HERE)
 
 
 def in_chain_d(*expr: Any) -> list[Any]:
     return [{"rule": {"family": "ip", "table": "t", "chain": "d", "expr": list(expr)}}]
+
+
+# ------------------------------------------------------------------------------------------------------- named sets
+
+BLOCKED = match({"concat": [DADDR, {"payload": {"protocol": "tcp", "field": "dport"}}]}, "@blocked")
+
+
+def test_elements_of_a_set_are_asked_for_once_and_only_where_a_rule_needs_them() -> None:
+    place = {"family": "ip", "table": "t"}
+    names = ("ours", "blocked", "dropped", "unused")
+    sets = [{"set": {**place, "name": name}} for name in names]
+    asked: list[tuple[str, str, str]] = []
+
+    def ask(*what: str) -> list[Any]:
+        asked.append(what)
+        return ["tap-g", "tap-h"]
+
+    rules = [
+        [by("@ours"), sets_zone(7)],
+        [by("@ours"), {"accept": None}],
+        [end("saddr", "@dropped"), {"drop": None}],
+        [BLOCKED, {"counter": None}],
+    ]
+    read, begins = rules_of(ruleset_of(ruleset(*rules, more=sets)), ask)
+    assert Knowledge.of(read, begins, HERE).zones == {"tap-g": {7}, "tap-h": {7}}
+    assert asked == [("set", "ip t", "ours")]
+
+
+@pytest.mark.parametrize("name", ["a b", "x; flush ruleset", "ü", "-f", ""])
+def test_a_set_with_a_name_that_nft_would_not_take_as_one_is_not_asked_for(name: str) -> None:
+    more = [{"set": {"family": "ip", "table": "t", "name": name}}]
+    read, _ = rules_of(ruleset_of(ruleset([by(f"@{name}"), sets_zone(7)], more=more)), refuse_to_be_asked)
+    assert read[0].is_conditional
+
+
+def refuse_to_be_asked(*what: str) -> list[Any]:
+    raise AssertionError(what)
 
 
 # ------------------------------------------------------------------------------------------------------ recordings
@@ -305,7 +346,7 @@ def test_missing_tool_and_missing_permission_are_named(nft) -> None:
     with pytest.raises(NotAvailable, match="nft is not there; install the package nftables"):
         RoutedNftablesScopes().namespaces()
     nft("echo 'Operation not permitted (you must be root)' >&2; exit 1")
-    with pytest.raises(NotPermitted, match=r"nft -j list ruleset: .*the agent needs CAP_NET_ADMIN"):
+    with pytest.raises(NotPermitted, match=r"nft -j -t list ruleset: .*the agent needs CAP_NET_ADMIN"):
         RoutedNftablesScopes().namespaces()
 
 
@@ -313,7 +354,15 @@ def test_missing_tool_and_missing_permission_are_named(nft) -> None:
 def test_output_of_no_nft_is_refused_by_name(nft, text: str, tmp_path) -> None:
     (tmp_path / "output").write_text(text)
     nft(f"cat {tmp_path / 'output'}")
-    with pytest.raises(NotAvailable, match="nft -j list ruleset wrote no"):
+    with pytest.raises(NotAvailable, match="nft -j -t list ruleset wrote no"):
+        RoutedNftablesScopes().namespaces()
+
+
+def test_set_that_cannot_be_listed_is_named(nft, tmp_path) -> None:
+    sets = [{"map": {"family": "ip", "table": "t", "name": "of_taps"}}]
+    (tmp_path / "rules").write_text(ruleset([sets_zone(looked_up(IIFNAME, "@of_taps"))], more=sets))
+    nft(f"[ $2 = -t ] && exec cat {tmp_path / 'rules'}; echo 'Error: No such file or directory' >&2; exit 1")
+    with pytest.raises(NotAvailable, match="nft -j list map ip t of_taps: Error: No such file"):
         RoutedNftablesScopes().namespaces()
 
 
