@@ -1,8 +1,8 @@
 """A driver without a device: it keeps what the host's own devices have no use for, for a host that has.
 
 A vendor's firewall knows what no other does. When a guest leaves such a host, what is the vendor's own goes along and
-is put here; when the guest goes on to a host with that vendor's firewall, it goes there. Records are kept by port,
-each port's in a file, and their time stands still.
+is put here; when the guest goes on to a host with that vendor's firewall, it goes there. Records are kept by guest and
+port, each port's in a file, and their time stands still.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class DepositDriver(FlowDriver):
         return made
 
     def _path(self, scope: Scope) -> Path:
-        return self._folder / f"{hashlib.sha256(scope.port.encode()).hexdigest()[:32]}.npz"
+        # Without Neutron a tap's name is the next guest's, and so may its address be.
+        whose = f"{scope.guest} {scope.port}".encode()
+        return self._folder / f"{hashlib.sha256(whose).hexdigest()[:32]}.npz"
 
     def _read(self, scope: Scope) -> FlowTable:
         """What is kept of the port, of the kinds that are known now."""

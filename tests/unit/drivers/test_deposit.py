@@ -65,6 +65,14 @@ def test_it_is_there_after_a_start_and_the_file_goes_with_the_last_record(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_the_next_guest_with_the_same_tap_and_address_has_nothing_of_the_one_before(
+    tmp_path: Path, records: Batch
+) -> None:
+    DepositDriver(str(tmp_path)).insert(SCOPE, records)
+    assert list(DepositDriver(str(tmp_path)).export(replace(SCOPE, guest="next"))) == []
+    assert kept(tmp_path) == 3
+
+
 def test_what_nobody_has_fetched_is_thrown_away_at_last(tmp_path: Path, records: Batch) -> None:
     DepositDriver(str(tmp_path), days=2).insert(SCOPE, records)
     (path,) = tmp_path.iterdir()
