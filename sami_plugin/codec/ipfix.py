@@ -317,6 +317,8 @@ class _Decoder:
         self.max_records = max_records
         self.records = 0
         self.templates: dict[tuple[int, int], tuple[bool, bytes]] = {}
+        # Their numbers by domain and whether they are of options: to withdraw all looks at no others.
+        self.numbers: dict[tuple[int, bool], set[int]] = {}
         self.layouts: dict[tuple[int, int], _Layout] = {}
         self.pieces: dict[_Kind, dict[_Layout, list[memoryview]]] = {}
         self.gaps: list[Gap] = []
@@ -387,6 +389,7 @@ class _Decoder:
             former = self.templates.setdefault((domain, number), (is_options, record))
             if former != (is_options, record):
                 raise Malformed(f"template {number} is defined anew without having been withdrawn", place)
+            self.numbers.setdefault((domain, is_options), set()).add(number)
             _limit(len(self.templates), "templates", place)
             here = end
         if any(content[here:]):
@@ -394,14 +397,14 @@ class _Decoder:
 
     def _withdraw(self, domain: int, number: int, is_options: bool, place: str) -> None:
         if number == (OPTIONS_TEMPLATE_SET if is_options else TEMPLATE_SET):
-            of_kind = [key for key, former in self.templates.items() if key[0] == domain and former[0] == is_options]
-            for key in of_kind:
-                del self.templates[key]
-                self.layouts.pop(key, None)
+            for each in self.numbers.pop((domain, is_options), ()):
+                del self.templates[domain, each]
+                self.layouts.pop((domain, each), None)
             return
         former = self.templates.get((domain, number))
         if former is None or former[0] != is_options:
             raise Malformed(f"template {number} is withdrawn and was never defined", place)
+        self.numbers[domain, is_options].remove(number)
         del self.templates[domain, number]
         self.layouts.pop((domain, number), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import struct
+import time
 from collections.abc import Sequence
 
 import netaddr
@@ -436,6 +437,30 @@ def test_withdrawn_template_may_be_defined_anew() -> None:
             set_of(256, row),
         )
         assert [batch.template.name for batch in ipfix.decode(payload).batches] == ["tcp-ipv4", "udp-ipv4"]
+
+
+def test_all_templates_of_one_domain_and_sort_are_withdrawn_and_no_others() -> None:
+    options = struct.pack("!HHHHH", 257, 1, 1, 1, 4)
+    defined = message(set_of(2, template_record(256, SPECIFIERS)), set_of(3, options), domain=1)
+    elsewhere = message(set_of(2, template_record(256, SPECIFIERS), struct.pack("!HH", 2, 0)), domain=2)
+    assert len(ipfix.decode(defined + elsewhere + message(set_of(256, ROW), domain=1))) == 1
+    with pytest.raises(Malformed, match="template 256, which is not defined"):
+        ipfix.decode(defined + elsewhere + message(set_of(256, ROW), domain=2))
+    withdrawn = message(set_of(2, struct.pack("!HH", 2, 0)), set_of(257, bytes(4)), domain=1)
+    assert ipfix.decode(defined + withdrawn).skipped == ("options records of template 257",)
+    with pytest.raises(Malformed, match="template 256, which is not defined"):
+        ipfix.decode(defined + withdrawn + message(set_of(256, ROW), domain=1))
+
+
+def test_withdrawal_costs_no_more_beside_many_templates_of_another_domain() -> None:
+    def seconds(templates: int) -> float:
+        defined = b"".join(template_record(256 + number, [(0, 4, 1)]) for number in range(templates))
+        payload = message(set_of(2, defined), domain=1) + message(set_of(2, struct.pack("!HH", 2, 0) * 10_000))
+        begun = time.process_time()
+        ipfix.decode(payload)
+        return time.process_time() - begun
+
+    assert min(seconds(1000) for _ in range(3)) < 8 * min(seconds(1) for _ in range(3))
 
 
 def test_template_may_be_repeated_and_not_changed() -> None:
