@@ -5,6 +5,7 @@ Unknown fields are skipped, so a newer peer may add some; a field that is missin
 
 from __future__ import annotations
 
+import itertools
 import types
 import typing
 from collections.abc import Callable
@@ -21,6 +22,10 @@ MOST_OCTETS = 16 * 1024 * 1024
 MOST_CHARACTERS = 1024
 MOST_ENTRIES = 256
 """Of a text and of a list in a message: reasons and names go into logs and journals."""
+MOST_FIELDS = 64
+"""Of a message and of a map in it. No kind has a quarter of that; the others are for newer peers."""
+MOST_CONTAINERS = 64
+"""Lists and maps in a message, nested ones too. An empty one is an octet on the wire, and 64 and more as an object."""
 
 KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in typing.get_args(migration.Message)}
 _Check = Callable[[object], bool]
@@ -73,7 +78,7 @@ def decode(octets: bytes) -> Message:
     if len(octets) > MOST_OCTETS:
         raise Malformed(f"a message of {len(octets)} octets is too long", f"octet {MOST_OCTETS}")
     try:
-        body = msgpack.unpackb(octets, use_list=False, strict_map_key=True)
+        body = _unpacked(octets)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise Malformed(f"not a message: {error or type(error).__name__}", "octet 0") from error
     if not isinstance(body, dict):
@@ -93,6 +98,28 @@ def decode(octets: bytes) -> Message:
             raise Malformed(f"{_short(value)} is no {hint}", f"{kind.__name__}.{name}")
         values[name] = value
     return kind(**values)
+
+
+def _unpacked(octets: bytes) -> object:
+    """What the octets hold, which takes little more room than they do, fields that nobody here knows included."""
+    number = itertools.count(1)
+
+    def counted(container: object) -> object:
+        if next(number) > MOST_CONTAINERS:
+            raise ValueError(f"more than {MOST_CONTAINERS} lists and maps")
+        return container
+
+    return msgpack.unpackb(
+        octets,
+        use_list=False,
+        strict_map_key=True,
+        object_hook=counted,
+        list_hook=counted,
+        max_array_len=MOST_ENTRIES,
+        max_map_len=MOST_FIELDS,
+        max_str_len=4 * MOST_CHARACTERS,
+        max_ext_len=0,
+    )
 
 
 def _short(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 import typing
 from dataclasses import MISSING, fields
 
@@ -131,7 +132,7 @@ def test_field_that_is_unknown_is_skipped(message: Message) -> None:
     assert decode({**body_of(message), "since_version_9": {"a": [1, None]}}) == message
 
 
-@pytest.mark.parametrize("kind", [None, "Closed", "open", 7, b"Open", ("Open",), {"Open": 1}, "message", "K" * 10**6])
+@pytest.mark.parametrize("kind", [None, "Closed", "open", 7, b"Open", ("Open",), {"Open": 1}, "message", "K" * 1024])
 def test_unknown_kind_is_refused_in_few_words(kind: object) -> None:
     with pytest.raises(Malformed, match="unknown kind of message") as caught:
         decode({"version": 1, "kind": kind})
@@ -177,6 +178,54 @@ def test_bytes_that_are_no_message_are_refused(octets: bytes) -> None:
 def test_message_that_is_too_long_is_refused_unread() -> None:
     with pytest.raises(Malformed, match="too long"):
         messages.decode(bytes(messages.MOST_OCTETS + 1))
+
+
+ENTRIES, FIELDS_OF_A_MAP, TEXT = messages.MOST_ENTRIES, messages.MOST_FIELDS, 4 * messages.MOST_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("value", "takes"),
+    [
+        ([1] * ENTRIES, True),
+        ([1] * (ENTRIES + 1), False),
+        ({str(number): number for number in range(FIELDS_OF_A_MAP)}, True),
+        ({str(number): number for number in range(FIELDS_OF_A_MAP + 1)}, False),
+        ([[]] * (messages.MOST_CONTAINERS - 2), True),
+        ([[]] * (messages.MOST_CONTAINERS - 1), False),
+        ([{}] * (messages.MOST_CONTAINERS - 1), False),
+        ("x" * TEXT, True),
+        ("x" * (TEXT + 1), False),
+    ],
+)
+def test_field_that_is_unknown_is_skipped_unless_it_holds_more_than_any_of_ours(value: object, takes: bool) -> None:
+    body = {**body_of(Arrived()), "since_version_9": value}
+    if takes:
+        assert decode(body) == Arrived()
+        return
+    with pytest.raises(Malformed, match="not a message: "):
+        decode(body)
+
+
+@pytest.mark.parametrize("nested", [[{}] * 500_000, [[{}] * 250] * 250, [[["ab"] * 60] * 60] * 60])
+def test_message_takes_little_more_room_than_its_octets(nested: object) -> None:
+    octets = msgpack.packb({**body_of(GivesUp("x")), "since_version_9": nested})
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed):
+            messages.decode(octets)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(octets)
+    finally:
+        tracemalloc.stop()
+
+
+def test_longest_message_of_ours_is_taken() -> None:
+    texts, numbers = ("ß" * messages.MOST_CHARACTERS,) * ENTRIES, (2**63,) * ENTRIES
+    for message in (
+        Open("guest", "host-b", numbers, texts, texts, 0, after=texts, devices=texts),
+        Offer(2, 1, texts, numbers, texts, texts, numbers, texts),
+        FlowChanges(bytes(8 << 20), is_last=True),
+    ):
+        assert messages.decode(messages.encode(message)) == message
 
 
 @given(st.binary(max_size=64))
