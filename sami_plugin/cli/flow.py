@@ -78,9 +78,10 @@ class FlowExport(Command):
         return parser
 
     def take_action(self, parsed_args: Any) -> int:
-        from sami_plugin.codec import ipfix, ipfix_file
+        from sami_plugin.codec import ipfix_file
+        from sami_plugin.model import information_elements
 
-        ipfix.check_enterprise(parsed_args.enterprise_number)
+        information_elements.check_enterprise(parsed_args.enterprise_number)
         target = Path(parsed_args.file)
         with _whole_file(target, is_forced=parsed_args.force) as part:
             exported = _export(self.app, parsed_args)
@@ -120,9 +121,10 @@ class FlowImport(Lister):
     def take_action(self, parsed_args: Any) -> tuple[tuple[str, ...], Iterable[tuple[Any, ...]]]:
         from sami_plugin.cli import flow_transfer
         from sami_plugin.cli.wording import Lines
-        from sami_plugin.codec import ipfix, ipfix_file
+        from sami_plugin.codec import ipfix_file
+        from sami_plugin.model import information_elements
 
-        ipfix.check_enterprise(parsed_args.enterprise_number)
+        information_elements.check_enterprise(parsed_args.enterprise_number)
         if parsed_args.neighbour and not parsed_args.shared:
             raise ConfigurationError("--neighbour: means something together with --shared only")
         scope = scope_options.scope_of(parsed_args, parsed_args.neighbour)

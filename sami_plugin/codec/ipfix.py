@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from sami_plugin.errors import ConfigurationError, Malformed, NotUnderstood, RepresentationError
+from sami_plugin.errors import Malformed, NotUnderstood, RepresentationError
 from sami_plugin.model import information_elements as elements
 from sami_plugin.model.flows import ACCOUNTING, TEMPLATES, Batch, FirewallEvent, Rows, Template, ZoneRole
 from sami_plugin.model.protocols import STATES
@@ -96,8 +96,6 @@ class _Known:
     """Without those of accounting."""
     ids: dict[np.dtype[np.void], int]
     """Always the same for the same fields, so payloads that are joined to one stream do not define one number twice."""
-    vendors: frozenset[int]
-    """The enterprise numbers of elements that are none of ours."""
 
 
 def _known() -> _Known:
@@ -115,8 +113,7 @@ def _known_of(count: int) -> _Known:
         while _FIRST_BROUGHT + number in ids.values():
             number = (number + 1) % _FIRST_BROUGHT
         ids[kind.dtype] = _FIRST_BROUGHT + number
-    vendors = frozenset(element.vendor for element in elements.ELEMENTS.values()) - {0}
-    return _Known(kinds, {frozenset(kind.fields).difference(ACCOUNTING): kind for kind in kinds}, ids, vendors)
+    return _Known(kinds, {frozenset(kind.fields).difference(ACCOUNTING): kind for kind in kinds}, ids)
 
 
 def _kinds() -> tuple[_Kind, ...]:
@@ -140,20 +137,6 @@ def _kinds() -> tuple[_Kind, ...]:
 # Writing.
 
 
-def check_enterprise(enterprise: int) -> None:
-    """Raise `ConfigurationError` unless `enterprise` can stand before elements of ours."""
-    if enterprise in _known().vendors:
-        raise ConfigurationError(
-            f"{enterprise} is the enterprise number of a vendor's elements, which an installed package brings; "
-            "take another one for SAMI's"
-        )
-    if not 0 < enterprise <= elements.MOST_ENTERPRISE or enterprise == elements.REVERSE_ENTERPRISE:
-        raise ConfigurationError(
-            f"{enterprise} cannot be the enterprise number of SAMI's elements; take one that IANA assigned to you, "
-            f"or {elements.EXAMPLE_ENTERPRISE}"
-        )
-
-
 def field_specifier(element: elements.InformationElement, octets: int, enterprise: int) -> bytes:
     """One field of a template record (RFC 7011 section 3.2)."""
     number = element.enterprise_number(enterprise)
@@ -173,7 +156,7 @@ class Encoder:
     """Writes one stream of messages of one observation domain: each template once, sequence numbers in a row."""
 
     def __init__(self, *, domain: int = 0, sequence: int = 0, enterprise: int = elements.EXAMPLE_ENTERPRISE) -> None:
-        check_enterprise(enterprise)
+        elements.check_enterprise(enterprise)
         self.sequence = sequence % _WRAP
         """The sequence number of the next message: the records before it, modulo 2**32 (RFC 7011 section 3.1)."""
         self._domain = domain
@@ -723,7 +706,7 @@ def decode(
     :raises Malformed: the bytes are no IPFIX messages, or hold what is no flow; `place` says where.
     :raises NotUnderstood: elements that the sender marked as critical, or whose length varies, are unknown here.
     """
-    check_enterprise(enterprise)
+    elements.check_enterprise(enterprise)
     octets = memoryview(payload).cast("B")
     if len(octets) > max_octets:
         raise Malformed(f"{len(octets)} octets are more than the {max_octets} that are taken", "octet 0")

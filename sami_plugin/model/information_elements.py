@@ -517,6 +517,20 @@ def bring(brought: Iterable[InformationElement]) -> None:
     _BY_NUMBER.update(by_number)
 
 
+def check_enterprise(enterprise: int) -> None:
+    """Raise `ConfigurationError` unless `enterprise` can stand before elements of ours."""
+    if enterprise != IANA and any(element.vendor == enterprise for element in ELEMENTS.values()):
+        raise ConfigurationError(
+            f"{enterprise} is the enterprise number of a vendor's elements, which an installed package brings; "
+            "take another one for SAMI's"
+        )
+    if not 0 < enterprise <= MOST_ENTERPRISE or enterprise == REVERSE_ENTERPRISE:
+        raise ConfigurationError(
+            f"{enterprise} cannot be the enterprise number of SAMI's elements; take one that IANA assigned to you, "
+            f"or {EXAMPLE_ENTERPRISE}"
+        )
+
+
 def origin_of(enterprise_number: int, enterprise: int) -> Origin:
     """Whose an element under `enterprise_number` is, where `enterprise` is our own."""
     if enterprise_number == IANA:
