@@ -71,6 +71,7 @@ def run(conf: cfg.ConfigOpts, wait: Callable[[], object]) -> None:
 
     :raises SamiError: it cannot start; the message says what to change.
     """
+    loader.load_kinds()  # a vendor's enterprise number among them is refused as one of ours
     settings, domains = options.settings(conf), options.domains(conf)
     driver, scopes = loader.load_drivers(options.driver_options(conf)), load_scopes(conf.agent.scopes, conf)
     credentials = Credentials(conf.agent.host, options.tls_files(conf))

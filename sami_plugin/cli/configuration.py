@@ -115,9 +115,11 @@ def complaints(files: list[str] | None) -> Iterator[str]:
 
     from sami_plugin import conf as known
     from sami_plugin import notifications
+    from sami_plugin.drivers.loader import load_kinds
     from sami_plugin.hooks.local_socket import group_id, user_id
     from sami_plugin.policies.chosen import Policies
 
+    load_kinds()
     conf = _read(files)
     groups = [name for name in conf if isinstance(conf[name], cfg.ConfigOpts.GroupAttr)]
     readings: list[Callable[[], object]] = [partial(getattr, conf[name], one) for name in groups for one in conf[name]]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import netaddr
 from oslo_config import cfg, types
 
 from sami_plugin.errors import ConfigurationError
+from sami_plugin.model import information_elements
 from sami_plugin.model.settings import MEBIBYTE, Bounds, Files, Limits, Retention, Settings
 from sami_plugin.model.verdict import Verdict
 
@@ -20,6 +21,26 @@ _DEFAULTS = Settings()
 _LIMITS = Limits()
 _BOUNDS = Bounds()
 _RETENTION = Retention()
+
+_MOST = 1e9
+"""Of any number with a fraction: more seconds than about nine times that, nobody can wait for in Python."""
+
+
+class _Number(types.Float):
+    """A number that can be worked with: ``nan`` and ``inf`` are floats too."""
+
+    def __call__(self, value: Any) -> float | None:
+        number: float | None = super().__call__(value)
+        if number is not None and not number <= _MOST:
+            raise ValueError(f"{number:g} will not do; write a number of at most {_MOST:.0f}")
+        return number
+
+
+def _number(name: str, **more: Any) -> cfg.FloatOpt:
+    option = cfg.FloatOpt(name, **more)
+    option.type = _Number(more.get("min"), more.get("max"))
+    return option
+
 
 AGENT = cfg.OptGroup("agent", title="The agent of this host")
 MIGRATION = cfg.OptGroup("migration", title="How a guest's flows are carried")
@@ -99,7 +120,7 @@ AGENT_OPTIONS = [
         default="/var/lib/sami/journal.sqlite",
         help="Path of the journal. It has to be on a disk that survives a restart of the host.",
     ),
-    cfg.FloatOpt(
+    _number(
         "journal_days",
         default=_RETENTION.days,
         min=0.01,
@@ -238,14 +259,14 @@ OVN_OPTIONS: list[cfg.Opt] = [
 ]
 
 MIGRATION_OPTIONS = [
-    cfg.FloatOpt(
+    _number(
         "delta_seconds",
         default=_LIMITS.delta_seconds,
         min=0.01,
         help="Seconds between two looks for changes while memory is copied. Less makes the last look, in the guest's "
         "pause, smaller; more costs less processor time.",
     ),
-    cfg.FloatOpt(
+    _number(
         "resync_seconds",
         default=_LIMITS.resync_seconds,
         min=1.0,
@@ -260,14 +281,14 @@ MIGRATION_OPTIONS = [
         help="Seconds that an imported flow is kept at least while its guest is still on the way; renewed at a third "
         "of it. A flow may outlive its own timeout by this much after the guest's arrival.",
     ),
-    cfg.FloatOpt(
+    _number(
         "open_seconds",
         default=_LIMITS.open_seconds,
         min=0.1,
         help="Seconds that the destination waits for the source's answer, and the source for its hypervisor's word "
         "that the guest leaves.",
     ),
-    cfg.FloatOpt(
+    _number(
         "verdict_seconds",
         default=_LIMITS.verdict_seconds,
         min=0.0,
@@ -275,14 +296,14 @@ MIGRATION_OPTIONS = [
         "are. Without an answer the guest's policy decides about a risk that is not known; with the policy `proceed` "
         "the migration goes on, and the flows follow as soon as they can.",
     ),
-    cfg.FloatOpt(
+    _number(
         "reservation_seconds",
         default=_LIMITS.reservation_seconds,
         min=1.0,
         help="Seconds for which the destination keeps the places in its firewall that it has promised to a guest's "
         "flows. Longer than your hypervisors wait before they copy memory: Nova waits up to 300 seconds for ports.",
     ),
-    cfg.FloatOpt(
+    _number(
         "started_seconds",
         default=_DEFAULTS.started_seconds,
         min=0.0,
@@ -292,21 +313,21 @@ MIGRATION_OPTIONS = [
         "small guests are not to run before it has: each of their migrations takes so much longer. libvirt's hook "
         "waits no longer than its own started_seconds (/etc/sami/libvirt-hook.conf): set that to a second more.",
     ),
-    cfg.FloatOpt(
+    _number(
         "zone_seconds",
         default=_LIMITS.zone_seconds,
         min=0.1,
         help="Seconds that the destination waits for the port's zone after the guest's start there, and for the router "
         "that translates for it where the source had one. Raise it where the network's agent is slow.",
     ),
-    cfg.FloatOpt(
+    _number(
         "arrival_limit",
         default=_LIMITS.arrival_seconds,
         min=1.0,
         help="Seconds after which the source purges the flows of a guest that left although nobody said that it "
         "arrived. Raise it where the agents' broker may be away for longer.",
     ),
-    cfg.FloatOpt(
+    _number(
         "late_import_seconds",
         default=_DEFAULTS.late_import_seconds,
         min=0.0,
@@ -320,7 +341,7 @@ MIGRATION_OPTIONS = [
         "port had no zone yet, and that the source did not have. The network's agent may not have written the port's "
         "rules by then, so nobody has admitted them. They are named in the report in any case.",
     ),
-    cfg.FloatOpt(
+    _number(
         "watch_seconds",
         default=_LIMITS.watch_seconds,
         min=0.0,
@@ -328,14 +349,14 @@ MIGRATION_OPTIONS = [
         "have made there since the guest was paused, and removes them by name. Raise it where the network takes longer "
         "to learn where a guest is.",
     ),
-    cfg.FloatOpt(
+    _number(
         "session_seconds",
         default=_LIMITS.session_seconds,
         min=10.0,
         help="Seconds after which a migration's session ends whatever state it is in. Longer than your longest "
         "migration.",
     ),
-    cfg.FloatOpt(
+    _number(
         "headroom_percent",
         default=_DEFAULTS.headroom_percent,
         min=0.0,
@@ -358,7 +379,7 @@ MIGRATION_OPTIONS = [
         max=64,
         help="Messages of one session that are under way at a time. More hides the broker's latency and costs memory.",
     ),
-    cfg.FloatOpt(
+    _number(
         "call_seconds",
         default=_DEFAULTS.call_seconds,
         min=0.1,
@@ -366,7 +387,7 @@ MIGRATION_OPTIONS = [
         "verdict_seconds, so that what was lost with an agent that was killed is there again before anybody decides "
         "without it.",
     ),
-    cfg.FloatOpt(
+    _number(
         "message_seconds",
         default=_DEFAULTS.message_seconds,
         min=0.1,
@@ -399,14 +420,14 @@ POLICY_OPTIONS: list[cfg.Opt] = [
         help="Names of Nova's flavors. This host does nothing for the flows of guests that are of one of them, by what "
         "their descriptions say; set it on all hosts that they may be on.",
     ),
-    cfg.FloatOpt(
+    _number(
         "partial_percent",
         default=90.0,
         min=0.0,
         max=100.0,
         help="For the policy `partial`: the least share of a guest's flows, in percent, that has to be carried.",
     ),
-    cfg.FloatOpt(
+    _number(
         "ask_seconds",
         default=_LIMITS.ask_seconds,
         min=0.1,
@@ -439,14 +460,14 @@ BOUNDS_OPTIONS: list[cfg.Opt] = [
         help="Hosts that call at a time and have not yet shown who they are. The others are asked to call again, which "
         "they do by themselves.",
     ),
-    cfg.FloatOpt(
+    _number(
         "handshakes_per_second",
         default=_BOUNDS.handshakes_per_second,
         min=0.1,
         help="Likewise, calls in a second, in the long run; as many as `handshakes` may come at once. One costs about "
         "two milliseconds of a processor.",
     ),
-    cfg.FloatOpt(
+    _number(
         "handshake_seconds",
         default=_BOUNDS.handshake_seconds,
         min=0.1,
@@ -489,7 +510,7 @@ BOUNDS_OPTIONS: list[cfg.Opt] = [
         help="Connections to the agent's socket at a time. One more is told so, and its migration goes on without a "
         "word to the agent.",
     ),
-    cfg.FloatOpt(
+    _number(
         "hook_seconds",
         default=_BOUNDS.hook_seconds,
         min=0.1,
@@ -730,7 +751,10 @@ def register(conf: cfg.ConfigOpts) -> None:
 
 
 def settings(conf: cfg.ConfigOpts) -> Settings:
-    """The options of a migration as plain values."""
+    """The options of a migration as plain values. The kinds of the installed packages have to be known (`load_kinds`).
+
+    :raises ConfigurationError: the enterprise number is another's; `cfg.Error` and ValueError if a value is none.
+    """
     values = conf.migration
     limits = Limits(
         delta_seconds=values.delta_seconds,
@@ -757,6 +781,14 @@ def settings(conf: cfg.ConfigOpts) -> Settings:
         headroom_percent=values.headroom_percent,
         late_import_seconds=values.late_import_seconds,
         remove_unadmitted=values.remove_unadmitted,
-        enterprise=conf.agent.enterprise_number,
+        enterprise=_enterprise(conf.agent.enterprise_number),
         translations=tuple(map(netaddr.IPAddress, conf.agent.translations)),
     )
+
+
+def _enterprise(number: int) -> int:
+    try:
+        information_elements.check_enterprise(number)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"[agent] enterprise_number: {error}") from error
+    return number

@@ -90,6 +90,8 @@ def test_configuration_that_cannot_be_read_is_missing_and_names_the_file(tmp_pat
         ("agent", "socket_users = nobody-here", "socket_users: there is no user"),
         ("agent", "socket_mode = 9999", "socket_mode"),
         ("migration", "hold_seconds = abc", "hold_seconds"),
+        ("migration", "verdict_seconds = inf", "verdict_seconds"),
+        ("agent", "enterprise_number = 29305", "enterprise_number: 29305 cannot be"),
         ("oslo_messaging_notifications", "driver = telegraph", "there is no 'telegraph'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sami_plugin import conf as options
 from sami_plugin.drivers import loader
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import ConfigurationError
+from sami_plugin.model.information_elements import ELEMENTS, Origin
 from sami_plugin.model.settings import Bounds, Settings
 from sami_plugin.model.verdict import Verdict
 from sami_plugin.policies.chosen import Policies
@@ -180,9 +182,38 @@ def test_capacity_of_a_driver_that_takes_none_is_told_by_its_name(read: Read, mo
         ("[policy]\nguests = veto\n", "guests"),
         ("[agent]\ncapacity = 0\n", "capacity"),
         ("[migration]\nverdict_seconds = -1\n", "verdict_seconds"),
+        ("[migration]\nverdict_seconds = inf\n", "verdict_seconds.*inf will not do; write a number of at most"),
+        ("[migration]\nsession_seconds = 1e10\n", "session_seconds.*1e[+]10 will not do"),
+        ("[policy]\nask_seconds = nan\n", "ask_seconds.*nan will not do"),
+        ("[agent]\nenterprise_number = 29305\n", r"\[agent\] enterprise_number: 29305 cannot be the enterprise number"),
     ],
 )
 def test_value_that_is_none_is_refused_by_option(read: Read, text: str, said: str) -> None:
     conf = read(text)
-    with pytest.raises((cfg.Error, ValueError), match=said):
+    with pytest.raises((cfg.Error, ConfigurationError, ValueError), match=said):
         options.settings(conf), options.driver_options(conf), Policies.from_conf(conf, ())
+
+
+def test_every_number_with_a_fraction_has_to_be_one_that_can_be_worked_with(read: Read) -> None:
+    found = [
+        (group.name, one.dest)
+        for group, all_of in options.list_opts()
+        for one in all_of
+        if isinstance(one, cfg.FloatOpt)
+    ]
+    assert len(found) > 15
+    for group, name in found:
+        for value in ("nan", "inf"):
+            conf = read(f"[{group}]\n{name} = {value}\n")
+            with pytest.raises(cfg.ConfigFileValueError, match=name):
+                conf[group][name]
+
+
+def test_enterprise_number_of_an_installed_vendor_is_refused_by_option(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = dataclasses.replace(ELEMENTS["zoneRole"], name="lease", origin=Origin.VENDOR, vendor=4711)
+    monkeypatch.setitem(ELEMENTS, theirs.name, theirs)
+    with pytest.raises(ConfigurationError, match=r"\[agent\] enterprise_number: 4711 .* an installed package brings"):
+        options.settings(read("[agent]\nenterprise_number = 4711\n"))
+    assert options.settings(read("[agent]\nenterprise_number = 4712\n")).enterprise == 4712
