@@ -539,6 +539,8 @@ def _certificate(known: AgentConfiguration) -> Check:
 
 
 def _domains(known: AgentConfiguration, files: list[str] | None) -> Iterator[Check]:
+    from oslo_config import cfg
+
     from sami_plugin import conf
     from sami_plugin.policies.chosen import Policies
 
@@ -547,8 +549,9 @@ def _domains(known: AgentConfiguration, files: list[str] | None) -> Iterator[Che
         domains = conf.domains(options)
         if domains:
             Policies.from_conf(options, domains)
-    except errors.ConfigurationError as error:
-        yield Check("domains", Result.MISSING, str(error), "mend the file; sami-agent.conf.sample shows every option")
+    except (errors.SamiError, cfg.Error, ValueError) as error:
+        mend = "mend the file; sami-agent.conf.sample shows every option"
+        yield Check("domains", Result.MISSING, configuration.words(error), mend)
         return
     yield from (_domain(known, domain) for domain in domains)
 

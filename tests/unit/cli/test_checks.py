@@ -194,6 +194,9 @@ def test_domain_s_files_and_broker_are_looked_at(tmp_path: Path, broker: Broker)
     unfinished = look(hosts="")
     assert (unfinished.name, unfinished.result) == ("domains", Result.MISSING)
     assert "[domain:west] hosts: has to be set" in unfinished.reason
+    undecided = look(peers_follow="maybe")
+    assert (undecided.name, undecided.result) == ("domains", Result.MISSING)
+    assert undecided.reason.startswith("Value for option peers_follow from ")
 
 
 def test_capabilities_are_those_that_the_ports_take(monkeypatch: pytest.MonkeyPatch) -> None:
