@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sami_plugin.errors import ConfigurationError
+from sami_plugin.errors import ConfigurationError, SamiError
 
 if TYPE_CHECKING:
     from oslo_config import cfg
@@ -135,7 +135,7 @@ def complaints(files: list[str] | None) -> Iterator[str]:
     for reading in readings:
         try:
             reading()
-        except (ConfigurationError, cfg.Error, ValueError) as error:
+        except (SamiError, cfg.Error, ValueError) as error:
             if (said := words(error)) not in told:
                 told.add(said)
                 yield said

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stevedore import driver as stevedore_driver
 from stevedore.exception import NoMatches
 
-from sami_plugin.errors import ConfigurationError
+from sami_plugin.errors import ConfigurationError, NotAvailable
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.verdict import Verdict
@@ -63,7 +63,11 @@ class Policies:
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts, domains: Iterable[Domain]) -> Policies:
-        """:raises ConfigurationError: there is no such policy, or an option is wrong; says which."""
+        """The policies that the options name.
+
+        :raises ConfigurationError: there is no such policy, or an option is wrong; says which.
+        :raises NotAvailable: a policy is installed and cannot be loaded.
+        """
         names = {_guest(guest): name for guest, name in conf.policy.guests.items()}
         return cls(
             _load(conf.policy.default, conf, "[policy] default"),
@@ -84,8 +88,14 @@ def _guest(text: str) -> str:
 def _load(name: str, conf: cfg.ConfigOpts, option: str) -> Policy:
     if name == OFF:
         raise ConfigurationError(f"{option}: {OFF!r} is for single guests ([policy] guests)")
+
+    def failed(manager: object, entry_point: metadata.EntryPoint, error: BaseException) -> None:
+        raise NotAvailable(f"{option}: the policy {name!r} cannot be loaded: {error}") from error
+
     try:
-        found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager(NAMESPACE, name)
+        found: stevedore_driver.DriverManager[Any] = stevedore_driver.DriverManager(
+            NAMESPACE, name, on_load_failure_callback=failed
+        )
     except NoMatches as error:
         known = ", ".join(sorted({point.name for point in metadata.entry_points(group=NAMESPACE)}))
         raise ConfigurationError(f"{option}: there is no policy {name!r}; there are {known}") from error

@@ -15,6 +15,7 @@ from sami_plugin.journal.journal import Journal
 from sami_plugin.testing.certificates import Certificates
 from tests.unit.cli.broker import Broker
 from tests.unit.cli.command_line import CommandLine
+from tests.unit.installed import install_broken
 
 
 def capabilities(capacity: int | None, in_use: int) -> Capabilities:
@@ -105,6 +106,24 @@ def test_configuration_that_the_agent_would_refuse_is_missing(tmp_path: Path, gr
     assert [one.result for one in configured()] == [Result.OK]
     (found,) = configured(f"[{group}]", line)
     assert (found.result, found.reason.count(said)) == (Result.MISSING, 1)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "text", "row"),
+    [
+        ("sami.scopes", "[agent]\nscopes = broken\n", "scopes"),
+        ("sami.policies", "[policy]\ndefault = broken\n", "configuration"),
+    ],
+)
+def test_plugin_that_cannot_be_imported_is_missing_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, namespace: str, text: str, row: str
+) -> None:
+    install_broken(tmp_path, monkeypatch, namespace)
+    conf = tmp_path / "agent.conf"
+    conf.write_text(f"{text}[agent]\njournal = {tmp_path}/journal\nsocket = {tmp_path}/socket\n")
+    (found,) = (one for one in checks._configured([str(conf)]) if one.name == row)
+    assert found.result is Result.MISSING
+    assert "'broken' cannot be loaded: No module named 'none_such'" in found.reason
 
 
 def test_scope_file_is_read(tmp_path: Path) -> None:

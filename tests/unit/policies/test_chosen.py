@@ -12,7 +12,7 @@ import pytest
 from oslo_config import cfg
 
 from sami_plugin import conf as options
-from sami_plugin.errors import ConfigurationError
+from sami_plugin.errors import ConfigurationError, NotAvailable
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.verdict import Verdict
@@ -20,6 +20,7 @@ from sami_plugin.policies import chosen
 from sami_plugin.policies.base import Policy
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.policies.policies import AskOperator, Partial, Proceed, Refuse
+from tests.unit.installed import install_broken
 
 GUEST, OTHER = "6ac30000-0000-4000-8000-000000000001", "6bd40000-0000-4000-8000-000000000002"
 DOMAINS = "[agent]\nhost = compute-1\ndomains = west, north\n" + "".join(
@@ -95,7 +96,7 @@ def test_plugin_that_is_no_policy_is_named(read: Read, monkeypatch: pytest.Monke
     class Found:
         driver = dict
 
-    monkeypatch.setattr(chosen.stevedore_driver, "DriverManager", lambda namespace, name: Found)
+    monkeypatch.setattr(chosen.stevedore_driver, "DriverManager", lambda namespace, name, **more: Found)
     with pytest.raises(ConfigurationError, match=r"^\[policy\] default: 'proceed' is no policy but <class 'dict'>"):
         read("")
 
@@ -134,3 +135,20 @@ def test_policy_of_the_user_guide_works() -> None:
     policy: Policy = defined["FewLosses"]()
     assert [policy.judge(risk) for risk in (NONE, RISK, UNKNOWN)] == [PROCEED, PROCEED, ASK]
     assert policy.judge(replace(RISK, losses={"no place": 11})) is ASK
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("[policy]\ndefault = broken\n", "[policy] default"),
+        (f"[policy]\nguests = {GUEST}:broken\n", "[policy] guests"),
+        (f"{DOMAINS}policy = broken\n", "[domain:west] policy"),
+    ],
+)
+def test_policy_that_cannot_be_imported_says_why(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, option: str
+) -> None:
+    install_broken(tmp_path, monkeypatch, chosen.NAMESPACE)
+    with pytest.raises(NotAvailable, match=r"the policy 'broken' cannot be loaded: .*none_such") as caught:
+        read(text)
+    assert str(caught.value).startswith(f"{option}: ")

@@ -8,8 +8,9 @@ import pytest
 from oslo_config import cfg
 
 from sami_plugin import conf as options
-from sami_plugin.errors import ConfigurationError
+from sami_plugin.errors import ConfigurationError, NotAvailable
 from sami_plugin.scopes.loader import load_scopes
+from tests.unit.installed import install_broken
 
 
 def configured(tmp_path: Path, text: str) -> cfg.ConfigOpts:
@@ -31,3 +32,9 @@ def test_static_takes_the_file_that_the_configuration_names(tmp_path: Path) -> N
 def test_unknown_finder_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="'nobody'"):
         load_scopes("nobody", configured(tmp_path, ""))
+
+
+def test_finder_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_broken(tmp_path, monkeypatch, "sami.scopes")
+    with pytest.raises(NotAvailable, match=r"scopes: the scope finder 'broken' cannot be loaded: .*none_such"):
+        load_scopes("broken", configured(tmp_path, ""))
