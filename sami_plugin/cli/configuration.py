@@ -143,5 +143,10 @@ def complaints(files: list[str] | None) -> Iterator[str]:
 
 def words(error: Exception) -> str:
     """What oslo.config complains about, in one line; it names files in its own notation."""
+    if isinstance(error, UnicodeDecodeError):
+        # Of the line only what stands before "=": a password may stand behind it.
+        begin = error.object[: error.start].rpartition(b"\n")[2].partition(b"=")[0].decode("ascii", "replace").strip()
+        octet = error.object[error.start]
+        return f"a file is not UTF-8: octet {octet:#04x} in the line that begins with {begin[:40]!r}; write it anew"
     told = re.sub(r"LocationInfo\(location=.*?, detail='?(.*?)'?\)", r"\1", str(error))
     return " ".join(told.split())

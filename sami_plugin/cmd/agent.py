@@ -51,17 +51,24 @@ def _configured(arguments: list[str]) -> cfg.ConfigOpts:
     """The options of the command line and of the configuration files.
 
     :raises cfg.Error: a file is not there, or is no configuration. A wrong value is told when it is read.
+    :raises ConfigurationError: a file is not UTF-8.
     """
     from oslo_config import cfg
     from oslo_log import log
 
     from sami_plugin import conf as options
+    from sami_plugin.cli.configuration import words
+    from sami_plugin.errors import ConfigurationError
     from sami_plugin.version import release
 
     conf = cfg.ConfigOpts()
     log.register_options(conf)
     options.register(conf)
-    conf(arguments, project="sami", prog="sami-agent", version=release(), description=DESCRIPTION, epilog=_epilog())
+    told = _epilog()
+    try:
+        conf(arguments, project="sami", prog="sami-agent", version=release(), description=DESCRIPTION, epilog=told)
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"configuration: {words(error)}") from error
     return conf
 
 

@@ -191,6 +191,18 @@ def test_agent_that_cannot_start_says_why_in_one_line(
     assert "LocationInfo" not in told
 
 
+def test_configuration_that_is_not_utf_8_is_told_in_one_line(
+    sami: CommandLine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "agent.conf"
+    file.write_bytes("[DEFAULT]\ntransport_url = rabbit://sécret@192.0.2.1/\n".encode("latin-1"))
+    said = "configuration: a file is not UTF-8: octet 0xe9 in the line that begins with 'transport_url'; write it anew"
+    assert agent.main(["--config-file", str(file)]) == 1
+    assert capsys.readouterr().err == f"sami-agent: {said}\n"
+    assert sami("status", "--config-file", file) == 1
+    assert sami.err == f"sami: {said}\n"
+
+
 def test_agent_that_cannot_start_leaves_signals_as_they_were(tmp_path: Path) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     file = tmp_path / "agent.conf"
