@@ -60,9 +60,13 @@ def zone(text: str) -> int:
 def address(text: str) -> Address:
     """An argparse type. Takes an address in full: netaddr would take ``10`` for one."""
     try:
-        return ipaddress.ip_address(text)
+        found = ipaddress.ip_address(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no IPv4 or IPv6 address") from error
+    if isinstance(found, ipaddress.IPv6Address) and found.scope_id:
+        words = f"names an interface, which no flow's address does; leave %{found.scope_id} out"
+        raise argparse.ArgumentTypeError(f"{text!r} {words}")
+    return found
 
 
 def count(text: str) -> int:

@@ -151,6 +151,13 @@ def test_list_of_another_zone_is_empty(sami: CommandLine) -> None:
     assert listed(sami, "--zone", 8) == []
 
 
+def test_address_with_an_interface_is_refused(sami: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sami("flow", "list", "--zone", 7, "--address", "fe80::1%eth0")
+    said = "argument --address: 'fe80::1%eth0' names an interface, which no flow's address does; leave %eth0 out"
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_shared_zone_without_addresses_is_refused(sami: CommandLine) -> None:
     assert sami("flow", "list", "--zone", 7, "--shared") == 1
     assert "--address" in sami.err
