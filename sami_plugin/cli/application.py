@@ -45,8 +45,8 @@ class Application(app.App):
         self._load_driver = load_driver
         self._console: logging.Handler | None = None
 
-    def load_driver(self, name: str) -> FlowDriver:
-        """With the options that the agent's configuration has for it.
+    def load_driver(self, name: str, config_files: list[str] | None) -> FlowDriver:
+        """With the options that the agent's configuration in these files has for it (`configuration.load`).
 
         :raises ConfigurationError, NotAvailable: there is no such driver, or it cannot be loaded.
         """
@@ -55,7 +55,7 @@ class Application(app.App):
         from sami_plugin.cli import configuration
         from sami_plugin.drivers import loader
 
-        return loader.load_driver(name, **configuration.load(None).drivers.get(name, {}))
+        return loader.load_driver(name, **configuration.load(config_files).drivers.get(name, {}))
 
     def build_option_parser(
         self, description: str | None, version: str | None, argparse_kwargs: dict[str, object] | None = None

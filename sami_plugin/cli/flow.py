@@ -128,7 +128,7 @@ class FlowImport(Lister):
         if parsed_args.neighbour and not parsed_args.shared:
             raise ConfigurationError("--neighbour: means something together with --shared only")
         scope = scope_options.scope_of(parsed_args, parsed_args.neighbour)
-        driver = self.app.load_driver(parsed_args.driver)
+        driver = self.app.load_driver(parsed_args.driver, parsed_args.config_file)
         carried = ipfix_file.read(parsed_args.file, enterprise=parsed_args.enterprise_number)
         self._remark_on(carried)
         if parsed_args.dry_run:
@@ -180,7 +180,7 @@ def _export(application: Application, arguments: argparse.Namespace) -> Exported
     from sami_plugin.cli import flow_transfer
 
     scope = scope_options.scope_of(arguments)
-    driver = application.load_driver(arguments.driver)
+    driver = application.load_driver(arguments.driver, arguments.config_file)
     with Progress(application.stderr, "flows exported") as done:
         exported = flow_transfer.export(driver, scope, done)
     for omitted in exported.omitted:

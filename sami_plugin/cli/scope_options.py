@@ -7,6 +7,7 @@ import ipaddress
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sami_plugin.cli import configuration
 from sami_plugin.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def add_scope_options(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_DRIVER,
         help=f"firewall driver, see `sami driver list` (default: {DEFAULT_DRIVER})",
     )
+    configuration.add_config_file(parser)
 
 
 def zone(text: str) -> int:

@@ -40,7 +40,7 @@ class Status(ShowOne):
         shown: dict[str, Any] = {
             "host": known.host,
             "agent": _agent(known.socket),
-            **self._firewall(next(iter(known.drivers))),
+            **self._firewall(next(iter(known.drivers)), parsed_args.config_file),
         }
         path = parsed_args.journal or known.journal
         if os.path.exists(path):
@@ -49,9 +49,9 @@ class Status(ShowOne):
             shown["journal"] = f"{path} is not there: no agent has run here yet"
         return tuple(shown), tuple(shown.values())
 
-    def _firewall(self, name: str) -> dict[str, Any]:
+    def _firewall(self, name: str, config_files: list[str] | None) -> dict[str, Any]:
         try:
-            can = self.app.load_driver(name).capabilities()
+            can = self.app.load_driver(name, config_files).capabilities()
         except SamiError as error:
             return {"driver": f"{name}: {error}", "flows": Absent(None), "capacity": Absent(None)}
         return {"driver": name, "flows": can.in_use, "capacity": Absent(can.capacity)}

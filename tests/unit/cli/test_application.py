@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -9,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sami_plugin.cli.application import Application
 from sami_plugin.cmd import agent
+from sami_plugin.drivers import loader
+from sami_plugin.drivers.base import FlowDriver
+from sami_plugin.drivers.memory import MemoryDriver
 from sami_plugin.errors import ConfigurationError
 from tests.unit.cli.command_line import CommandLine
 
@@ -153,6 +158,26 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "command", [("status",), ("driver", "list"), ("flow", "list", "--zone", "7", "--driver", "linux_conntrack")]
+)
+def test_driver_is_made_with_the_options_of_the_named_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    made: dict[str, object] = {}
+
+    def load(name: str, **options: object) -> FlowDriver:
+        made[name] = options
+        return MemoryDriver()
+
+    monkeypatch.setattr(loader, "load_driver", load)
+    file = tmp_path / "agent.conf"
+    file.write_text(f"[agent]\njournal = {tmp_path}/journal\n[linux_conntrack]\naccounting = true\n")
+    application = Application(stdout=io.StringIO(), stderr=io.StringIO())
+    assert application.run([*command, "--config-file", str(file)]) == 0
+    assert made["linux_conntrack"] == {"accounting": True}
 
 
 # sami-agent
