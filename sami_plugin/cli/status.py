@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DAY_SECONDS = 86400.0
 CARRIED = ("imported", "degraded", "refused", "purged", "left_behind")
 """Of a report's figures, those that are added up."""
+PAST_DAY = ("under way", "last day", "last day's flows", "last ended", "kinds of refusals")
+"""What the journal tells; nothing where there is none."""
 
 
 class Status(ShowOne):
@@ -44,9 +46,10 @@ class Status(ShowOne):
         }
         path = parsed_args.journal or known.journal
         if os.path.exists(path):
-            shown |= _past_day(path, time.time())
+            shown |= {"journal": path, **_past_day(path, time.time())}
         else:
             shown["journal"] = f"{path} is not there: no agent has run here yet"
+            shown |= dict.fromkeys(PAST_DAY, Absent(None))
         return tuple(shown), tuple(shown.values())
 
     def _firewall(self, name: str, config_files: list[str] | None) -> dict[str, Any]:
@@ -82,10 +85,11 @@ def _past_day(path: str, now: float) -> dict[str, Any]:
         reported = json.loads(row["report"] or "{}").get("flows", {})
         flows.update({name: reported[name] for name in CARRIED if name in reported})
     under_way = [row for row in sessions if row["ended_at"] is None]
-    return {
-        "under way": Lines(f"{row['guest']} {row['role']} {row['state']} {row['peer']}".strip() for row in under_way),
-        "last day": Lines(f"{count} {outcome}, as {role}" for (role, outcome), count in sorted(outcomes.items())),
-        "last day's flows": Lines(f"{flows[name]} {name}" for name in CARRIED if name in flows),
-        "last ended": Moment(max((row["ended_at"] for row in ended), default=None)),
-        "kinds of refusals": sum(row["last_at"] > now - DAY_SECONDS for row in refusals),
-    }
+    told = (
+        Lines(f"{row['guest']} {row['role']} {row['state']} {row['peer']}".strip() for row in under_way),
+        Lines(f"{count} {outcome}, as {role}" for (role, outcome), count in sorted(outcomes.items())),
+        Lines(f"{flows[name]} {name}" for name in CARRIED if name in flows),
+        Moment(max((row["ended_at"] for row in ended), default=None)),
+        sum(row["last_at"] > now - DAY_SECONDS for row in refusals),
+    )
+    return dict(zip(PAST_DAY, told, strict=True))

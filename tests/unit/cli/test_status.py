@@ -35,6 +35,18 @@ def test_host_on_which_no_agent_has_run_is_told_so(sami: CommandLine, conf: Path
     assert "no agent has run here yet" in found["journal"]
 
 
+def test_programs_are_told_the_same_fields_with_and_without_a_journal(
+    sami: CommandLine, conf: Path, tmp_path: Path
+) -> None:
+    without = shown(sami, conf)
+    assert {name for name, value in without.items() if value is None} >= {"under way", "last day", "kinds of refusals"}
+    Journal(tmp_path / "journal").close()
+    found = shown(sami, conf)
+    assert list(found) == list(without)
+    assert found["journal"] == f"{tmp_path}/journal"
+    assert (found["under way"], found["last ended"], found["kinds of refusals"]) == ([], None, 0)
+
+
 def test_what_was_done_in_the_last_day_is_added_up(sami: CommandLine, conf: Path, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     for number, (role, outcome, imported) in enumerate(
