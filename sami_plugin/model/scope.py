@@ -12,6 +12,10 @@ import numpy.typing as npt
 
 from sami_plugin.model.flows import Addresses, Batch, ZoneRole, has_end_in
 
+DEFAULT_ZONE = 0
+"""Of all that nobody gave a zone. In the host's own network namespace the host's own connections are in it, so there it
+is shared whoever else has it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scope:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from sami_plugin.errors import ConfigurationError
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
-from sami_plugin.model.scope import Scope
+from sami_plugin.model.scope import DEFAULT_ZONE, Scope
 from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.scopes.rules import Knowledge
 
@@ -140,7 +140,7 @@ class LearnedScopes(ScopeFinder):
             self._say(guest, device, f"guest {others[0]} is said to have it too, so it is taken for neither's")
             return None
         (zone,) = zones
-        is_shared = bool(_others(known.users.get(zone, frozenset()), device))
+        is_shared = zone == DEFAULT_ZONE or bool(_others(known.users.get(zone, frozenset()), device))
         addresses = self._addresses(port, zone, is_shared, known)
         if not addresses:
             self._say(guest, device, f"its zone is {zone}, and nothing that counts here says an address of it")

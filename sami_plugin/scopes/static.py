@@ -10,7 +10,7 @@ import netaddr
 
 from sami_plugin.errors import ConfigurationError
 from sami_plugin.model.flows import Addresses, ZoneRole
-from sami_plugin.model.scope import Scope
+from sami_plugin.model.scope import DEFAULT_ZONE, Scope
 from sami_plugin.scopes.base import ScopeFinder
 
 if TYPE_CHECKING:
@@ -55,12 +55,18 @@ class StaticScopes(ScopeFinder):
         role = port.get("role", "port")
         if role not in ROLES:
             raise ValueError(f"role {role!r} of port {port['port']!r} is none of {', '.join(ROLES)}")
-        is_shared = port.get("shared", False)
-        if not isinstance(is_shared, bool):
-            raise ValueError(f"shared {is_shared!r} of port {port['port']!r} is neither true nor false")
         namespace = port.get("namespace")
         if namespace is not None and not (isinstance(namespace, str) and namespace):
             raise ValueError(f"namespace {namespace!r} of port {port['port']!r} is no path")
+        is_everybodys = namespace is None and zone == DEFAULT_ZONE
+        is_shared = port.get("shared", is_everybodys)
+        if not isinstance(is_shared, bool):
+            raise ValueError(f"shared {is_shared!r} of port {port['port']!r} is neither true nor false")
+        if is_everybodys and not is_shared:
+            raise ValueError(
+                f"port {port['port']!r} cannot have zone {DEFAULT_ZONE} for itself, the host's connections are in it; "
+                'write "shared": true, or give the port another zone'
+            )
         return {
             "port": str(port["port"]),
             "guest": str(port["guest"]),

@@ -187,6 +187,12 @@ def test_zone_that_others_may_have_entries_in_is_shared(rule: str) -> None:
     assert finder.find("g")[0].is_shared
 
 
+def test_zone_0_is_shared_with_the_host_although_no_rule_gives_it_to_another() -> None:
+    finder = Told(raw("-A PREROUTING -s 192.0.2.7/32 -i tap-g -j CT --zone 0"))
+    finder.learn(*own())
+    assert finder.find("g")[0].is_shared
+
+
 def test_bridge_that_a_rule_names_beside_the_tap_is_not_the_port() -> None:
     rule = "-A PREROUTING -i brq5c0ffee0-12 -m physdev --physdev-in tap-g -j CT --zone 7"
     assert knowledge(raw(rule)).zones == {"tap-g": {7}}

@@ -280,6 +280,11 @@ def test_zone_that_others_may_have_entries_in_is_shared(rule: list[Any]) -> None
     assert finder.find("g")[0].is_shared
 
 
+def test_zone_0_is_shared_with_the_host_although_no_rule_gives_it_to_another() -> None:
+    finder = Told(ruleset([by("tap-g"), end("saddr", "192.0.2.7"), sets_zone(0)]))
+    assert finder.find("g")[0].is_shared
+
+
 def test_rules_that_disagree_about_the_zone_are_refused_by_name() -> None:
     finder = Told(ruleset([by("tap-g"), sets_zone(7)], [by("@taps"), sets_zone(8)]))
     with pytest.raises(ConfigurationError, match=r"tap-g: .*several zones \(7, 8\)"):

@@ -134,6 +134,22 @@ def test_shared_is_true_or_false_and_nothing_that_looks_like_it(scopes_of: Write
         scopes_of({"ports": [{**WEB, "shared": shared}]}).find("web")
 
 
+@pytest.mark.parametrize("role", ["port", "dnat"])
+def test_zone_0_of_the_host_is_shared_although_the_file_does_not_say_so(scopes_of: Write, role: str) -> None:
+    (scope,) = scopes_of({"ports": [{**WEB, "zone": 0, "role": role}]}).find("web")
+    assert scope.is_shared
+
+
+def test_zone_0_of_the_host_is_refused_as_a_port_s_own(scopes_of: Write) -> None:
+    with pytest.raises(ConfigurationError, match=r"'tap-web' cannot have zone 0 for itself, .*write \"shared\": true"):
+        scopes_of({"ports": [{**WEB, "zone": 0, "shared": False}]}).find("web")
+
+
+def test_zone_0_of_another_namespace_may_be_a_port_s_own(scopes_of: Write) -> None:
+    (scope,) = scopes_of({"ports": [{**WEB, "zone": 0, "namespace": "/run/fw"}]}).find("web")
+    assert not scope.is_shared
+
+
 @pytest.mark.parametrize("namespace", ["", 7, ["/run/fw"]])
 def test_namespace_is_a_path(scopes_of: Write, namespace: object) -> None:
     with pytest.raises(ConfigurationError, match="namespace"):
