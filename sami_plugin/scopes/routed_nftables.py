@@ -278,7 +278,9 @@ class _Reader:
             if _is_device(looked_up.get("key")):
                 self._assignments.append(Assignment(zone, frozenset((key,)) if _is_name(key) else None))
             elif _end(looked_up.get("key")) == "daddr":
-                self._assignments.append(Assignment(zone, destinations=_addresses([key]) or ()))
+                # To a network, or a range: the zone is no port's own, and not that of all packets that get here.
+                hosts = _addresses([key])
+                self._assignments.append(Assignment(zone, destinations=hosts, is_conditional=hosts is None))
             else:
                 self._assignments.append(Assignment(zone))  # some packets of any device
                 self._is_conditional = True

@@ -35,11 +35,13 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Packets that came in by `devices`, and go to `destinations` if there are any, have their flows in `zone`."""
+    """Packets that came in by `devices`, and go to `destinations` unless that is None, have their flows in `zone`."""
 
     zone: int
     devices: Devices = None
     destinations: Addresses | None = None
+    is_conditional: bool = False
+    """So have some of them only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +112,14 @@ class Knowledge:
                 if own_device is not None:
                     own[own_device] += rule.sources or ()
                 for one in rule.assignments:
-                    got_by, going_to = _both(devices, one.devices), one.destinations or rule.destinations
+                    got_by = _both(devices, one.devices)
+                    going_to = rule.destinations if one.destinations is None else one.destinations
+                    is_conditional = rule.is_conditional or one.is_conditional
                     if going_to is not None:
-                        destinations[one.zone] += going_to if not rule.is_conditional else ()
+                        destinations[one.zone] += going_to if not is_conditional else ()
                         continue
                     users[one.zone] |= {ANY_DEVICE} if got_by is None else got_by
-                    if got_by is not None and not rule.is_conditional and not rule.is_of_other_sources:
+                    if got_by is not None and not is_conditional and not rule.is_of_other_sources:
                         for device in got_by:
                             zones[device].add(one.zone)
         return cls(

@@ -99,6 +99,7 @@ def looked_up(key: Any, data: Any) -> dict[str, Any]:
 
 IIFNAME = {"meta": {"key": "iifname"}}
 DADDR = {"payload": {"protocol": "ip", "field": "daddr"}}
+NETWORK = {"prefix": {"addr": "192.0.2.0", "len": 24}}
 
 
 def ruleset(*rules: list[Any], chain: str = "c", hook: str = "prerouting", family: str = "ip", more: Any = ()) -> str:
@@ -222,6 +223,8 @@ NO_ZONES = [
     [by("tap-g"), {"xt": None}, sets_zone(7)],
     [by("tap-g"), by("tap-g"), sets_zone(7)],
     [sets_zone(looked_up({"meta": {"key": "mark"}}, {"set": [[1, 7]]}))],
+    [by("tap-g"), sets_zone(looked_up(DADDR, {"set": [[NETWORK, 7]]}))],
+    [by("tap-g"), sets_zone(looked_up(DADDR, {"set": [["192.0.2.7", 7]]}))],
 ]
 
 
@@ -258,6 +261,12 @@ def test_chain_of_a_port_gives_its_zone_and_its_address(jump: list[Any]) -> None
     assert (found.zones, found.own) == ({"tap-g": {7}}, {"tap-g": addresses("192.0.2.7")})
 
 
+def test_zones_by_destination_network_in_a_chain_of_a_port_are_not_the_zone_of_its_tap() -> None:
+    by_destination = sets_zone(looked_up(DADDR, {"set": [["192.0.2.8", 7], [NETWORK, 5]]}))
+    found = known(JUMPS[0], more=in_chain_d(by_destination))
+    assert (found.zones, found.destinations) == ({}, {7: addresses("192.0.2.8")})
+
+
 def test_chain_that_others_get_to_gives_nobody_a_zone() -> None:
     other = [{"vmap": {"key": {"ct": {"key": "state"}}, "data": {"set": [["new", {"jump": {"target": "d"}}]]}}}]
     assert known(*JUMPS[:1], other, more=in_chain_d(sets_zone(7))).zones == {}
@@ -273,6 +282,7 @@ def test_chain_that_others_get_to_gives_nobody_a_zone() -> None:
         [by("tap-h"), match({"meta": {"key": "l4proto"}}, "tcp"), sets_zone(7)],
         [sets_zone(looked_up(IIFNAME, {"set": [["tap-*", 7]]}))],
         [sets_zone(looked_up({"meta": {"key": "mark"}}, {"set": [[1, 7]]}))],
+        [sets_zone(looked_up(DADDR, {"set": [[NETWORK, 7]]}))],
     ],
 )
 def test_zone_that_others_may_have_entries_in_is_shared(rule: list[Any]) -> None:
