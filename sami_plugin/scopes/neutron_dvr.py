@@ -14,6 +14,7 @@ What passes `fip-...` is not tracked there (table `raw`: `CT --notrack`).
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import socket
 from collections.abc import Iterator
@@ -29,11 +30,15 @@ from sami_plugin.scopes.ovs import OvsScopes
 from sami_plugin.scopes.routed import FloatingIps, RoutedScopes, Router, floating_ips
 from sami_plugin.scopes.rules import Knowledge
 
+LOG = logging.getLogger(__name__)
+
 NAMESPACES = Path("/run/netns")
 ROUTERS = "qrouter-*"
 ZONES = {ZoneRole.DNAT: 0}
 """A router's own: Neutron gives its packets no other."""
 NAT_RULES = ("iptables-save", "-t", "nat")
+TRIAL = ("iptables-save", "--version")
+"""Whether it is there. Its rules are not asked for: the older tables would be made by that, in the host's namespace."""
 
 # Other routers have the same rules without the device, and go on translating for a guest that has left.
 _DNAT = re.compile(r"^-A \S+-PREROUTING -d (\S+) -i rfp-\S+ -j DNAT --to-destination (\S+)$", re.MULTILINE)
@@ -62,10 +67,17 @@ class NeutronDvrScopes(RoutedScopes, OvsScopes):
                 yield Router(path.name, str(path), ZONES, networks)
 
     def _floating_ips(self, router: Router) -> FloatingIps:
-        rules, _ = privileged.in_namespace(router.namespace, lambda: output_of(NAT_RULES, PACKAGE))
+        try:
+            rules, _ = privileged.in_namespace(router.namespace, lambda: output_of(NAT_RULES, PACKAGE))
+        except NotAvailable as error:
+            if (self._namespaces / router.name).exists():
+                raise NotAvailable(f"{router.name}: {error}") from error
+            LOG.info("router %s has gone: %s", router.name, error)  # its ports are here all the same
+            return {}
         return floating_ips_of(rules)
 
     def namespaces(self) -> tuple[str | None, ...]:
+        output_of(TRIAL, PACKAGE)  # a host may have no router yet
         return super().namespaces() + tuple(router.namespace for router in self._routers)
 
 

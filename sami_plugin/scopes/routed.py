@@ -5,7 +5,6 @@ tracks what it translates for the guest.
 from __future__ import annotations
 
 import abc
-import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.learned import LearnedScopes
 from sami_plugin.scopes.rules import host_address
-
-LOG = logging.getLogger(__name__)
 
 FloatingIps = Mapping[netaddr.IPAddress, Addresses]
 """By a port's own address, those that it is translated to and from."""
@@ -53,7 +50,7 @@ class RoutedScopes(LearnedScopes):
 
     @abc.abstractmethod
     def _floating_ips(self, router: Router) -> FloatingIps:
-        """Those that the router translates here.
+        """Those that the router translates here; none where it has gone since it was noted.
 
         :raises OperatorError: as `find`.
         """
@@ -73,7 +70,7 @@ class RoutedScopes(LearnedScopes):
             with self._looking:
                 floating = self._floating.get(router.name)
                 if floating is None:
-                    floating = self._floating[router.name] = self._asked(router)
+                    floating = self._floating[router.name] = self._floating_ips(router)
             translations = tuple(one for address in port.addresses for one in floating.get(address, ()))
             if translations:  # else nothing that the router tracks of the port makes a difference to its packets
                 yield Scope(
@@ -85,13 +82,6 @@ class RoutedScopes(LearnedScopes):
                     is_shared=True,
                     translations=translations,
                 )
-
-    def _asked(self, router: Router) -> FloatingIps:
-        try:
-            return self._floating_ips(router)
-        except NotAvailable as error:  # it has gone since the look; its ports are here all the same
-            LOG.info("router %s: %s", router.name, error)
-            return {}
 
     def neighbours(self, scope: Scope) -> Addresses:
         if scope.is_port:
