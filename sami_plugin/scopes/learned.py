@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import abc
+import copy
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Self
 
-from sami_plugin.errors import ConfigurationError
+from sami_plugin.errors import ConfigurationError, OperatorError
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.scope import DEFAULT_ZONE, Scope
@@ -24,7 +26,8 @@ LOG = logging.getLogger(__name__)
 FRESH_SECONDS = 0.1
 """How long a look at the firewall answers questions, at least: sessions ask many times a second, and often at once.
 
-A look that takes longer answers for as long as it took, so that looking takes half a processor at the most.
+A look that takes longer answers for as long as it took, so that looking takes half a processor at the most. One that
+fails does so too: a tool that hangs would keep all sessions, one after the other.
 """
 
 _ENDS_OF_ONE_PORT = ("tap", "qvb", "qvo", "qbr")
@@ -47,8 +50,10 @@ class LearnedScopes(ScopeFinder):
         self._ports: dict[str, tuple[GuestPort, ...]] = {}
         self._ports_lock = threading.Lock()
         self._looking = threading.Lock()
-        self._known: Knowledge | None = None
-        self._known_until = 0.0
+        self._known = Knowledge()
+        self._failure: OperatorError | None = None
+        """Of the last look; then nothing is known."""
+        self._known_until = -math.inf
         self._said: set[tuple[str, str, str]] = set()
 
     @classmethod
@@ -110,10 +115,15 @@ class LearnedScopes(ScopeFinder):
     def _knowledge(self) -> Knowledge:
         with self._looking:
             began = self._clock()
-            if self._known is None or began >= self._known_until:
-                self._known = self._look()
+            if began >= self._known_until:
+                try:
+                    self._known, self._failure = self._look(), None
+                except OperatorError as error:
+                    self._failure = error
                 ended = self._clock()
                 self._known_until = ended + max(FRESH_SECONDS, ended - began)
+            if self._failure is not None:
+                raise again(self._failure)
             return self._known
 
     def _scope(
@@ -169,6 +179,13 @@ class LearnedScopes(ScopeFinder):
             self._said.add((guest, device, why))
         if is_new:
             LOG.info("%s: port %s is not known here: %s", guest, device, why)
+
+
+def again(error: OperatorError) -> OperatorError:
+    """The same error to be raised once more: a traceback is one thread's."""
+    fresh = copy.copy(error)
+    fresh.__cause__ = error
+    return fresh
 
 
 def _best(sources: list[Addresses]) -> Iterator[object]:

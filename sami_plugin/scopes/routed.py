@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import netaddr
 
-from sami_plugin.errors import NotAvailable
+from sami_plugin.errors import NotAvailable, OperatorError
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.scope import Scope
-from sami_plugin.scopes.learned import LearnedScopes
+from sami_plugin.scopes.learned import LearnedScopes, again
 from sami_plugin.scopes.rules import host_address
 
 FloatingIps = Mapping[netaddr.IPAddress, Addresses]
@@ -45,7 +45,7 @@ class RoutedScopes(LearnedScopes):
     """A finder that notes at each look which routers there are."""
 
     _routers: tuple[Router, ...] = ()
-    _floating: dict[str, FloatingIps]
+    _floating: dict[str, FloatingIps | OperatorError]
     """By name, of the routers that were asked since they were noted."""
 
     @abc.abstractmethod
@@ -67,10 +67,7 @@ class RoutedScopes(LearnedScopes):
         for router in self._routers:
             if port.zones[ZoneRole.PORT] not in router.networks:
                 continue
-            with self._looking:
-                floating = self._floating.get(router.name)
-                if floating is None:
-                    floating = self._floating[router.name] = self._floating_ips(router)
+            floating = self._asked(router)
             translations = tuple(one for address in port.addresses for one in floating.get(address, ()))
             if translations:  # else nothing that the router tracks of the port makes a difference to its packets
                 yield Scope(
@@ -82,6 +79,23 @@ class RoutedScopes(LearnedScopes):
                     is_shared=True,
                     translations=translations,
                 )
+
+    def _asked(self, router: Router) -> FloatingIps:
+        """Once for each look, which then counts for as long again as the answer took."""
+        with self._looking:
+            told = self._floating.get(router.name)
+            if told is None:
+                began = self._clock()
+                try:
+                    told = self._floating_ips(router)
+                except OperatorError as error:
+                    told = error
+                self._floating[router.name] = told
+                ended = self._clock()
+                self._known_until = max(self._known_until, ended + ended - began)
+        if isinstance(told, OperatorError):
+            raise again(told)
+        return told
 
     def neighbours(self, scope: Scope) -> Addresses:
         if scope.is_port:

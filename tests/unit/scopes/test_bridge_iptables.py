@@ -350,6 +350,32 @@ def test_look_that_takes_long_answers_for_as_long_as_it_took() -> None:
     assert looks == [0.0, 6.0]
 
 
+def test_look_that_fails_answers_as_long_as_one_that_does_not() -> None:
+    now = [0.0]
+    looks = []
+
+    class Hung(BridgeIptablesScopes):
+        def _look(self) -> Knowledge:
+            looks.append(now[0])
+            now[0] += 5
+            if len(looks) == 1:
+                raise NotAvailable("iptables-save has not ended")
+            return knowledge(OWN)
+
+    finder = Hung(clock=lambda: now[0])
+    finder.learn(*own())
+    raised = []
+    for at in (0.0, 5.0, 9.9):
+        now[0] = at
+        with pytest.raises(NotAvailable, match=r"^iptables-save has not ended$") as error:
+            finder.find("g")
+        raised.append(error.value)
+    assert looks == [0.0]
+    assert len(set(map(id, raised))) == 3  # several threads raise it
+    now[0] = 10.0
+    assert len(finder.find("g")) == 1
+
+
 @pytest.fixture
 def tool(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path_factory.mktemp("bin")

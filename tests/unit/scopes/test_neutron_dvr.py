@@ -110,9 +110,29 @@ def test_guest_has_a_scope_in_its_router(finder: NeutronDvrScopes, tool: Write) 
 def test_router_whose_rules_cannot_be_read_is_named_and_not_passed_over(finder: NeutronDvrScopes, tool: Write) -> None:
     with pytest.raises(NotAvailable, match=f"{ROUTER}: iptables-save is not there; install the package iptables"):
         finder.find("g")
+    finder._known_until = 0
     tool("echo segmentation fault >&2; exit 139")
     with pytest.raises(NotAvailable, match=f"{ROUTER}: iptables-save -t nat: segmentation fault"):
         finder.find("g")
+
+
+def test_router_that_does_not_answer_is_not_asked_again_at_once(
+    finder: NeutronDvrScopes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = [0.0], []
+
+    def hang(*_: object) -> tuple[str, str]:
+        asked.append(now[0])
+        now[0] += 5
+        raise NotAvailable("iptables-save has not ended")
+
+    monkeypatch.setattr(neutron_dvr, "output_of", hang)
+    finder._clock = lambda: now[0]
+    for at in (0.0, 5.0, 9.9, 10.0):
+        now[0] = at
+        with pytest.raises(NotAvailable, match=rf"^{ROUTER}: iptables-save has not ended$"):
+            finder.find("g")
+    assert asked == [0.0, 10.0]
 
 
 def test_router_that_goes_meanwhile_is_passed_over(finder: NeutronDvrScopes, tmp_path: Path) -> None:
