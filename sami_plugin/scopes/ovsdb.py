@@ -127,14 +127,19 @@ class Copy(Generic[T]):
             return
         self._conditions[table] = condition
         running = self._running
-        if running is None:
+        if running is None:  # `_start` sends it
             return
-        with running.lock:
-            wanted = self._idl.cond_change(table, condition)
-            running.txns.alert_notify()  # wakes the thread, and that sends it
+        wanted = self._send(running, table)
         end = time.monotonic() + RESTRICT_SECONDS
         while wanted is not None and self._idl.cond_seqno < wanted and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
+
+    def _send(self, running: Any, table: str) -> int | None:
+        """The table's newest condition, also where another thread notes and sends one at the same time."""
+        with running.lock:
+            wanted: int | None = self._idl.cond_change(table, self._conditions[table])
+            running.txns.alert_notify()  # wakes the thread, and that sends it
+            return wanted
 
     def close(self) -> None:
         """Ends the thread; the next question begins again. May be repeated."""
@@ -195,7 +200,8 @@ class Copy(Generic[T]):
                 there = schema.schema_json["tables"].get(table, {"columns": {}})["columns"]
                 schema.register_columns(table, [column for column in columns if column in there])
             self._idl = Watched(self._connection, schema)
-            for table, condition in self._conditions.items():
+            applied = dict(self._conditions)
+            for table, condition in applied.items():
                 self._idl.cond_change(table, condition)
             running = connection.Connection(self._idl, timeout=SECONDS)
             running.start()
@@ -204,6 +210,10 @@ class Copy(Generic[T]):
                 f"{self._database} at {self._connection} cannot be read ({error}); is its server running?"
             ) from error
         self._running = running
+        # What was noted while the server was waited for nobody has sent.
+        for table, condition in dict(self._conditions).items():
+            if applied.get(table) != condition:
+                self._send(running, table)
 
     def _may_open(self) -> None:
         for one in self._connection.split(","):
