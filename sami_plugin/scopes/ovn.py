@@ -23,6 +23,7 @@ its flows, on the host that translates it. For a distributed floating IP that is
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -30,8 +31,9 @@ from typing import TYPE_CHECKING, Self
 
 import netaddr
 
-from sami_plugin.errors import ConfigurationError
+from sami_plugin.errors import ConfigurationError, NotAvailable
 from sami_plugin.model.flows import Addresses, ZoneRole
+from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.open_vswitch import Bridge, Flow, Integration, loaded, number_of
 from sami_plugin.scopes.ovsdb import Copy, Credentials, Tables
 from sami_plugin.scopes.routed import FloatingIps, RoutedScopes, Router, floating_ips
@@ -40,6 +42,10 @@ from sami_plugin.scopes.rules import Knowledge, host_address
 if TYPE_CHECKING:
     from oslo_config import cfg
 
+LOG = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 5.0
+"""How long a port is not found because the southbound database has not told it yet."""
 ZONE_PREFIX = "ct-zone-"
 PHYSICAL_TABLE, TO_PHYSICAL_TABLE, PORT_SECURITY_TABLE = 0, 65, 73
 BLOCKED_MARK = 0x1
@@ -73,6 +79,12 @@ class OvnScopes(RoutedScopes):
         self._southbound = southbound
         self._datapaths: Mapping[str, int] = {}
         """By name of a router, its number."""
+        self._told: frozenset[str] = frozenset()
+        """Names of ports here of which the southbound database has said what it has, or was not waited for longer."""
+        self._untold: dict[str, float] = {}
+        """By name, ports of which it may say so soon, and since when."""
+        self._awaited: frozenset[str] = frozenset()
+        """Their devices, as far as nothing else here says addresses of them."""
 
     @classmethod
     def from_conf(cls, conf: cfg.ConfigOpts) -> Self:
@@ -90,6 +102,9 @@ class OvnScopes(RoutedScopes):
         numbers = numbers_of(self._integration.flows(f"table={PHYSICAL_TABLE}"))
         addresses = addresses_of(self._integration.flows(f"table={PORT_SECURITY_TABLE}"))
         known = knowledge_of(bridge, numbers, addresses, self._bound(bridge))
+        self._awaited = frozenset(
+            one.name for one in bridge.interfaces.values() if one.port in self._untold and not known.own.get(one.name)
+        )
         adjacent = adjacent_of(self._integration.flows(f"table={TO_PHYSICAL_TABLE}"))
         routers = routers_of(bridge, numbers, adjacent, known)
         self._datapaths = {router.name: datapath for datapath, router in routers.items()}
@@ -105,7 +120,36 @@ class OvnScopes(RoutedScopes):
             return {}
         names = sorted({one.port for one in bridge.interfaces.values() if one.port})
         self._southbound.restrict("Port_Binding", [["logical_port", "==", name] for name in names])
-        return self._southbound.latest() or {}
+        is_awaited = self._southbound.is_awaited("Port_Binding")  # before what it told is taken, not to miss any
+        told = self._southbound.latest()
+        self._note_untold(frozenset(names), is_awaited, told is not None)
+        return told or {}
+
+    def _note_untold(self, names: frozenset[str], is_awaited: bool, is_connected: bool) -> None:
+        now = self._clock()
+        self._told = names if is_connected and not is_awaited else self._told & names
+        self._untold = {name: self._untold.get(name, now) for name in names - self._told if is_awaited}
+        for name in [name for name, since in self._untold.items() if now - since >= ANSWER_SECONDS]:
+            LOG.warning(
+                "port %s: OVN's southbound database has not told it within %g s; is it slow? Where the bridge does not "
+                "say its addresses, the guest's description does, without allowed address pairs",
+                name,
+                ANSWER_SECONDS,
+            )
+            self._told |= {name}
+            del self._untold[name]
+
+    def find(self, guest: str) -> tuple[Scope, ...]:
+        """As the base class.
+
+        :raises NotAvailable: also where only the guest's description says addresses, and the southbound database may
+            soon: a port's addresses are not asked for again, and the description has no allowed address pairs.
+        """
+        found = super().find(guest)
+        for scope in found:
+            if scope.port in self._awaited:
+                raise NotAvailable(f"{scope.port}: OVN's southbound database has not said yet which addresses it has")
+        return found
 
     def close(self) -> None:
         """Ends what was started to look."""

@@ -129,17 +129,34 @@ class Copy(Generic[T]):
         running = self._running
         if running is None:  # `_start` sends it
             return
-        wanted = self._send(running, table)
+        self._send(running, table)
         end = time.monotonic() + RESTRICT_SECONDS
-        while wanted is not None and self._idl.cond_seqno < wanted and time.monotonic() < end:
+        while not self._is_done(running, table) and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
 
-    def _send(self, running: Any, table: str) -> int | None:
+    def is_awaited(self, table: str) -> bool:
+        """Whether `latest` is not yet all that the table's newest condition asks for, and may be soon.
+
+        It may not where the last try to connect has failed, before the next. Tries as `latest` does, and never waits.
+        """
+        self.latest()
+        running = self._running
+        if running is None:
+            return self._attempting is not None and self._attempting.is_alive()
+        return not (self._is_done(running, table) and self._idl.is_current())
+
+    def _send(self, running: Any, table: str) -> None:
         """The table's newest condition, also where another thread notes and sends one at the same time."""
         with running.lock:
-            wanted: int | None = self._idl.cond_change(table, self._conditions[table])
+            self._idl.cond_change(table, self._conditions[table])
             running.txns.alert_notify()  # wakes the thread, and that sends it
-            return wanted
+
+    def _is_done(self, running: Any, table: str) -> bool:
+        with running.lock:
+            # Of a condition that it has already, the IDL tells by when the server does what it says. Of a new one
+            # python-ovs tells one answer too many.
+            wanted = self._idl.cond_change(table, self._conditions[table])
+            return wanted is None or bool(wanted <= self._idl.cond_seqno)
 
     def close(self) -> None:
         """Ends the thread; the next question begins again. May be repeated."""

@@ -145,6 +145,73 @@ def test_southbound_database_is_asked_for_the_ports_of_this_bridge_alone(monkeyp
     assert copy._conditions == {"Port_Binding": [["logical_port", "==", PORT]]}
 
 
+class Southbound:
+    """A copy of the southbound database that tells as much as the test says."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Addresses] | None = None
+        self.awaits = True
+
+    def restrict(self, table: str, condition: list[Any]) -> None:
+        pass
+
+    def latest(self) -> dict[str, Addresses] | None:
+        return self.told
+
+    def is_awaited(self, table: str) -> bool:
+        return self.awaits
+
+
+@pytest.fixture
+def now() -> list[float]:
+    return [0.0]
+
+
+def waiting(southbound: Southbound, now: list[float], security: str = "") -> OvnScopes:
+    """Of a guest whose description says an address."""
+    finder = OvnScopes(FakeIntegration(BRIDGE, OVN_PHYSICAL, security), southbound)  # type: ignore[arg-type]
+    finder._clock = lambda: now[0]
+    finder.learn("g", (GuestPort(TAP, claimed=addresses("192.0.2.7")),))
+    return finder
+
+
+def test_description_does_not_count_before_the_southbound_database_has_answered(now: list[float]) -> None:
+    southbound = Southbound()
+    finder = waiting(southbound, now)
+    assert finder.namespaces() == (None,)  # the agent starts all the same
+    for southbound.told in (None, {"another": addresses("192.0.2.9")}):
+        now[0] += 1
+        with pytest.raises(NotAvailable, match=f"{TAP}: OVN's southbound database has not said yet"):
+            finder.find("g")
+    southbound.told, southbound.awaits = {PORT: addresses("192.0.2.7", "192.0.2.100")}, False
+    now[0] += 1
+    assert finder.find("g")[0].addresses == addresses("192.0.2.7", "192.0.2.100")
+    southbound.told, southbound.awaits = None, True  # it lost the connection: the port is no new one
+    now[0] += 1
+    assert finder.find("g")[0].addresses == addresses("192.0.2.7")
+
+
+def test_southbound_database_that_goes_on_not_answering_is_warned_of_and_waited_for_no_longer(
+    now: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    finder = waiting(Southbound(), now)
+    for now[0] in (100.0, 104.9):
+        with pytest.raises(NotAvailable):
+            finder.find("g")
+    for now[0] in (105.0, 106.0):
+        assert finder.find("g")[0].addresses == addresses("192.0.2.7")
+    assert caplog.text.count(f"port {PORT}: OVN's southbound database has not told it within 5 s") == 1
+
+
+def test_southbound_database_is_not_waited_for_where_it_is_away_or_the_bridge_says_the_addresses(
+    now: list[float],
+) -> None:
+    southbound = Southbound()
+    assert set(waiting(southbound, now, OVN_PORT_SECURITY).find("g")[0].addresses) == set(OWN)
+    southbound.awaits = False
+    assert waiting(southbound, now).find("g")[0].addresses == addresses("192.0.2.7")
+
+
 FILES = "".join(f"ovn_sb_{name} = /{name}\n" for name in ("private_key", "certificate", "ca_cert"))
 
 

@@ -29,6 +29,8 @@ class Server:
         self.may_answer = threading.Event()
         self.condition: list[Any] = []
         """The newest that it was asked for."""
+        self.is_slow = False
+        """It has not answered that."""
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
         def cond_change(self, table: str, condition: list[Any]) -> int:
             told.condition = list(condition)
-            return self.cond_seqno
+            return self.cond_seqno + told.is_slow
 
         def run(self) -> bool:
             return True
@@ -87,3 +89,30 @@ def test_server_is_asked_for_what_was_noted_while_it_was_waited_for(server: Serv
     copy.current()
     copy._attempt().join(SECONDS)
     assert server.condition == clauses("old", "newcomer")
+
+
+def test_answer_is_awaited_until_the_server_has_told_what_the_newest_condition_asks_for(
+    server: Server, copy: Copy[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ovsdb, "RESTRICT_SECONDS", 0.0)
+    assert copy.is_awaited(TABLE)
+    server.may_answer.set()
+    copy.current()
+    assert not copy.is_awaited(TABLE)
+    server.is_slow = True
+    copy.restrict(TABLE, clauses("old", "newcomer"))
+    assert copy.is_awaited(TABLE)
+    server.is_slow = False
+    assert not copy.is_awaited(TABLE)
+
+
+def test_server_that_is_away_is_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ovsdb, "libraries", refuse)
+    copy = southbound_of("tcp:192.0.2.1:6642")
+    assert copy.latest() is None
+    copy._attempt().join(SECONDS)
+    assert not copy.is_awaited(TABLE)
+
+
+def refuse() -> None:
+    raise ImportError
