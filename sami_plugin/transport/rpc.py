@@ -16,11 +16,12 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import oslo_messaging
+from amqp.exceptions import AMQPError
 from kombu.exceptions import KombuError
 from oslo_config import cfg
 from oslo_messaging.rpc import dispatcher
@@ -36,6 +37,7 @@ CLOSE_SECONDS = 1.0
 FIRST_CALL_SECONDS = 0.1
 CONNECT_SECONDS = 3.0
 """For an agent that starts: without its broker it goes on then, since its host's hooks need it."""
+LISTEN_AGAIN_SECONDS = 1.0
 TAKEN = "taken"
 LATER = "later"
 """Answered by an agent that ends, or has more to do than it can keep: the packet is to be sent again."""
@@ -43,8 +45,10 @@ BROKEN = "broken"
 """The packet's stream is of no more use; its client begins another."""
 
 
-# A connection that cannot be made while the broker is away comes as kombu has it.
-FAILURES = (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, KombuError, OSError)
+# A connection that cannot be made while the broker is away comes as kombu has it; a login or virtual host that the
+# broker refuses as amqp has it, which kombu brings.
+UNANSWERED = (oslo_messaging.MessagingException, oslo_messaging.MessageUndeliverable, KombuError, OSError)
+FAILURES = (*UNANSWERED, AMQPError)
 
 
 class Receiver(Protocol):
@@ -110,6 +114,10 @@ def _register_what_it_forgets(conf: cfg.ConfigOpts) -> None:
         conf.register_opts(getattr(client, group), group=group)  # the list bears the group's name
 
 
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
 class Transport:
     """One agent's end of a broker."""
 
@@ -129,11 +137,9 @@ class Transport:
         except (oslo_messaging.InvalidTransportURL, oslo_messaging.DriverLoadFailure) as error:
             raise ConfigurationError(f"transport_url: {error}") from error
         self._server: Any = None
-        self._connecting = threading.Thread(target=self._connect, name="sami-connecting", daemon=True)
         self._starting = threading.Lock()
-        self._is_connected = threading.Event()
-        if self._is_embedded:
-            self._is_connected.set()
+        self._connecting: futures.Future[str] | None = None
+        """Says in the end why the broker cannot be used; the empty string where it can."""
         # Zed's oslo.messaging has no get_rpc_client.
         make_client = getattr(oslo_messaging, "get_rpc_client", oslo_messaging.RPCClient)
         self._client = make_client(
@@ -145,47 +151,77 @@ class Transport:
 
         Blocks for that, up to `CONNECT_SECONDS`. A broker of hosts that answer elsewhere needs no start.
         """
-        self._server = oslo_messaging.get_rpc_server(
+        if self._is_embedded:
+            self._server = self._made_server(receiver)
+            self._server.start()
+            return
+        listening = threading.Thread(target=self._listen, args=(receiver,), name="sami-listening", daemon=True)
+        listening.start()
+        listening.join(CONNECT_SECONDS)
+        if listening.is_alive():
+            LOG.warning("%s: the broker cannot be used yet; other hosts hear of this one when it can", self.host)
+
+    def _made_server(self, receiver: Receiver) -> Any:
+        return oslo_messaging.get_rpc_server(
             self._transport,
             oslo_messaging.Target(exchange=EXCHANGE, topic=TOPIC, server=self.host),
             [Endpoint(receiver, self.has_stopped)],
             executor="threading",
             access_policy=dispatcher.ExplicitRPCAccessPolicy,
         )
-        if self._is_embedded:
-            self._server.start()
-            return
-        listening = threading.Thread(target=self._listen, name="sami-listening", daemon=True)
-        listening.start()
-        listening.join(CONNECT_SECONDS)
-        if listening.is_alive():
-            LOG.warning("%s: the broker does not answer; other hosts hear of this one when it does", self.host)
 
-    def _listen(self) -> None:
-        """oslo.messaging tries for ever to."""
-        try:
-            self._server.start()
-        except Exception:  # a thread's boundary
-            LOG.exception("%s: the broker cannot be used", self.host)
-        else:
-            LOG.info("%s: the broker answers", self.host)
+    def _listen(self, receiver: Receiver) -> None:
+        """oslo.messaging tries for ever to where the broker is away, and once where it refuses."""
+        told: set[str] = set()
+        while True:
+            with self._starting:
+                if self.has_stopped.is_set():
+                    return
+                self._server = self._made_server(receiver)  # one that could not start does not start again
+            try:
+                self._server.start()
+            except Exception as error:  # a thread's boundary
+                reason = _words(error)
+                if reason not in told:
+                    LOG.error("%s: the broker cannot be used, tried again every second: %s", self.host, reason)
+                    LOG.debug("%s: the broker cannot be used", self.host, exc_info=True)
+                told.add(reason)
+            else:
+                LOG.info("%s: the broker answers", self.host)
+                break
+            self.has_stopped.wait(LISTEN_AGAIN_SECONDS)
         self.connect()
 
     def connect(self) -> None:
-        """Begins to, if that has not begun. Returns at once."""
-        with self._starting:
-            if not self._is_embedded and self._connecting.ident is None:
-                self._connecting.start()
+        """Begins to, if that is neither under way nor done. Returns at once."""
+        self._begin_to_connect()
 
-    def _connect(self) -> None:
+    def _begin_to_connect(self) -> futures.Future[str]:
+        with self._starting:
+            known = self._connecting
+            if known is not None and not (known.done() and known.result()):
+                return known
+            connecting: futures.Future[str] = futures.Future()
+            self._connecting = connecting
+        if self._is_embedded:
+            connecting.set_result("")
+        else:
+            threading.Thread(target=self._connect, args=(connecting,), name="sami-connecting", daemon=True).start()
+        return connecting
+
+    def _connect(self, connecting: futures.Future[str]) -> None:
         """By a call that nobody takes: before its first one oslo.messaging tries for ever to hear answers to calls."""
+        refusal = ""
         try:
             self._client.prepare(server=self.host, timeout=FIRST_CALL_SECONDS, retry=0).call(
                 {}, "deliver", sender="", session="", stream=0, number=0, payload=""
             )
-        except FAILURES as error:
+        except UNANSWERED as error:
             LOG.debug("%s: nobody answered the first call: %s", self.host, error)
-        self._is_connected.set()
+        except Exception as error:  # a thread's boundary; the next call tries again, and says why
+            LOG.debug("%s: the broker cannot be used", self.host, exc_info=True)
+            refusal = _words(error)
+        connecting.set_result(refusal)
 
     def stop(self) -> None:
         """Nothing comes in any more, and nothing that goes out is repeated."""
@@ -198,9 +234,11 @@ class Transport:
         closing.join(None if self._is_embedded else CLOSE_SECONDS)
 
     def _close(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            self._server.wait()
+        with self._starting:
+            server = self._server
+        if server is not None:
+            server.stop()
+            server.wait()
         self.cleanup()
 
     def cleanup(self) -> None:
@@ -213,9 +251,11 @@ class Transport:
         :returns: TAKEN, BROKEN, or the peer's words why it did not take it.
         :raises PeerUnreachable: nobody answered, or an agent that takes nothing now.
         """
-        self.connect()
-        if not self._is_connected.wait(timeout_seconds):
+        connecting = self._begin_to_connect()
+        if not futures.wait([connecting], timeout_seconds).done:
             raise PeerUnreachable(f"{peer} does not answer: the broker does not")
+        if refusal := connecting.result():
+            raise PeerUnreachable(f"{peer} does not answer: the broker cannot be used: {refusal}")
         try:
             answer = self._client.prepare(server=peer, timeout=timeout_seconds, retry=0).call(
                 {},
@@ -227,7 +267,7 @@ class Transport:
                 payload=base64.b64encode(packet.octets).decode("ascii"),
             )
         except FAILURES as error:
-            raise PeerUnreachable(f"{peer} does not answer: {error or type(error).__name__}") from error
+            raise PeerUnreachable(f"{peer} does not answer: {_words(error)}") from error
         if answer == LATER:
             raise PeerUnreachable(f"the agent of {peer} is busy or about to end")
         return str(answer)
@@ -273,7 +313,7 @@ class Sender:
         self._under_way = 0
         self._waiting_for_room: list[Callable[[], None]] = []
         self._last_try_at = math.inf
-        self._pool = ThreadPoolExecutor(window, thread_name_prefix=f"sami-send-{session[:8]}")
+        self._pool = futures.ThreadPoolExecutor(window, thread_name_prefix=f"sami-send-{session[:8]}")
 
     def send(self, packet: Packet) -> None:
         with self._lock:

@@ -7,11 +7,14 @@ import threading
 from typing import Any
 
 import pytest
+from amqp.exceptions import AccessRefused
+from oslo_config import cfg
 
 from lab.deadline import wait_until
 from sami_plugin.errors import Busy, ConfigurationError, IllegalMessage, PeerUnreachable, StreamBroken
 from sami_plugin.model.packet import Packet
-from sami_plugin.transport.rpc import LATER, Endpoint, Sender, refuse_unknown_broker
+from sami_plugin.transport import rpc
+from sami_plugin.transport.rpc import LATER, Endpoint, Sender, Transport, refuse_unknown_broker
 
 
 @pytest.mark.parametrize("url", ["fake://", "rabbit://u:p@192.0.2.1:5672,u:p@[2001:db8::1]:5672/sami"])
@@ -214,3 +217,85 @@ def test_closed_sender_still_sends_what_is_under_way_and_nothing_more(refusals: 
     made.send(Packet(0, 2, b""))
     finish(made)
     assert {packet.number for _, _, packet in broker.calls} == {1}
+
+
+class Refusing:
+    """A broker that refuses its first uses, as amqp says it; it stands for oslo.messaging's client and its servers."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals = refusals
+        self.uses = 0
+
+    def prepare(self, **_: object) -> Refusing:
+        return self
+
+    def call(self, *_: object, **__: object) -> str:
+        self._use()
+        return "taken"
+
+    def server(self, *_: object) -> Refusing:
+        self.has_failed = False
+        return self
+
+    def start(self) -> None:
+        if not self.has_failed:  # as oslo.messaging, which does nothing when it is started a second time
+            self.has_failed = True
+            self._use()
+
+    def stop(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def _use(self) -> None:
+        self.uses += 1
+        if self.uses <= self.refusals:
+            raise AccessRefused("Login was refused")
+
+
+@pytest.fixture
+def transport(monkeypatch: pytest.MonkeyPatch) -> Transport:
+    monkeypatch.setattr(rpc, "LISTEN_AGAIN_SECONDS", 0.01)
+    return Transport(cfg.ConfigOpts(), "host-a", "rabbit://u:p@127.0.0.1:1/")
+
+
+def test_broker_that_refused_the_login_once_is_tried_again_by_the_next_call(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_client", Refusing(2))
+    for _ in range(2):
+        with pytest.raises(PeerUnreachable, match="Login was refused"):
+            transport.call("host-b", "s", Packet(0, 0, b""), 10)
+    assert transport.call("host-b", "s", Packet(0, 0, b""), 10) == "taken"
+
+
+def test_login_that_is_refused_later_is_no_error_of_the_messaging_library(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_client", Refusing(0))
+    transport.call("host-b", "s", Packet(0, 0, b""), 10)
+    monkeypatch.setattr(transport, "_client", Refusing(1))
+    with pytest.raises(PeerUnreachable, match="Login was refused"):
+        transport.call("host-b", "s", Packet(0, 0, b""), 10)
+
+
+def test_agent_whose_login_was_refused_listens_when_it_is_not_and_says_why_it_did_not_once(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = Refusing(3)
+    monkeypatch.setattr(transport, "_client", Refusing(0))
+    monkeypatch.setattr(rpc.oslo_messaging, "get_rpc_server", lambda *_, **__: broker.server())
+    caplog.set_level("INFO")
+    transport.start(Heard())
+    wait_until(lambda: "the broker answers" in caplog.text, "a start that is not refused")
+    assert broker.uses == 4
+    assert caplog.text.count("Login was refused") == 1
+
+
+def test_agent_that_ends_listens_no_more(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Refusing(10**9)
+    monkeypatch.setattr(rpc, "CONNECT_SECONDS", 0.01)
+    monkeypatch.setattr(rpc.oslo_messaging, "get_rpc_server", lambda *_, **__: broker.server())
+    transport.start(Heard())
+    wait_until(lambda: broker.uses > 2, "some tries")
+    transport.stop()
+    wait_until(lambda: "sami-listening" not in {one.name for one in threading.enumerate()}, "the end of the thread")
