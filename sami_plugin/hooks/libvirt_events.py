@@ -171,9 +171,11 @@ class LibvirtHost:
             is_told = False
             LOG.info("libvirt %s tells of migrations from now on", self._uri)
             try:
-                self._settle()
+                arrived = self._settle()
                 for domain in self._connection.listAllDomains(self._libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-                    self._say_what_was_missed(domain)
+                    # The session of one that has arrived may be over by now; a word too many would open another.
+                    if domain.UUIDString() not in arrived:
+                        self._say_what_was_missed(domain)
                     self._marks.put((domain.UUIDString(), Mark.THERE))
                 for guest in self._descriptions.guests():
                     self._marks.put((guest, Mark.MISSED))
@@ -224,14 +226,18 @@ class LibvirtHost:
                 if phase is not None:
                     self._say(MigrationEvent(guest, phase, role=SOURCE))
 
-    def _settle(self) -> None:
-        """After a connection was made: what events may have been missed."""
+    def _settle(self) -> set[str]:
+        """After a connection was made: what events may have been missed. Which guests it said to have arrived."""
         self._poll()
+        arrived = set()
         for guest, role in self._underway():
             if role == DESTINATION:
                 phase = self._arrival(guest)
                 if phase is not None:
                     self._say(MigrationEvent(guest, phase, role=DESTINATION))
+                if phase is Phase.RESUMED:
+                    arrived.add(guest)
+        return arrived
 
     def _say_what_was_missed(self, domain: Any) -> None:
         """Of a guest that moves, or has come, when the connection is made, what would have been said of it by then."""

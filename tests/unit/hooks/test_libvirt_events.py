@@ -456,6 +456,22 @@ def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(
     assert heard.events[0].is_incoming
 
 
+def test_guest_that_arrived_while_the_daemon_was_away_is_told_once(
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions
+) -> None:
+    """Its session may end at once, and STARTED would open another one that nobody answers."""
+    libvirt.domain.setMetadata(
+        NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-z"), domain_xml.ORIGIN_PREFIX,
+        domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
+    )  # fmt: skip
+    heard.underway = [(GUEST, "destination")]
+    host = LibvirtHost("qemu:///system", "host-a", descriptions)
+    host.start(heard.tell, lambda: heard.underway)
+    wait_until(lambda: descriptions.get(GUEST), "the mark, which comes behind the words")
+    host.stop()
+    assert heard.words() == [("resumed", "destination")]
+
+
 def test_leaving_guest_that_is_paused_when_the_agent_starts_is_told(
     libvirt: Libvirt, heard: Heard, descriptions: Descriptions
 ) -> None:
