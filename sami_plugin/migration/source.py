@@ -65,6 +65,9 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.settings import Limits
 
 TOO_LONG = "the migration took longer than session_seconds"
+PURGE_TRIES = 3
+"""In all; what is left behind in the last of them stays."""
+PURGE_AGAIN_SECONDS = 1.0
 UNWANTED = "the guest has left, and the destination took no more of its flows within arrival_limit"
 
 
@@ -102,6 +105,9 @@ class Source:
     """When the guest has been gone for so long that its flows go, whoever speaks or does not."""
     comes_back: bool = False
     """The guest is on its way here again."""
+    failed_purges: int = 0
+    asks_again: bool = False
+    """The destination is asked to ask again, behind the purge."""
     outcome: Outcome = Outcome.MOVED
     """How the purge went."""
     exported: int = 0
@@ -132,7 +138,8 @@ def recovered(
         reason="this host's agent was started anew",
     )
     if state == State.PURGING.value:
-        return replace(session, state=State.PURGING), [Purge(), SayAgain()]
+        session = replace(session, state=State.PURGING, asks_again=True)
+        return session, _purges(session)
     outcome = Outcome.MOVED if has_arrived else Outcome.LEFT_WITHOUT_ARRIVAL
     if state == State.ENDED.value and has_purged:
         return replace(session, state=State.ENDED), [End(outcome, session.reason)]
@@ -375,6 +382,10 @@ def _nobody_spoke(session: Source, event: Event, now: float) -> Decision:
     return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.UNCLEAR, reason)]
 
 
+def _purges(session: Source) -> list[Action]:
+    return [Purge(), SayAgain()] if session.asks_again else [Purge()]
+
+
 def _purged(session: Source, event: Event, now: float) -> Decision:
     assert isinstance(event, Done)
     if not session.has_arrived:
@@ -401,13 +412,43 @@ def _watched(session: Source, event: Event, now: float) -> Decision:
 def _watched_in_vain(session: Source, event: Event, now: float) -> Decision:
     """All that was exported is gone: how the migration went does not change by it."""
     assert isinstance(event, ActionFailed)
-    reason = f"what late packets have made here was not looked for: {event.reason}"
+    reason = _joined(f"what late packets have made here was not looked for: {event.reason}", session.reason)
     return replace(session, state=State.ENDED), [End(session.outcome, reason)]
 
 
 def _purge_failed(session: Source, event: Event, now: float) -> Decision:
+    """A device may be in trouble for a moment, and nothing else removes what is left here."""
     assert isinstance(event, ActionFailed)
-    return replace(session, state=State.ENDED), [End(Outcome.FAILED, event.reason)]
+    failed = session.failed_purges + 1
+    if failed == PURGE_TRIES:
+        return replace(session, state=State.ENDED), [End(Outcome.FAILED, _joined(event.reason, session.reason))]
+    if failed == 1:
+        reason = _joined(session.reason, f"the purge was tried again; it failed first: {event.reason}")
+        session = replace(session, reason=reason)
+    again_at = now + PURGE_AGAIN_SECONDS
+    return replace(session, failed_purges=failed, purge_at=again_at), [WakeAt(again_at)]
+
+
+def _purge_again(session: Source, event: Event, now: float) -> Decision:
+    if not session.failed_purges:
+        return session, []
+    if now < session.purge_at:
+        return session, [WakeAt(session.purge_at)]
+    return session, _purges(session)
+
+
+def _comes_here_unpurged(session: Source, event: Event, now: float) -> Decision:
+    """What is left here goes before anything is put in, if it can."""
+    return replace(session, comes_back=True), _purges(session) if session.failed_purges else []
+
+
+def _is_here_unpurged(session: Source, event: Event, now: float) -> Decision:
+    reason = _joined("the guest is here again; what it left here before was not all removed", session.reason)
+    return replace(session, state=State.ENDED), [End(Outcome.FAILED, reason)]
+
+
+def _joined(*reasons: str) -> str:
+    return "; ".join(filter(None, reasons))
 
 
 def _failed(session: Source, event: Event, now: float) -> Decision:
@@ -536,6 +577,11 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Room: _ignore,
         "Purge": _purged,
         "ActionFailed": _purge_failed,
+        TimePassed: _purge_again,
+        Phase.RESUMED: _is_here_unpurged,
+        Phase.ROLLBACK: _is_here_unpurged,
+        "Returns": _comes_here_unpurged,
+        "Superseded": _is_here_unpurged,
         Complete: _ignore,
         Arrived: _ignore,
         GivesUp: _ignore,

@@ -147,7 +147,7 @@ def is_orphaned(hosts: Hosts) -> bool:
 
 
 class FailsOnce(MemoryDriver):
-    """The first look at the destination, or the first question what it can do, fails."""
+    """What is named in `what` fails the next time."""
 
     what = ""
 
@@ -162,6 +162,10 @@ class FailsOnce(MemoryDriver):
     def insert(self, scope: Scope, batch: Batch) -> Results:
         self._fail("insert")
         return super().insert(scope, batch)
+
+    def remove(self, scope: Scope, identities: Batch) -> Results:
+        self._fail("remove")
+        return super().remove(scope, identities)
 
     def _fail(self, what: str) -> None:
         if what == self.what:

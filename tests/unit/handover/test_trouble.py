@@ -320,6 +320,30 @@ def test_flows_that_are_left_of_any_port_are_told(tmp_path: Path) -> None:
         assert (told["flows"]["left_behind"], told["outcome"]) == (100, "failed")
 
 
+@pytest.mark.parametrize("what", ["remove", "read_back"])
+@pytest.mark.parametrize("is_killed", [False, True], ids=["", "killed meanwhile"])
+def test_a_purge_that_fails_once_is_tried_again_and_leaves_nothing(tmp_path: Path, what: str, is_killed: bool) -> None:
+    with hosts_in(tmp_path, driver=lambda name: FailsOnce(MemoryDevice(name))) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        device = hosts.drivers["host-a"]
+        assert isinstance(device, FailsOnce)
+        device.what = what
+        finish(hosts, guest)
+        if is_killed:
+            until(lambda: not device.what)
+            hosts.kill("host-a")
+            hosts.start("host-a")
+        until_idle(hosts)
+        told = report(hosts, "host-a", guest)
+        assert (held(hosts, "host-a"), told["outcome"]) == (set(), "moved")
+        if is_killed:
+            assert told["reason"] == "this host's agent was started anew"
+        else:
+            assert told["flows"]["purged"] == 100
+            assert told["reason"].startswith("the purge was tried again; it failed first: the kernel dropped")
+
+
 # --- words of the hypervisor that come early, late, twice or not at all
 
 

@@ -312,12 +312,60 @@ def test_session_is_opened_once() -> None:
         source.step(session, OPENED, 0.0)
 
 
-def test_purge_that_fails_ends_the_session_by_name() -> None:
+PURGED_AGAIN = "the purge was tried again; it failed first: pretended"
+
+
+def purge_failed(*more: str) -> Shell:
+    """Once; what becomes of the next actions is told by `more`."""
     made = shell(*IN_STATE[State.DRAINED])
     made.tell(COMPLETE)
-    made.choices = iter(["fails"])
+    made.choices = iter(["fails", *more])
     made.tell(ARRIVED)
-    assert made.done[-1][1] == End(Outcome.FAILED, "pretended")
+    assert made.session.state is State.PURGING
+    return made
+
+
+def test_purge_that_fails_is_tried_again_a_second_later() -> None:
+    made = purge_failed()
+    made.wait_until(0.9)
+    assert made.kinds()[-1:] == ["Purge"]
+    assert source.step(made.session, TimePassed(), 0.9) == (made.session, [WakeAt(1.0)])
+    made.wait_until(1.0)
+    assert made.kinds()[-3:] == ["Purge", "Purge", "Purged"]
+    made.wait_until(1.0 + LIMITS.watch_seconds)
+    assert made.done[-1][1] == End(Outcome.MOVED, PURGED_AGAIN)
+
+
+def test_purge_that_fails_three_times_ends_the_session_by_name() -> None:
+    made = purge_failed("fails", "fails")
+    made.wait_until(2.0)
+    assert [time for time, action in made.done if action == Purge()] == [0.0, 1.0, 2.0]
+    assert made.done[-1][1] == End(Outcome.FAILED, f"pretended; {PURGED_AGAIN}")
+
+
+@pytest.mark.parametrize("event", [RESUMED, guest(Phase.ROLLBACK), Superseded()])
+def test_guest_that_is_here_again_before_the_purge_is_tried_again_keeps_what_is_here(event: Event) -> None:
+    made = purge_failed()
+    made.tell(event)
+    assert made.kinds().count("Purge") == 1
+    reason = "the guest is here again; what it left here before was not all removed"
+    assert made.done[-1][1] == End(Outcome.FAILED, f"{reason}; {PURGED_AGAIN}")
+
+
+def test_purge_is_tried_again_at_once_when_the_guest_is_on_its_way_back() -> None:
+    made = purge_failed()
+    made.tell(Returns())
+    assert made.kinds()[-4:] == ["Purge", "Purge", "Purged", "end: moved"]
+
+
+def test_purge_that_fails_after_a_new_start_is_tried_again_and_the_destination_asked_behind_it() -> None:
+    session, actions = source.recovered(
+        LIMITS, 0.0, State.PURGING.value, is_suspended=True, is_gone=True, has_arrived=True, has_purged=False
+    )
+    made = Shell(source.step, session, ["fails"])
+    made.begin(actions)
+    made.wait_until(1.0)
+    assert made.kinds() == ["Purge", "Purge", "SayAgain", "Purged"]
 
 
 @pytest.mark.parametrize("state", State)
@@ -363,13 +411,14 @@ def test_whatever_happens(life: list[tuple[float, Event]], drawn: list[str]) -> 
             if isinstance(action, Purge):
                 purge_is_right(made, time)
     assert made.is_over or made.wake_at is not None, "nothing will ever end this session"
-    made.wait_until(LIMITS.session_seconds + LIMITS.arrival_seconds + LIMITS.watch_seconds)
+    purge_seconds = source.PURGE_TRIES * source.PURGE_AGAIN_SECONDS
+    made.wait_until(LIMITS.session_seconds + LIMITS.arrival_seconds + purge_seconds + LIMITS.watch_seconds)
     assert made.is_over
     for time, action in made.done:
         if isinstance(action, Purge):
             purge_is_right(made, time)
     assert sum(isinstance(action, End) for _, action in made.done) == 1
-    assert sum(isinstance(action, Purge) for _, action in made.done) <= 1
+    assert sum(isinstance(action, Purge) for _, action in made.done) <= source.PURGE_TRIES
     late = [time for time, action in made.done if isinstance(action, PurgeLate)]
     assert not late or any(isinstance(action, Purge) for _, action in made.done)
     if late:
