@@ -34,7 +34,9 @@ class Arriving:
     held: FlowTable = field(default_factory=FlowTable)
     """What the device holds thanks to this session, with the device's own ids and none of the bits that it added."""
     former: FlowTable = field(default_factory=FlowTable)
-    """What another session, with which this one goes on, may have put in, and the source has not told of anew."""
+    """What another session, with which this one goes on, has put in, and the source has not told of anew."""
+    unsure: FlowTable = field(default_factory=FlowTable)
+    """What it was about to put in, or to take out, when its agent ended, and the source has not told of anew."""
     unadmitted: list[Batch] = field(default_factory=list)
     """What peers had begun when the port's zone was known and its guest ran already."""
     doubtful: list[tuple[Scope, Batch]] = field(default_factory=list)

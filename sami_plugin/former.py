@@ -6,9 +6,11 @@ What the journal has of a guest's flows are the payloads that were sent or that 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.journal.journal import Journal
@@ -21,9 +23,17 @@ from sami_plugin.model.settings import Settings
 WAS_HERE = "guest was here"
 """What "guest resumed" is to who reads it in the journal: while no agent was there, it may have left again."""
 
-FlowsByPort = tuple[tuple[Scope, FlowTable], ...]
-"""Where the guest's ports have their state here; and which flows the destination was told of (of a source), or may have
-put in (of a destination)."""
+
+@dataclass(frozen=True, slots=True)
+class FormerPort:
+    """What a session knew of one port of its guest."""
+
+    scope: Scope
+    """Where the port has its state here."""
+    flows: FlowTable = field(default_factory=FlowTable)
+    """Which flows the destination was told of (of a source), or has put in (of a destination)."""
+    unsure: FlowTable = field(default_factory=FlowTable)
+    """Which flows a destination was about to put in, or to take out, when its agent ended: it may have done so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +53,9 @@ class Former:
     """The highest number of a payload that the journal has."""
     heard: frozenset[str]
     """What has happened to it so far, in the journal's words."""
-    ports: FlowsByPort = ()
+    ports: tuple[FormerPort, ...] = ()
+    named: Mapping[str, Any] = field(default_factory=dict)
+    """What its report says of flows that were not carried as they were sent, as far as it is not told anew."""
 
     def has(self, *words: str) -> bool:
         """Whether any of these has happened."""
@@ -59,12 +71,16 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
     heard = {*json.loads(row["heard"]), *(one["event"] for one in decisions)}
     if "guest resumed" in heard:
         heard = heard - {"guest resumed"} | {WAS_HERE}
-    # Who was about to hand over has the flows that it had before.
-    states = [one["state"] for one in decisions if one["actions"] != ["HandOver"]]
-    scopes = [Scope.from_dict(told) for told in json.loads(row["ports"])]
-    batches = _batches(journal.payloads(row["session"]), settings)
-    if row["role"] == "destination":
-        batches = (_here(batch, domain) for batch in batches)
+    # Who was about to hand over, or to end as a destination, has the flows that it had before.
+    is_source = row["role"] == "source"
+    states = [
+        one["state"] for one in decisions if one["actions"] != ["HandOver"] and (is_source or one["state"] != "ended")
+    ]
+    ports = tuple(FormerPort(Scope.from_dict(told)) for told in json.loads(row["ports"]))
+    for number, payload in journal.payloads(row["session"]):
+        is_sure = row["role"] == "source" or number <= row["applied"]
+        for batch in _batches(payload, settings):
+            _tell(ports, batch if row["role"] == "source" else _here(batch, domain), is_sure=is_sure)
     return Former(
         row["session"],
         row["known_as"] or row["session"],
@@ -76,14 +92,14 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
         row["token"],
         journal.payload_count(row["session"]),
         frozenset(heard),
-        tuple(zip(scopes, _tables(batches, scopes), strict=True)),
+        ports,
+        json.loads(row["named"]),
     )
 
 
-def _batches(payloads: Iterable[bytes], settings: Settings) -> Iterator[Batch]:
-    for payload in payloads:
-        octets = compression.decompress(payload, settings.bounds.unpacked_octets)
-        yield from ipfix.decode(octets, enterprise=settings.enterprise).batches
+def _batches(payload: bytes, settings: Settings) -> tuple[Batch, ...]:
+    octets = compression.decompress(payload, settings.bounds.unpacked_octets)
+    return ipfix.decode(octets, enterprise=settings.enterprise, max_octets=settings.bounds.unpacked_octets).batches
 
 
 def _here(batch: Batch, domain: Domain | None) -> Batch:
@@ -96,20 +112,21 @@ def _here(batch: Batch, domain: Domain | None) -> Batch:
     return Batch(batch.template, rows)
 
 
-def _tables(batches: Iterable[Batch], scopes: list[Scope]) -> list[FlowTable]:
-    """Per port, the flows that were told and not taken back. What is no other port's is the first one's."""
-    tables = [FlowTable() for _ in scopes]
-    for batch in batches if scopes else ():
-        for scope, table in zip(scopes[1:], tables[1:], strict=True):
-            is_its = scope.owns(batch)
-            _tell(table, batch.take(is_its))
-            batch = batch.take(~is_its)
-        _tell(tables[0], batch)
-    return tables
+def _tell(ports: tuple[FormerPort, ...], batch: Batch, *, is_sure: bool) -> None:
+    """Files flows that were told of, or taken back, with their ports. What is no other port's is the first one's."""
+    for port in reversed(ports):
+        is_its = port.scope.owns(batch) if port is not ports[0] else np.ones(len(batch), bool)
+        _file(port, batch.take(is_its), is_sure=is_sure)
+        batch = batch.take(~is_its)
 
 
-def _tell(table: FlowTable, batch: Batch) -> None:
-    if batch.template.is_identity:
-        table.discard(batch)
+def _file(port: FormerPort, batch: Batch, *, is_sure: bool) -> None:
+    if not batch.template.is_identity:
+        (port.flows if is_sure else port.unsure).put(batch)
+    elif is_sure:
+        port.flows.discard(batch)
     else:
-        table.put(batch)
+        taken_back = FlowTable()
+        taken_back.put(batch)
+        for known in port.flows.batches():
+            port.unsure.put(known.take(taken_back.find(known)[0]))

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import Capabilities, FlowDriver
 from sami_plugin.errors import Busy, IllegalMessage, JournalError, NotAvailable, RepresentationError, SamiError
-from sami_plugin.former import FlowsByPort, Former
+from sami_plugin.former import Former, FormerPort
 from sami_plugin.journal.journal import Journal
 from sami_plugin.line import Line
 from sami_plugin.migration.claims import Claims
@@ -645,6 +645,7 @@ class Session(abc.ABC):
         successor = self._next = self._next or self._made_successor()
         self.note("ended")
         self.report.outcome, self.report.reason = Outcome.CONTINUED.value, f"session {successor.id} goes on with it"
+        self.report.flows = self._counts()
         LOG.info("%s: guest %s: %s", self.id, self.guest, self.report.reason)
         go_on(successor, self._as_former(), self.report.as_dict())
         with self._handing_over:
@@ -674,6 +675,7 @@ class Session(abc.ABC):
             self._payloads,
             frozenset(self._heard_of),
             self._flows_by_port(),
+            self.report.named if self._state_before in ("complete", "arrived") else {},  # else all is told anew
         )
 
     def _leave(self) -> None:
@@ -740,7 +742,7 @@ class Session(abc.ABC):
         """The report's figures."""
 
     @abc.abstractmethod
-    def _flows_by_port(self) -> FlowsByPort:
+    def _flows_by_port(self) -> tuple[FormerPort, ...]:
         """What another session needs to know of flows to go on with this one."""
 
     @abc.abstractmethod

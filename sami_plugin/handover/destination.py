@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from sami_plugin.arriving import Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
-from sami_plugin.errors import SamiError
-from sami_plugin.former import WAS_HERE, FlowsByPort, Former
+from sami_plugin.errors import JournalError, SamiError
+from sami_plugin.former import WAS_HERE, Former, FormerPort
 from sami_plugin.migration import destination
 from sami_plugin.migration.decision import (
     Action,
@@ -44,6 +44,7 @@ from sami_plugin.model.flows import (
     is_expected_elsewhere,
     is_translated_elsewhere,
     names,
+    turned_round,
 )
 from sami_plugin.model.keys import FlowTable, KeyIndex
 from sami_plugin.model.migration import (
@@ -66,7 +67,7 @@ from sami_plugin.model.migration import (
 from sami_plugin.model.migration import Outcome as SessionOutcome
 from sami_plugin.model.printable import printable
 from sami_plugin.model.report import BOTH_HAVE
-from sami_plugin.model.results import WORDS, Outcome, Reason, Results, came_out, lost_fields
+from sami_plugin.model.results import WORDS, Outcome, Reason, Results, came_out, lacks_bits, lost_fields
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
@@ -75,6 +76,9 @@ from sami_plugin.session import Actions, Host, Session
 
 UNADMITTED = "begun by a peer when the guest ran here and its port had no zone yet; the source did not have them"
 UNADMITTED_REMOVED = f"removed: {UNADMITTED}"
+MAY_HAVE_ENDED = "put in again, and may have ended here while no agent was here to be told"
+MAY_BE_ANOTHER = "there when an agent was started anew, and not as it was sent; left as it is"
+UNTOLD = "put in before an agent was started anew, and not told of since; kept, for the guest runs here"
 NOT_DISCARDED = "not discarded: the firewall failed, and they may have been there before"
 
 
@@ -102,12 +106,17 @@ class DestinationSession(Session):
         self._ports: list[Arriving] = []
         self._unfilled: list[Arriving] = []
         """Of these ports, those for which not all that waits has gone in."""
-        self._waiting: list[bytes] = []
-        """Payloads that may hold flows of ports that are not known yet, or do of a router that is not."""
+        self._waiting: list[tuple[int, bytes]] = []
+        """Payloads, by their numbers, that may hold flows of ports that are not known yet, or do of a router that is
+        not."""
+        self._applied = 0
+        """The payload up to which the journal knows that all is done."""
         self._unverified: list[Unverified] = []
         self._looker = host.looker(session)
         self._findings = Findings()
         self._discarded = 0
+        self._has_renewed = False
+        """Once. Before, where another session goes on with one, nobody may have said yet that the guest has come."""
         self._declared: Collection[str] = ()
         self._has_stopped = False
         """The hypervisor has said so; the session may not have come to it yet."""
@@ -131,27 +140,28 @@ class DestinationSession(Session):
             is_started=former.has("guest started"),
             runs_here=former.has("guest resumed", WAS_HERE),
             has_come=former.has("guest resumed"),
-            has_some=any(len(table) for _, table in former.ports),
+            has_some=any(len(port.flows) + len(port.unsure) for port in former.ports),
             is_held=self._is_held,
             times_asked=self.times_asked,
         )
-        for scope, table in former.ports:
-            port = Arriving(scope)
-            for batch in table.batches():
-                with self.host.deciding(scope):
-                    self.host.arriving.claim(self.id, scope, batch)
+        self.report.named = dict(former.named)
+        for known in former.ports:
+            port = Arriving(known.scope, unsure=known.unsure)
+            for batch in (*known.flows.batches(), *known.unsure.batches()):
+                with self.host.deciding(port.scope):
+                    self.host.arriving.claim(self.id, port.scope, batch)
             if self._has_all:
-                port.held = table
+                port.held = known.flows
             else:
-                port.former = table
+                port.former = known.flows
             self._ports.append(port)
         if self._known.runs_here:
             self.host.arriving_guests.pop(self.id, None)
             self.host.arrived_guests.add(self.guest)
 
-    def _flows_by_port(self) -> FlowsByPort:
+    def _flows_by_port(self) -> tuple[FormerPort, ...]:
         self._settle()
-        return tuple((port.scope, port.put_in()) for port in self._ports)
+        return tuple(FormerPort(port.scope, port.put_in(), port.unsure) for port in self._ports)
 
     def _made_successor(self) -> Session:
         assert self._again is not None
@@ -243,9 +253,10 @@ class DestinationSession(Session):
         is_awaited = self._apply(action.payload, self._ports, is_last=self._known.has_scope)
         # What comes behind something that waits may take it back.
         if not self._known.has_scope and (is_awaited or self._waiting or not self._has_ports):
-            self._waiting.append(action.payload)
+            self._waiting.append((self._payloads, action.payload))
         self._note_last()
         self._settle(until_all=False)
+        self._note_applied()
         return Done("Import")
 
     def _find_scope(self, action: FindScope) -> Done:
@@ -265,19 +276,35 @@ class DestinationSession(Session):
         if fresh:
             self.note_knowledge()  # before anything is put in, or a later start could not find it
         if self._unfilled:
-            are_awaited = [self._apply(payload, self._unfilled, is_last=False) for payload in self._waiting]
+            are_awaited = [self._apply(payload, self._unfilled, is_last=False) for _, payload in self._waiting]
             self._unfilled = []  # only now: a device that fails is tried again, with all that came
             if self._has_ports:
                 self._waiting = self._waiting[(*are_awaited, True).index(True) :]
         # What waits when all ports are known is a router's, and whether something does is known when all has come.
         is_all = action.is_last or (self._has_ports and self._known.in_sync and not self._waiting)
         if is_all:
-            for payload in self._waiting:
+            for _, payload in self._waiting:
                 self._apply(payload, [], is_last=True)
             self._waiting = []
             self.note("scope known")
             self._note_last()
+        self._note_applied()
         return Done("FindScope", len(self._ports), is_all=is_all)
+
+    def _note_applied(self) -> None:
+        """For a later start, which would not know what of a payload is done, and what the guest has ended since."""
+        applied = self._waiting[0][0] - 1 if self._waiting else self._payloads
+        # What a former session was about to do is settled when the source has told all anew.
+        is_settled = self._known.in_sync or not any(len(port.unsure) for port in self._ports)
+        if applied == self._applied or not is_settled or self._unverified or not self._journal_works:
+            return
+        self._applied = applied
+        told = replace(self.report, named={})
+        self._findings.name_in(told)
+        try:
+            self.host.journal.note_applied(self.id, applied, told.named)
+        except JournalError as error:
+            self.lose_journal(error)
 
     @property
     def _has_ports(self) -> bool:
@@ -318,7 +345,7 @@ class DestinationSession(Session):
             return False
         settings = self.host.settings
         octets = compression.decompress(payload, settings.bounds.unpacked_octets)
-        carried = ipfix.decode(octets, enterprise=settings.enterprise)
+        carried = ipfix.decode(octets, enterprise=settings.enterprise, max_octets=settings.bounds.unpacked_octets)
         for element in carried.skipped:
             self.report.remark(f"skipped what is unknown here: {element}")
         domain = self._domain
@@ -372,14 +399,14 @@ class DestinationSession(Session):
             here = gone.take(has_end_in(gone, port.scope.addresses))
             known, ids = port.held.find(here)
             ids[~known] = 0  # of what a former session put in the id is not known
-            known |= port.former.find(here)[0]
+            known |= port.former.find(here)[0] | port.unsure.find(here)[0]
             here = here.take(known)
             # In a shared zone the other end's session may have put the flow in anew, with an id that we do not know.
             here.rows["flowId"] = 0 if port.scope.is_shared else ids[known]
             with self.host.deciding(port.scope):
                 self.host.arriving.withdraw(self.id, port.scope, here)
                 self.host.driver.remove(port.scope, self.host.arriving.unclaimed_by_others(self.id, port.scope, here))
-            for table in (port.held, port.former):
+            for table in (port.held, port.former, port.unsure):
                 table.discard(here)
 
     def _put_in(self, batch: Batch, ports: list[Arriving], came: Batch) -> npt.NDArray[np.bool_]:
@@ -399,11 +426,11 @@ class DestinationSession(Session):
             homeless &= ~here
             mine, theirs = (batch.take(here), came.take(here)) if not here.all() else (batch, came)
             mine = self._with_a_place(port, self._admitted(port, mine, theirs))
-            is_former = port.former.find(mine)[0]
-            if self._known.runs_here:  # what the guest has not ended since is there, and is younger than what came
-                mine = self._untouched(port, mine.take(~is_former))
-            elif is_former.any():
-                port.former.discard(mine)
+            if self._known.runs_here:
+                mine = self._untouched(port, mine)
+            for table in (port.former, port.unsure):
+                if len(table):
+                    table.discard(mine)
             with self.host.deciding(port.scope):
                 scope = self._with_neighbours(port.scope)
                 try:
@@ -429,12 +456,43 @@ class DestinationSession(Session):
     def _untouched(self, port: Arriving, mine: Batch) -> Batch:
         """Less the flows that the guest has changed or ended since they were put in: what came is older than that."""
         self._settle()
-        is_held, rows = port.held.rows_of(mine)
-        if not is_held.any():
+        is_known, is_unsure = np.zeros(len(mine), bool), port.unsure.find(mine)[0]
+        for table in (port.held, port.former, port.unsure):
+            is_known |= table.find(mine)[0]
+        if self._former is None and not is_known.any():
             return mine
         found, is_there = self.host.driver.read_back(port.scope, mine)
-        is_touched = ~is_there | (lost_fields(Batch(mine.template, rows), found.rows) != 0)
-        return mine.take(~(is_held & is_touched))
+        is_as_it_was = np.zeros(len(mine), bool)
+        for table in (port.held, port.former, port.unsure):
+            has_row, rows = table.rows_of(mine)
+            before = Batch(mine.template, rows)
+            is_as_it_was |= (
+                has_row & is_there & ((lost_fields(before, found.rows) == 0) | lacks_bits(before, found.rows))
+            )
+        is_changed = is_known & is_there & ~is_as_it_was
+        is_further = ~is_known & self._is_further(port, mine, found, is_there)
+        for why, which in ((MAY_HAVE_ENDED, is_unsure & ~is_there), (MAY_BE_ANOTHER, is_unsure & is_changed)):
+            if which.any():
+                self.report.name(why, int(np.count_nonzero(which)), names(mine.take(which)))
+        # What another session put in, and the guest has changed, is this one's too from now on.
+        changed = found.take(is_changed & ~port.held.find(mine)[0])
+        port.held.put(changed)
+        for table in (port.former, port.unsure):
+            table.discard(changed)
+        return mine.take((~is_known & ~is_further) | is_as_it_was | (is_unsure & ~is_there))
+
+    def _is_further(
+        self, port: Arriving, mine: Batch, found: Batch, is_there: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        """Of flows that the guest has begun here, what packets have made of them where it was, after the pause.
+
+        A source whose agent was started anew since does not know it from the guest's.
+        """
+        if self._former is None or not mine.template.is_flow:
+            return np.zeros(len(mine), bool)
+        is_further = is_there & lacks_bits(found, mine.rows)
+        found, is_there = self.host.driver.read_back(port.scope, turned_round(mine))
+        return is_further | (is_there & lacks_bits(found, mine.rows))
 
     def _admitted(self, port: Arriving, mine: Batch, theirs: Batch) -> Batch:
         """Those of the port's flows that may come in; the others are refused, and go if they were here before."""
@@ -508,10 +566,12 @@ class DestinationSession(Session):
         self._settle()
         if self._known.in_sync and not self._known.runs_here:
             for port in self._ports:
-                for batch in list(port.former.batches()):  # the source has not told of it: it has ended meanwhile
+                # The source has not told of it: it has ended meanwhile.
+                for batch in (*port.former.batches(), *port.unsure.batches()):
                     self._take_out(batch.identities, [port])
         if self._known.has_last and not self._waiting:
             self._judge_unadmitted()
+        self._note_applied()
         return Done("Verify", self._held_count(), refused=self._findings.refused)
 
     def _settle(self, *, until_all: bool = True) -> None:
@@ -535,10 +595,11 @@ class DestinationSession(Session):
                 for reason in sorted({*made["reason"][came_out(made, Outcome.REFUSED)].tolist()}):
                     self.report.remark(f"more time was refused before the guest came: {WORDS[Reason(reason)]}")
                 vanished = short.take(came_out(made, Outcome.ABSENT))
-                if len(vanished):
+                if len(vanished) and (self._former is None or self._has_renewed):
                     self.report.remark(f"{len(vanished)} flows vanished before the guest came; put in again")
                     self._put_in(vanished, [port], vanished)
         self._settle()
+        self._has_renewed = True
         return Done("Renew")
 
     def _discard(self, action: Discard) -> Done:
@@ -558,10 +619,10 @@ class DestinationSession(Session):
                     self._discarded += self._removed(now, ours, by_id=False)
                     if len(theirs_too):
                         self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
-                for batch in port.former.batches():
+                for batch in (*port.former.batches(), *port.unsure.batches()):
                     self._discarded += self._removed(now, batch, by_id=False)
                 self.host.arriving.release(self.id, port.scope)
-            port.held, port.former, port.doubtful = FlowTable(), FlowTable(), []
+            port.held, port.former, port.unsure, port.doubtful = FlowTable(), FlowTable(), FlowTable(), []
         self.note("discarded")
         return Done("Discard", self._discarded)
 
@@ -667,10 +728,19 @@ class DestinationSession(Session):
         if self._known.runs_here:
             with contextlib.suppress(SamiError):  # what cannot be looked at any more is not counted
                 self._settle()
+                self._name_untold()
         super()._end(outcome, reason)
         for port in self._ports if self._known.runs_here else ():
-            for batch in (*port.held.batches(), *port.former.batches()):
+            for batch in (*port.held.batches(), *port.former.batches(), *port.unsure.batches()):
                 self.host.driver.arrived(port.scope, batch)
+
+    def _name_untold(self) -> None:
+        """What another session put in, and has ended at the source, if it did not end here: who can tell."""
+        for port in self._ports if self._known.in_sync else ():
+            for batch in (*port.former.batches(), *port.unsure.batches()):
+                left = batch.take(self.host.driver.read_back(port.scope, batch)[1])
+                if len(left):
+                    self.report.name(UNTOLD, len(left), names(left))
 
     def _held_count(self) -> int:
         return sum(len(port.held) for port in self._ports)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.drivers.base import Capabilities
 from sami_plugin.errors import SamiError
-from sami_plugin.former import FlowsByPort, Former
+from sami_plugin.former import Former, FormerPort
 from sami_plugin.leaving import (
     KEPT,
     NOT_FOR_THAT_DOMAIN,
@@ -53,7 +53,6 @@ from sami_plugin.model.flows import (
     has_end_in,
     names,
 )
-from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
     Answer,
     Arrived,
@@ -75,6 +74,11 @@ from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Outcome, Reason, cam
 from sami_plugin.model.scope import Scope
 from sami_plugin.notifications import started
 from sami_plugin.session import Actions, Host, Session
+
+TOLD_ALL = frozenset((source.State.DRAINED, source.State.PURGING, source.State.WATCHING, source.State.ENDED))
+"""States of a session that has told the last changes: what is gone since was deleted in the pause, or by it."""
+
+GONE = "told of before, and not at the source any more; sent all the same, for it may have gone since the pause"
 
 REMOVED_AT_A_TIME = 2048
 """Flows that are removed between two moments in which another guest of a shared zone gets its turn."""
@@ -161,20 +165,21 @@ class SourceSession(Session):
             self._known = source.continuing(
                 limits, now, has_all=self._has_all, is_suspended=is_suspended, is_gone=is_gone
             )
-        for scope, table in former.ports:
-            port = Leaving(scope, None)
+        for known in former.ports:
+            port = Leaving(known.scope, None)
             if self._is_recovered or self._has_all:
-                port.exported = table
+                port.exported = known.flows
             else:
-                port.former = table
-            for batch in table.batches():
-                with self.host.deciding(scope):
-                    self.host.leaving.claim(self.id, scope, batch)
+                port.former = known.flows
+            for batch in known.flows.batches():
+                with self.host.deciding(known.scope):
+                    self.host.leaving.claim(self.id, known.scope, batch)
             self._ports.append(port)
 
-    def _flows_by_port(self) -> FlowsByPort:
-        known = tuple((port.scope, port.told()) for port in self._ports)
-        return known or tuple((scope, FlowTable()) for scope in self._scopes)
+    def _flows_by_port(self) -> tuple[FormerPort, ...]:
+        self._note_unsent(self._unsent)  # it may be gone when it is exported again
+        known = tuple(FormerPort(port.scope, port.told()) for port in self._ports)
+        return known or tuple(FormerPort(scope) for scope in self._scopes)
 
     def _made_successor(self) -> Session:
         raise AssertionError("only a destination opens sessions")
@@ -304,10 +309,21 @@ class SourceSession(Session):
                     self._offered.add(piece, self._domain)
                     self.report.name(f"not exported: {piece.reason}", piece.count, piece.examples)
                 elif port.leaves(piece):
+                    piece = self._made_before_the_pause(port, piece)
                     port.former.discard(piece)
                     yield port, piece
             if self._known.is_suspended:  # what was deleted since the pause says nothing, and travels all the same
-                yield from ((port, batch) for batch in port.former.batches())
+                for batch in port.former.batches():
+                    if self._former is not None and self._former.state not in TOLD_ALL:
+                        self.report.name(GONE, len(batch), names(batch))
+                    yield port, batch
+
+    def _made_before_the_pause(self, port: Leaving, piece: Batch) -> Batch:
+        """Less what packets of peers have made since, in the place of flows that were told of and are gone."""
+        if self._former is None or not self._former.has("guest suspended"):
+            return piece
+        known, ids = port.former.find(piece)
+        return piece.take(~(known & (ids != 0) & (ids != piece.rows["flowId"])))
 
     def _export_next(self, action: ExportNext) -> Done:
         pieces, is_all = taken(self._pieces, self.host.settings.batch_flows)

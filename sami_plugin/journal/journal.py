@@ -42,7 +42,9 @@ CREATE TABLE IF NOT EXISTS sessions (
     ports       TEXT NOT NULL DEFAULT '[]',
     flows_until REAL NOT NULL DEFAULT 0,
     destination TEXT NOT NULL DEFAULT '',
-    token       TEXT NOT NULL DEFAULT ''
+    token       TEXT NOT NULL DEFAULT '',
+    applied     INTEGER NOT NULL DEFAULT 0,
+    named       TEXT NOT NULL DEFAULT '{}'
 );
 CREATE TABLE IF NOT EXISTS decisions (
     session     TEXT NOT NULL,
@@ -87,6 +89,11 @@ ALTER TABLE sessions ADD COLUMN flows_until REAL NOT NULL DEFAULT 0;
 ALTER TABLE sessions ADD COLUMN destination TEXT NOT NULL DEFAULT '';
 ALTER TABLE sessions ADD COLUMN token TEXT NOT NULL DEFAULT '';
 """
+_ADDED = """
+ALTER TABLE sessions ADD COLUMN applied INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE sessions ADD COLUMN named TEXT NOT NULL DEFAULT '{}';
+"""
+"""What the first agents of format 2 did not write; they can do with it."""
 
 MOST_REFUSALS = 1000
 """Rows; those that were not seen for longest give way."""
@@ -137,7 +144,9 @@ class Journal:
             if version > FORMAT_VERSION or (read_only and version == 0):
                 raise JournalError(f"{self.path} is no journal of format {FORMAT_VERSION} (it says {version})")
             if not read_only:
+                columns = [row[1] for row in self._db.execute("PRAGMA table_info(sessions)")]
                 later = _SINCE_FORMAT_2 if version == 1 else ""
+                later += _ADDED if version and "applied" not in columns else ""
                 self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}{later}PRAGMA user_version={FORMAT_VERSION};COMMIT")
         except (OSError, sqlite3.Error) as error:
             is_damaged = getattr(error, "sqlite_errorcode", None) in _DAMAGED
@@ -184,8 +193,8 @@ class Journal:
             with self._db:  # commits, or rolls back
                 self._db.execute(
                     "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, heard, ports, "
-                    "destination, token) "
-                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports, destination, token "
+                    "destination, token, applied, named) "
+                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports, destination, token, applied, named "
                     "FROM sessions WHERE session = ?",
                     (session, state, now, known_as, json.dumps(sorted(heard)), former),
                 )
@@ -230,6 +239,14 @@ class Journal:
 
     def keep_payload(self, session: str, number: int, payload: bytes) -> None:
         self._write("INSERT OR REPLACE INTO payloads VALUES (?, ?, ?)", (session, number, payload))
+
+    def note_applied(self, session: str, number: int, named: Mapping[str, Any]) -> None:
+        """What the payloads say up to this one is done: of all behind it, it may be, or may be in part.
+
+        `named` is what the report will say of flows that were not put in as they were sent.
+        """
+        query = "UPDATE sessions SET applied = ?, named = ? WHERE session = ?"
+        self._write(query, (number, json.dumps(named), session))
 
     def end(
         self, session: str, state: str, outcome: str, report: dict[str, Any], *, keep_payloads_seconds: float = 0.0
@@ -336,9 +353,10 @@ class Journal:
             row["actions"] = json.loads(row["actions"])
         return rows
 
-    def payloads(self, session: str) -> Iterator[bytes]:
-        for row in self._read("SELECT payload FROM payloads WHERE session = ? ORDER BY number", (session,)):
-            yield row["payload"]
+    def payloads(self, session: str) -> Iterator[tuple[int, bytes]]:
+        """With their numbers, in order."""
+        for row in self._read("SELECT * FROM payloads WHERE session = ? ORDER BY number", (session,)):
+            yield row["number"], row["payload"]
 
     def newest(self, guest: str) -> str:
         """The id of the guest's newest session; empty where it has none."""

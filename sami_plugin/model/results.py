@@ -145,6 +145,14 @@ def lost_fields(sent: Batch, kept: Rows) -> npt.NDArray[np.uint64]:
     return _differing(sent, kept, NOT_COMPARED)
 
 
+def lacks_bits(sent: Batch, kept: Rows) -> npt.NDArray[np.bool_]:
+    """Per flow, whether a bit that was sent is not there: no flow loses one, so `kept` is another one's."""
+    lacks = np.zeros(len(sent), bool)
+    for name in COMPARED_BITS.keys() & set(kept.dtype.names or ()):
+        lacks |= (sent.rows[name] & ~kept[name] & COMPARED_BITS[name]) != 0
+    return lacks
+
+
 def has_changed(now: Batch, before: Rows) -> npt.NDArray[np.bool_]:
     """Per flow, whether a state field differs from what it was, or the id. That packets were counted is no change."""
     changed: npt.NDArray[np.bool_] = now.rows["flowId"] != before["flowId"]

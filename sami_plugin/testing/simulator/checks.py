@@ -230,7 +230,7 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
     told = list(_tellers(world, guest, flow))
     if flow.was_cleaned and (told or world.hindrances):
         return  # it was gone before anybody at the source could see what it was
-    if not told and (flow.is_lost_unseen or was_seen_by_nobody(world, guest)):
+    if not told and (flow.is_lost_unseen or was_seen_by_nobody(world, guest) or _ran_out_unseen(world, guest, flow)):
         return
     if not told:
         world.violated(
@@ -240,6 +240,17 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
         world.violated(
             WHERE_THE_GUEST_IS, f"{flow.conversation.name} of {guest.name} on {place} {what}; nothing was in the way"
         )
+
+
+def _ran_out_unseen(world: World, guest: Guest, flow: Flow) -> bool:
+    """Whether it ran out where the guest came from, whose agent was down meanwhile: the guest renewed it elsewhere."""
+    return any(
+        guest.moves_since <= until and since <= at
+        for name, intervals in world.away.items()
+        for at in world.devices[name].ran_out.get(flow.conversation.original, ())
+        for since, until in intervals
+        if name != guest.place
+    )
 
 
 def was_seen_by_nobody(world: World, guest: Guest) -> bool:
@@ -262,14 +273,30 @@ def _may_be_refused(world: World) -> bool:
 
 def _tellers(world: World, guest: Guest, flow: Flow) -> Iterator[str]:
     """The sessions whose reports say that the flow was not carried, or that the session failed."""
-    for _, session in world.sessions:
+    for host, session in world.sessions:
         if session.guest != guest.id and not flow.belongs_to(session.guest):
             continue
-        report = session.report
-        if not session.is_over or report.outcome not in CARRIED or _knew_no_port(session):
+        if _says_that_it_failed(world, host, session):
             yield session.id
-        if any(_is_named(told, flow) for told in report.named.values()):
+        if any(_is_named(told, flow) for told in session.report.named.values()):
             yield session.id
+
+
+def _says_that_it_failed(world: World, host: SimulatedHost, session: Session) -> bool:
+    """One that a crash has ended says nothing, nor does one that another went on with.
+
+    But where the guest has moved on since, maybe with nobody there to be told, nobody could say more.
+    """
+    outcome = _outcome(world, host, session)
+    if outcome in ("", Outcome.CONTINUED.value):
+        has_moved_on = session.report.began_at < WALL + world.guests[session.guest].moves_since
+        return (not session.is_over and has_moved_on) or _knew_no_port(session)
+    return outcome not in CARRIED or _knew_no_port(session)
+
+
+def _outcome(world: World, host: SimulatedHost, session: Session) -> str:
+    """How it ended, as far as that was told or written down; empty where it was not."""
+    return session.report.outcome if session.is_over else world.journals[host.name].outcome_of(session.id)
 
 
 def _is_named(told: Mapping[str, Any] | None, flow: Flow) -> bool:
@@ -292,6 +319,9 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
             return  # nobody but a late packet makes an entry without a mark
         owner = next(port.guest for port in flow.owners if port.guest.place == name)
         # Where nobody says that the guest is paused, what ends just before is not told from what ends in the pause.
+        came = max((when for when, _, destination in owner.moves if destination == name), default=math.inf)
+        if came <= flow.ended_at <= world.resumed.get((name, owner.id), -1.0):
+            return  # and was put in again, before it was said that the guest runs there
         if not {UNSAID, PAUSED_EARLY} & world.hindrances.keys() and not list(_tellers(world, owner, flow)):
             world.violated(NOWHERE_ELSE, f"{flow.conversation.name} has ended, and is on {name} still")
         return
@@ -312,7 +342,7 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     came = all(one.role == "destination" and one.report.outcome == MOVED for _, one in sessions)
     if came and {UNSAID, CRASHED} & world.hindrances.keys():
         return  # nobody here knew that it left again
-    says_so = any(one.report.outcome not in CARRIED or _knew_no_port(one) for _, one in sessions)
+    says_so = any(_says_that_it_failed(world, host, one) for host, one in sessions)
     if says_so and (is_hindered or len(sessions) > 1):
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):
@@ -340,9 +370,10 @@ def _is_told_of(
         is_late = any(since <= said and back <= until for since, until in world.away[name])
         if is_noted and left <= said < back and not is_late:
             return True
-    for _, one in sessions:
+    for host, one in sessions:
         began = min((same.report.began_at - WALL for same in _same(world, one) if same.report.steps), default=0.0)
-        has_left = one.role == "source" and one.report.outcome != Outcome.STAYED.value
+        outcome = _outcome(world, host, one)
+        has_left = one.role == "source" and outcome not in ("", Outcome.STAYED.value, Outcome.CONTINUED.value)
         if one.guest == guest.id and has_left and came <= began <= back:
             return True
     return False

@@ -26,6 +26,8 @@ class GuardedDevice(MemoryDevice):
         """By id, when an entry was made."""
         self.by_packets: set[int] = set()
         """Ids of entries that packets made while their guest was not here."""
+        self.ran_out: dict[Tuple, list[float]] = {}
+        """When entries of this tuple ran out here."""
 
     def create(self, place: Place, entry: Entry) -> None:
         super().create(place, entry)
@@ -35,6 +37,8 @@ class GuardedDevice(MemoryDevice):
 
     def drop(self, place: Place, entry: Entry) -> None:
         super().drop(place, entry)
+        if entry.expires <= self._world.now:
+            self.ran_out.setdefault(entry.original, []).append(entry.expires)
         if self._world.acting is not None and entry.expires > self._world.now:
             self._world.guard.taken_out(self, place, entry)
 

@@ -63,6 +63,8 @@ class MemoryJournal(Journal):
             "ports": list(ports),
             "destination": destination,
             "token": token,
+            "applied": 0,
+            "named": {},
         }
         self._disturb("after beginning")
 
@@ -87,6 +89,11 @@ class MemoryJournal(Journal):
         self._before("a payload")
         self._payloads.setdefault(session, {})[number] = payload
         self._disturb("after a payload")
+
+    def note_applied(self, session: str, number: int, named: Mapping[str, Any]) -> None:
+        self._before("what is applied")
+        if session in self._sessions:
+            self._sessions[session].update(applied=number, named=named)
 
     def keep_outgoing(self, guest: str, told: str | None) -> None:
         self._before("what goes out")
@@ -165,10 +172,14 @@ class MemoryJournal(Journal):
     def decisions(self, session: str) -> list[dict[str, Any]]:
         return self._decisions.get(session, [])
 
-    def payloads(self, session: str) -> Iterator[bytes]:
-        yield from self._payloads.get(session, {}).values()
+    def payloads(self, session: str) -> Iterator[tuple[int, bytes]]:
+        yield from sorted(self._payloads.get(session, {}).items())
 
     # What the checks ask.
+
+    def outcome_of(self, session: str) -> str:
+        """How the session ended, if that is written down; else empty."""
+        return self._sessions.get(session, {}).get("outcome") or ""
 
     def has_payloads(self, session: str) -> bool:
         """Whether flows of the session are kept."""
@@ -176,5 +187,5 @@ class MemoryJournal(Journal):
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:
-    told = {name: json.dumps(row[name]) for name in ("heard", "ports", "report") if row[name] is not None}
+    told = {name: json.dumps(row[name]) for name in ("heard", "ports", "report", "named") if row[name] is not None}
     return {**row, **told}

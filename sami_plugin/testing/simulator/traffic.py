@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sami_plugin.model.flows import FlowStatus
 from sami_plugin.testing.simulator.guests import KINDS, Flow, Guest, Port, addresses_of, conversation, turned
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Traffic:
         elif choice < 0.9:
             self._world.tell(host, f"{flow.conversation.name} ends")
             flow.is_live = False
+            flow.ended_at = self._world.now
             self._device(host).drop(self._place(flow, host), entry)
             if choice < 0.7 and len(flow.owners) == 1:  # the same tuple is used again
                 self._world.tell(host, f"{flow.conversation.name} begins again")
@@ -146,6 +148,7 @@ class Traffic:
             met = turned(met) or met
             self._world.flows.setdefault(met.original, flow)
         entry = met.entry(now + met.lifetime, 0)
+        entry.row["conntrackStatus"] = FlowStatus.CONFIRMED
         self._world.tell(host, f"a packet of {met.name} makes an entry")
         device.create((None, zone), entry)
         device.by_packets.add(entry.flow_id)

@@ -61,10 +61,10 @@ def test_payloads_are_kept_until_the_session_ends_and_the_report_after_it(journa
     journal.keep_payload(ONE, 2, b"second")
     journal.keep_payload(ONE, 1, b"first")
     journal.keep_payload(TWO, 1, b"other")
-    assert list(journal.payloads(ONE)) == [b"first", b"second"]
+    assert list(journal.payloads(ONE)) == [(1, b"first"), (2, b"second")]
     journal.end(ONE, "ended", "moved", {"flows": {"exported": 3}})
     assert list(journal.payloads(ONE)) == []
-    assert list(journal.payloads(TWO)) == [b"other"]
+    assert list(journal.payloads(TWO)) == [(1, b"other")]
     (row,) = (row for row in journal.sessions() if row["session"] == ONE)
     assert (row["state"], row["outcome"], json.loads(row["report"])) == ("ended", "moved", {"flows": {"exported": 3}})
     assert row["ended_at"] >= row["started_at"]
@@ -109,12 +109,27 @@ def test_journal_of_format_1_is_read_on(path: Path) -> None:
         journal.close()
 
 
+def test_journal_of_before_it_was_noted_what_is_done_has_nothing_that_is(path: Path) -> None:
+    journal = Journal(path)
+    begin(journal)
+    journal.close()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.executescript("ALTER TABLE sessions DROP COLUMN applied; ALTER TABLE sessions DROP COLUMN named;")
+    for applied in (0, 3):
+        journal = Journal(path)
+        (row,) = journal.unfinished()
+        assert (row["applied"], json.loads(row["named"])) == (applied, {"refused": 1} if applied else {})
+        journal.note_applied(ONE, 3, {"refused": 1})
+        journal.close()
+
+
 def test_session_with_which_another_goes_on_leaves_it_everything(journal: Journal) -> None:
     begin(journal)
     journal.know(ONE, peer="host-c", ports=[{"port": "tap"}])
     journal.keep_payload(ONE, 3, b"flows")
     journal.go_on(ONE, TWO, ONE, "drained", {"guest suspended"}, {"outcome": "continued"})
-    assert (list(journal.payloads(ONE)), list(journal.payloads(TWO)), journal.payload_count(TWO)) == ([], [b"flows"], 3)
+    kept = list(journal.payloads(ONE)), list(journal.payloads(TWO)), journal.payload_count(TWO)
+    assert kept == ([], [(3, b"flows")], 3)
     (row,) = journal.unfinished()
     assert (row["session"], row["known_as"], row["peer"], row["state"]) == (TWO, ONE, "host-c", "drained")
     assert (json.loads(row["heard"]), json.loads(row["ports"])) == (["guest suspended"], [{"port": "tap"}])
@@ -130,7 +145,7 @@ def test_payloads_that_may_be_asked_for_late_outlive_their_session_for_a_while(j
     journal.end(ONE, "ended", "purged without arrival", {}, keep_payloads_seconds=60.0)
     begin(journal, TWO)
     journal.end(TWO, "ended", "moved", {})
-    assert list(journal.payloads(ONE)) == [b"flows"]
+    assert list(journal.payloads(ONE)) == [(1, b"flows")]
     journal._db.execute("UPDATE sessions SET flows_until = 0")
     journal.end(TWO, "ended", "moved", {})
     assert list(journal.payloads(ONE)) == []
@@ -238,7 +253,7 @@ def test_what_was_written_is_there_after_the_writer_was_killed(path: Path) -> No
     numbers = [row["number"] for row in journal.decisions("s")]
     assert numbers == list(range(1, len(numbers) + 1))
     assert len(numbers) >= told
-    assert [len(payload) for payload in journal.payloads("s")][: len(numbers)] == numbers
+    assert [len(payload) for _, payload in journal.payloads("s")][: len(numbers)] == numbers
     journal.close()
 
 
@@ -387,7 +402,7 @@ def test_journal_takes_no_more_room_than_it_may(tmp_path: Path) -> None:
     assert kept[0] == last
     assert kept[-1] == "under way"
     assert 5 < len(kept) < 25
-    assert [len(one) for one in made.payloads("under way")] == [100_000]
+    assert [len(one) for _, one in made.payloads("under way")] == [100_000]
     made.close()
     assert path.stat().st_size < 1.2 * (1 << 20)
 

@@ -10,9 +10,10 @@ from unittest import mock
 
 import numpy as np
 
+from sami_plugin import former as formers
 from sami_plugin import session as sessions
 from sami_plugin.agent import Agent
-from sami_plugin.arriving import Findings
+from sami_plugin.arriving import Arriving, Findings
 from sami_plugin.channel.ordering import Inbox
 from sami_plugin.channel.tls import Channel
 from sami_plugin.drivers.base import Changes
@@ -284,9 +285,21 @@ def a_new_start_forgets_who_is_on_the_way() -> Any:
     return mock.patch.object(OutgoingGuests, "read", nothing)
 
 
-@fault(1500, crash=1.0, moves=3, loss=0.0, abort=0.0)
-def what_came_again_while_no_agent_was_there_is_taken_for_gone() -> Any:
-    return mock.patch.object(Agent, "_is_here", return_value=False)
+@fault(1000, crash=1.0)
+def a_new_start_takes_for_put_in_what_it_only_has_written_down() -> Any:
+    real = formers._tell
+    return mock.patch.object(formers, "_tell", lambda ports, batch, *, is_sure: real(ports, batch, is_sure=True))
+
+
+@fault(1000, crash=1.0)
+def what_is_put_in_already_is_not_told_anew_to_who_goes_on() -> Any:
+    return mock.patch.object(
+        DestinationSession, "_untouched", lambda self, port, mine: mine.take(~is_known(port, mine))
+    )
+
+
+def is_known(port: Arriving, mine: Batch) -> Any:
+    return port.held.find(mine)[0] | port.former.find(mine)[0] | port.unsure.find(mine)[0]
 
 
 @fault(500, crash=1.0, is_shared=1.0, guests=2, residents=0, abort=0.5)
