@@ -389,7 +389,8 @@ class Agent:
                 return self._expect(event, origin)
             case Phase.STARTED:
                 # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
-                if all(one.refusal is not None for one in self._sessions_of(event.guest, DestinationSession)):
+                coming = self._sessions_of(event.guest, DestinationSession)
+                if all(one.refusal is not None or one.has_stopped for one in coming):
                     refused_from, until = self._refused.pop(event.guest, ("", 0.0))
                     if until < self.host.monotonic() or (origin is not None and origin.host == self.host.name):
                         refused_from = ""  # it starts here
@@ -707,7 +708,8 @@ class Agent:
         with self._lock:  # the hook and Nova may say it at the same time
             session = next(iter(self._sessions_of(event.guest, DestinationSession)), None)
             token = origin.token if origin is not None else ""
-            if session is None or not session.is_about(source):
+            is_another = session is not None and event.phase is Phase.PREPARE and session.is_started
+            if session is None or is_another or not session.is_about(source):
                 self._make_room(event.guest)
                 # Whether that was said or not.
                 self._has_gone(MigrationEvent(event.guest, Phase.STOPPED, role="source"))

@@ -132,7 +132,19 @@ class Findings:
     def refuse(self, batch: Batch, reason: Reason) -> None:
         """Files flows that are not in the device."""
         if len(batch):
+            self.forget(batch)
             self._refused.setdefault(reason, FlowTable()).put(batch)
+
+    def has(self, batch: Batch) -> npt.NDArray[np.bool_]:
+        """Which of these flows were there already, or were refused: the source has told of them."""
+        known = np.zeros(len(batch), bool)
+        for table in (self._present, *self._refused.values()):
+            known |= table.find(batch)[0]
+        return known
+
+    def refused_flows(self) -> list[Batch]:
+        """What is not in the device, by this host's names."""
+        return [batch for table in self._refused.values() for batch in table.batches()]
 
     def refuse_ambiguous(self, came: Batch) -> None:
         """Files flows that have no name here, by the source's."""

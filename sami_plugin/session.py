@@ -663,6 +663,7 @@ class Session(abc.ABC):
 
     def _as_former(self) -> Former:
         """What another session needs to go on with this one."""
+        ports = self._flows_by_port()  # first: what it notes for that is a payload too
         return Former(
             self.id,
             self.known_as,
@@ -674,7 +675,7 @@ class Session(abc.ABC):
             self.token,
             self._payloads,
             frozenset(self._heard_of),
-            self._flows_by_port(),
+            ports,
             self.report.named if self._state_before in ("complete", "arrived") else {},  # else all is told anew
         )
 

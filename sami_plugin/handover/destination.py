@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import JournalError, SamiError
 from sami_plugin.former import WAS_HERE, Former, FormerPort
 from sami_plugin.migration import destination
+from sami_plugin.migration.claims import place_of
 from sami_plugin.migration.decision import (
     Action,
     Ask,
@@ -115,10 +117,12 @@ class DestinationSession(Session):
         self._looker = host.looker(session)
         self._findings = Findings()
         self._discarded = 0
+        self._has_found = False
+        """The finder has told this session of a port of the guest."""
         self._has_renewed = False
         """Once. Before, where another session goes on with one, nobody may have said yet that the guest has come."""
         self._declared: Collection[str] = ()
-        self._has_stopped = False
+        self.has_stopped = False
         """The hypervisor has said so; the session may not have come to it yet."""
         self.after: tuple[str, ...] = ()
         """This host's former sessions with the guest, as far as they may still be heard of, newest last."""
@@ -261,10 +265,15 @@ class DestinationSession(Session):
 
     def _find_scope(self, action: FindScope) -> Done:
         """Looks for ports that were not known yet; what came before goes in for each as soon as it is known."""
-        known = {port.scope.port for port in self._ports}
-        found = [scope for scope in self.host.scopes.find(self.guest) if scope.port not in known]
-        if found and not self.host.may_put_in(self.guest):
+        here = self.host.scopes.find(self.guest)
+        self._has_found |= bool(here)
+        changed = [(port, now) for port in self._ports if (now := _now(port.scope, here)) is not None]
+        known = {port.scope.port for port in self._ports} | {now.port for _, now in changed}
+        found = [scope for scope in here if scope.port not in known]
+        if (found or changed) and not self.host.may_put_in(self.guest):
             return Done("FindScope", len(self._ports), is_all=False)
+        for port, now in changed:
+            self._move(port, now)
         fresh = [Arriving(scope) for scope in found]
         for port in fresh:
             self.host.driver.attend(port.scope.namespace)
@@ -299,12 +308,29 @@ class DestinationSession(Session):
         if applied == self._applied or not is_settled or self._unverified or not self._journal_works:
             return
         self._applied = applied
-        told = replace(self.report, named={})
+        told = replace(self.report, named=deepcopy(self.report.named))
         self._findings.name_in(told)
         try:
             self.host.journal.note_applied(self.id, applied, told.named)
         except JournalError as error:
             self.lose_journal(error)
+
+    def _move(self, port: Arriving, now: Scope) -> None:
+        """The port has another zone, or is better known: puts in there what was put in before, and what was refused.
+
+        Another zone: after a migration of which nobody said that it was given up. Better known: a firewall is
+        programmed bit by bit, one family of addresses after the other.
+        """
+        self._settle()
+        again = [batch.take(now.owns(batch)) for batch in self._findings.refused_flows()]
+        if place_of(now) != place_of(port.scope):
+            again += port.held.batches()
+            self._empty(port)
+        port.scope = now
+        self.note_knowledge()
+        for one in _masters_first([Carried(batch, batch) for batch in again]):
+            self._findings.forget(one.batch)
+            self._put_in(one.batch, [port], one.came)
 
     @property
     def _has_ports(self) -> bool:
@@ -327,10 +353,10 @@ class DestinationSession(Session):
                 found, is_there = self.host.driver.read_back(port.scope, batch)
                 is_same = is_there & (found.rows["flowId"] == batch.rows["flowId"])
                 with self.host.deciding(port.scope):
-                    left = batch.take(is_same & ~port.held.find(batch)[0])
+                    left = batch.take(is_same & ~port.held.find(batch)[0] & ~self._findings.has(batch))
                     left = self.host.arriving.unclaimed_by_others(self.id, port.scope, left)
                     if is_removing:
-                        removed = self.host.driver.remove(port.scope, left.identities)
+                        removed = self.host.driver.remove(self._with_neighbours(port.scope), left.identities)
                         left = left.take(came_out(removed, Outcome.REMOVED))
                 if len(left):
                     self.report.name(UNADMITTED_REMOVED if is_removing else UNADMITTED, len(left), names(left))
@@ -394,7 +420,8 @@ class DestinationSession(Session):
     def _take_out(self, gone: Batch, ports: list[Arriving]) -> None:
         """What the source lost goes here too, if it was this session that put it in."""
         self._settle()  # what was put in a moment ago is among what is held only then
-        self._findings.forget(gone)
+        theirs = tuple(address for port in ports for address in port.scope.addresses)
+        self._findings.forget(gone if len(ports) == len(self._ports) else gone.take(has_end_in(gone, theirs)))
         for port in ports:
             here = gone.take(has_end_in(gone, port.scope.addresses))
             known, ids = port.held.find(here)
@@ -405,7 +432,9 @@ class DestinationSession(Session):
             here.rows["flowId"] = 0 if port.scope.is_shared else ids[known]
             with self.host.deciding(port.scope):
                 self.host.arriving.withdraw(self.id, port.scope, here)
-                self.host.driver.remove(port.scope, self.host.arriving.unclaimed_by_others(self.id, port.scope, here))
+                # A former session's may be what was there before it.
+                scope = port.scope if self._former is None else self._with_neighbours(port.scope)
+                self.host.driver.remove(scope, self.host.arriving.unclaimed_by_others(self.id, scope, here))
             for table in (port.held, port.former, port.unsure):
                 table.discard(here)
 
@@ -576,7 +605,13 @@ class DestinationSession(Session):
 
     def _settle(self, *, until_all: bool = True) -> None:
         while self._unverified and (until_all or self._unverified[0].look.done()):
-            self._findings.settle(self._unverified[0])
+            first = self._unverified[0]
+            try:
+                self._findings.settle(first)
+            except SamiError:  # who tries again looks again
+                look = self._looker.submit(self.host.driver.read_back, first.port.scope, first.batch)
+                self._unverified[0] = replace(first, look=look)
+                raise
             del self._unverified[0]  # only now: what cannot be looked at may have to be discarded all the same
 
     def _renew(self, action: Renew) -> Done:
@@ -585,6 +620,10 @@ class DestinationSession(Session):
         hold = self.host.settings.limits.hold_seconds
         age = self.host.monotonic() - self._began_at
         for port in self._ports:
+            for table in (port.former, port.unsure):  # of which the source may tell when it is there again
+                for batch in (known for known in table.batches() if known.template.is_renewed):
+                    batch.rows["remainingTimeoutSeconds"] = hold
+                    self.host.driver.renew(port.scope, batch)
             for batch in (held for held in port.held.batches() if held.template.is_renewed):
                 # The rows are as they were when they were looked at, which is no longer ago than the session is old.
                 # What is no flow is looked after whatever time it has: its device may have begun anew.
@@ -610,21 +649,25 @@ class DestinationSession(Session):
             part.port.former.put(part.batch.take(came_out(part.made, Outcome.IMPORTED)))
         self._unverified = []
         for port in self._ports:
-            with self._unless_gone(port.scope), self.host.deciding(port.scope):
-                # A guest at the other end may have come to stay meanwhile, and its session be over: the flow is its.
-                now = self._with_arrived(port.scope)
-                for batch in port.held.batches():
-                    self._discarded += self._removed(now, batch, by_id=not port.scope.is_shared)
-                for ours, theirs_too in port.doubtful_parts():
-                    self._discarded += self._removed(now, ours, by_id=False)
-                    if len(theirs_too):
-                        self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
-                for batch in (*port.former.batches(), *port.unsure.batches()):
-                    self._discarded += self._removed(now, batch, by_id=False)
-                self.host.arriving.release(self.id, port.scope)
-            port.held, port.former, port.unsure, port.doubtful = FlowTable(), FlowTable(), FlowTable(), []
+            self._empty(port)
         self.note("discarded")
         return Done("Discard", self._discarded)
+
+    def _empty(self, port: Arriving) -> None:
+        """Removes by name what this session put in for the port, and no other session claims."""
+        with self._unless_gone(port.scope), self.host.deciding(port.scope):
+            # A guest at the other end may have come to stay meanwhile, and its session be over: the flow is its.
+            now = self._with_arrived(port.scope)
+            for batch in port.held.batches():
+                self._discarded += self._removed(now, batch, by_id=not port.scope.is_shared)
+            for ours, theirs_too in port.doubtful_parts():
+                self._discarded += self._removed(now, ours, by_id=False)
+                if len(theirs_too):
+                    self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
+            for batch in (*port.former.batches(), *port.unsure.batches()):
+                self._discarded += self._removed(now, batch, by_id=False)
+            self.host.arriving.release(self.id, port.scope)
+        port.held, port.former, port.unsure, port.doubtful = FlowTable(), FlowTable(), FlowTable(), []
 
     def _removed(self, scope: Scope, batch: Batch, *, by_id: bool) -> int:
         victims = self.host.arriving.unclaimed_by_others(self.id, scope, batch).identities
@@ -639,13 +682,18 @@ class DestinationSession(Session):
 
         Either may be unknown yet, and is the same then.
         """
-        is_open = destination.is_open(self._known) and not self._has_stopped
+        is_open = destination.is_open(self._known) and not self.has_stopped
         return is_open and (source == self.peer or not source or not self.peer)
 
     @property
+    def is_started(self) -> bool:
+        """Whether the guest's process is here, by the hypervisor's word."""
+        return self._known.is_started
+
+    @property
     def lacks_ports(self) -> bool:
-        """Whether this session goes on with another one, and none of the guest's ports is known."""
-        return self._former is not None and not self._ports
+        """Whether this session goes on with another one, and nothing has told it where the guest's ports are now."""
+        return self._former is not None and not self._has_found
 
     @property
     def is_held_up(self) -> bool:
@@ -718,7 +766,7 @@ class DestinationSession(Session):
 
     def _note_phase(self, event: MigrationEvent) -> None:
         self.note(event.phase.value)
-        self._has_stopped |= event.phase is Phase.STOPPED
+        self.has_stopped |= event.phase is Phase.STOPPED
         if event.phase is Phase.RESUMED:
             self.host.arriving_guests.pop(self.id, None)
             self.host.arrived_guests.add(self.guest)
@@ -756,6 +804,19 @@ class DestinationSession(Session):
                 self.host.arriving.release(self.id, port.scope)
         self.host.arriving_guests.pop(self.id, None)
         self.host.release_places(self.id)
+
+
+def _now(before: Scope, here: tuple[Scope, ...]) -> Scope | None:
+    """What is known now of this port, whose tap may have another name by now; None where that is nothing new."""
+    same = [scope for scope in here if scope.port == before.port]
+    others = [one for one in here if one.zones.keys() == before.zones.keys() and {*one.addresses} & {*before.addresses}]
+    now = next(iter(same or others), None)
+    return None if now is None or _essence(now) == _essence(before) else now
+
+
+def _essence(scope: Scope) -> tuple[object, ...]:
+    addresses = frozenset(scope.addresses), frozenset(scope.translations)
+    return scope.port, place_of(scope), *addresses, scope.is_shared, scope.barred_marks
 
 
 def _masters_first(arrived: list[Carried]) -> list[Carried]:

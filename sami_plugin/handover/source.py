@@ -491,6 +491,8 @@ class SourceSession(Session):
             if not is_allowed:
                 self.report.remark("the guest is back and its flows with it; what it left here before was not removed")
                 return Done("Purge", refused=self._exported_count())
+            self._left = self._kept_for_others = 0  # of a purge that failed half-way
+            self.report.named.pop(KEPT, None)
             self._note_unsent(self._unsent)
             for port in self._ports:
                 with self._unless_gone(port.scope):

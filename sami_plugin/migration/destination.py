@@ -66,6 +66,8 @@ from sami_plugin.model.verdict import Verdict
 
 NO_ANSWER = "the source did not answer; is its agent running?"
 ZONE_POLL_SECONDS = 0.02
+REFUSED_SECONDS, REFUSED_POLL_SECONDS = 2.0, 0.2
+"""So long, and so often, it is looked again where a guest's ports are after something of it was refused."""
 MOST_TIMES_ASKED = 32
 """Each new start of the source's agent takes one; more than that is no accident."""
 
@@ -108,6 +110,8 @@ class Destination:
     ports: int | None = None
     """How many the source offered; None before it answered."""
     has_scope: bool = False
+    look_until: float = 0.0
+    """Until then what was refused may be taken yet: a port that was found may become better known."""
     zone_deadline: float = 0.0
     renew_at: float = math.inf
     has_last: bool = False
@@ -166,8 +170,8 @@ def begin(session: Destination, source: str, now: float) -> Decision:
     if session.state is State.COMPLETE:
         asked: list[Action] = [Ask(source, has_all=True)]
         if session.runs_here:
-            session, more = _tell_arrival(session, now)
-            return session, asked + more
+            session, (wake, arrived) = _tell_arrival(session, now)
+            return session, [wake, *asked, arrived]
         return session, [*asked, _next_wake(session, now)]
     return _ask(session, source, now) if source else (session, [_next_wake(session, now)])
 
@@ -225,10 +229,12 @@ def _offered(session: Destination, event: Event, now: float) -> Decision:
         ports=offer.ports,
         has_scope=offer.ports == 0,
     )
-    actions: list[Action] = [FindScope()] if session.is_started else []
+    actions: list[Action] = [_next_wake(session, now)]
     if may_refuse or offer.version > 1:
         actions.append(Negotiate(offer, may_refuse))
-    return session, [*actions, _next_wake(session, now)]
+    if session.is_started:  # last, for where it fails nothing behind it is done
+        actions.append(FindScope())
+    return session, actions
 
 
 def _negotiated(session: Destination, event: Event, now: float) -> Decision:
@@ -290,7 +296,7 @@ def _started(session: Destination, event: Event, now: float) -> Decision:
     actions: list[Action] = [FindScope()] if session.ports else []
     if session.verdict in (None, Verdict.ASK):  # who was held up has gone on
         session, more = _go_on(session, now)
-        actions += more
+        actions = [*more, *actions]
     return session, actions
 
 
@@ -335,7 +341,9 @@ def _verified(session: Destination, event: Event, now: float) -> Decision:
         has_caught_up=session.has_caught_up or (session.in_sync and session.has_scope),
     )
     if not (session.has_last and session.has_scope):
-        return session, []
+        if session.refused and not session.look_until:
+            session = replace(session, look_until=now + REFUSED_SECONDS)
+        return session, [_next_wake(session, now)] if _looks_again(session, now) else []
     session = replace(session, state=State.COMPLETE)
     actions: list[Action] = [Say(Complete(session.imported, session.refused), is_durable=True)]
     if session.has_come:
@@ -354,8 +362,8 @@ def _runs_complete(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _tell_arrival(session: Destination, now: float) -> Decision:
-    actions: list[Action] = [Say(Arrived(), is_durable=True), WakeAt(now + session.limits.arrival_seconds)]
-    return replace(session, state=State.ARRIVED), actions
+    wake = WakeAt(now + session.limits.arrival_seconds)
+    return replace(session, state=State.ARRIVED), [wake, Say(Arrived(), is_durable=True)]
 
 
 def _never_found(session: Destination, event: Event, now: float) -> Decision:
@@ -384,15 +392,21 @@ def _tick(session: Destination, event: Event, now: float) -> Decision:
         session = replace(session, kept_until=math.inf)
         actions.append(LapsePlaces("they were kept for reservation_seconds"))
     if _looks_for_scope(session):
-        actions.append(FindScope(is_last=now >= session.zone_deadline))
+        look = [FindScope(is_last=now >= session.zone_deadline)]
+    else:
+        look = [FindScope()] if _looks_again(session, now) else []
     if now >= session.renew_at and not session.runs_here:
         session = replace(session, renew_at=now + session.limits.hold_seconds / 3)
         actions.append(Renew())
-    return session, [*actions, _next_wake(session, now)]
+    return session, [*actions, _next_wake(session, now), *look]  # which may fail, and nothing behind it would be done
 
 
 def _looks_for_scope(session: Destination) -> bool:
     return session.is_started and session.ports is not None and not session.has_scope
+
+
+def _looks_again(session: Destination, now: float) -> bool:
+    return session.state is State.RECEIVING and session.has_scope and now < session.look_until
 
 
 def _next_wake(session: Destination, now: float) -> WakeAt:
@@ -401,6 +415,8 @@ def _next_wake(session: Destination, now: float) -> WakeAt:
     times = [session.deadline, session.verdict_deadline, session.kept_until]
     if _looks_for_scope(session):
         times.append(now + ZONE_POLL_SECONDS)
+    elif _looks_again(session, now):
+        times.append(now + REFUSED_POLL_SECONDS)
     if not session.runs_here:
         times.append(session.renew_at)
     return WakeAt(max(now, min(times)))

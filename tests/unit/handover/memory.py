@@ -77,9 +77,9 @@ def held(hosts: Hosts, host: str, zone: int | None = None) -> set[tuple[int, int
     return found
 
 
-def ports(hosts: Hosts, host: str) -> set[int]:
+def ports(hosts: Hosts, host: str, zone: int | None = None) -> set[int]:
     """Source port of each flow in the host's zone."""
-    return {port for port, _ in held(hosts, host)}
+    return {port for port, _ in held(hosts, host, zone)}
 
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:

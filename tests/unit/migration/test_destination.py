@@ -55,7 +55,7 @@ FLOWS, IN_SYNC = PeerSaid(Flows(b"flows")), PeerSaid(InSync(1))
 CHANGES, LAST = (PeerSaid(FlowChanges(b"changes", is_last=is_last)) for is_last in (False, True))
 PURGED, STAYS, GIVES_UP = PeerSaid(Purged(1, 0)), PeerSaid(Stays("stays")), PeerSaid(GivesUp("no"))
 STARTED, RESUMED, STOPPED = map(guest, (Phase.STARTED, Phase.RESUMED, Phase.STOPPED))
-ARRIVES = [Say(Arrived(), is_durable=True), WakeAt(20.0)]
+ARRIVES = [WakeAt(20.0), Say(Arrived(), is_durable=True)]
 
 ASKS = destination.begin(destination.new(LIMITS, 0.0), "host-a", 0.0)[1]
 NOT_ALL = PeerSaid(Purged(5, 2))
@@ -112,7 +112,9 @@ READ_BACK = Done("Verify", 7, refused=2)
         ((OFFERED, STARTED, SCOPE_FOUND, LAST), [Import(b"changes"), Verify()]),
         ((OFFERED, LAST), [Import(b"changes")]),
         ((OFFERED, LAST, STARTED, SCOPE_FOUND), [Verify(), WakeAt(3.0)]),
-        ((OFFERED, STARTED, SCOPE_FOUND, READ_BACK), []),
+        ((OFFERED, STARTED, SCOPE_FOUND, READ_BACK), [WakeAt(destination.REFUSED_POLL_SECONDS)]),
+        ((OFFERED, STARTED, SCOPE_FOUND, Done("Verify", 7)), []),
+        ((STARTED, OFFERED), [WakeAt(destination.ZONE_POLL_SECONDS), FindScope()]),
         ((OFFERED, STARTED, SCOPE_FOUND, LAST, READ_BACK), [Say(Complete(7, 2), is_durable=True)]),
         ((PeerSaid(Offer(1, 0)), LAST), [Import(b"changes"), Verify()]),
         ((OFFERED, STARTED, SCOPE_FOUND, LAST, READ_BACK, RESUMED), ARRIVES),

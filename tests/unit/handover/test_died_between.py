@@ -1,0 +1,191 @@
+"""An agent dies between writing down and doing: what is done and what is not are told apart when it is there again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.handover import SourceSession
+from sami_plugin.migration.decision import StartExport
+from sami_plugin.model.flows import Batch
+from sami_plugin.model.migration import Phase
+from sami_plugin.model.results import Results
+from sami_plugin.model.scope import Scope
+from sami_plugin.testing.hosts import Hosts
+from tests.unit.handover.memory import (
+    GUEST_ADDRESS,
+    ZONES,
+    begin,
+    finish,
+    guest_with_flows,
+    held,
+    hosts_in,
+    limited,
+    mark,
+    ports,
+    report,
+    tcp_flows,
+    until,
+    until_idle,
+)
+from tests.unit.handover.test_recovery import words
+
+ALL = set(range(1000, 1100))
+FIRST_TEN = set(range(1000, 1010))
+
+
+class Dies(MemoryDriver):
+    """The session that does what it is not to do ends there, as with its agent."""
+
+    at = ""
+    has_died = False
+
+    def insert(self, scope: Scope, batch: Batch) -> Results:
+        self._die("insert")
+        return super().insert(scope, batch)
+
+    def remove(self, scope: Scope, identities: Batch) -> Results:
+        self._die("remove")
+        return super().remove(scope, identities)
+
+    def _die(self, at: str) -> None:
+        if at == self.at:
+            self.at, self.has_died = "", True
+            raise SystemExit
+
+
+def mortal(name: str) -> MemoryDriver:
+    return (Dies if name == "host-b" else MemoryDriver)(MemoryDevice(name))
+
+
+def die(hosts: Hosts) -> None:
+    """The destination's agent has died where it was to, and its host's hypervisor is heard by nobody."""
+    driver = hosts.drivers["host-b"]
+    assert isinstance(driver, Dies)
+    until(lambda: driver.has_died)
+    hosts.kill("host-b")
+
+
+def leave(hosts: Hosts, guest: str) -> None:
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.unplug("host-a", guest)
+    hosts.say("host-a", Phase.STOPPED, guest)
+
+
+def test_flows_that_were_written_down_and_not_put_in_are_put_in_by_the_next_agent(tmp_path: Path) -> None:
+    """The guest runs there by then, so what is missing might be what it has ended."""
+    with hosts_in(tmp_path, driver=mortal) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        until(lambda: hosts.has_step("host-b", guest, "in sync"))
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.drivers["host-b"].at = "insert"  # type: ignore[attr-defined]
+        words(hosts, guest, ("host-b", Phase.STARTED))
+        die(hosts)
+        leave(hosts, guest)
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.RESUMED))
+        until_idle(hosts)
+        assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
+        assert any("may have ended here" in reason for reason in report(hosts, "host-b", guest)["named"])
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_removal_that_was_written_down_and_not_done_is_done_by_the_next_agent(tmp_path: Path, comes: bool) -> None:
+    with hosts_in(tmp_path, driver=mortal) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.drivers["host-b"].at = "remove"  # type: ignore[attr-defined]
+        hosts.drivers["host-a"].remove(hosts.scope("host-a", guest), tcp_flows(10).identities)
+        die(hosts)
+        hosts.start("host-b")
+        if comes:
+            words(hosts, guest, ("host-b", Phase.STARTED))
+            until(lambda: ports(hosts, "host-b") == ALL - FIRST_TEN)
+            finish(hosts, guest)
+        else:
+            hosts.say("host-a", Phase.ROLLBACK, guest)
+            words(hosts, guest, ("host-b", Phase.STOPPED))
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == (ALL - FIRST_TEN if comes else set())
+
+
+def test_what_changed_at_the_source_while_its_agent_was_away_is_taken_where_the_guest_did_not_change_it(
+    tmp_path: Path,
+) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        here = hosts.scope("host-a", guest)
+        hosts.kill("host-a")
+        mark(hosts, "host-a", guest, 1003, 7)
+        mark(hosts, "host-a", guest, 1004, 7)
+        hosts.drivers["host-a"].remove(here, tcp_flows(1, first_port=1005).identities)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        mark(hosts, "host-b", guest, 1004, 8)
+        hosts.drivers["host-b"].remove(hosts.scope("host-b", guest), tcp_flows(1, first_port=1006).identities)
+        hosts.start("host-a")
+        hosts.unplug("host-a", guest)
+        words(hosts, guest, ("host-a", Phase.STOPPED))
+        until_idle(hosts)
+        marks = {port: value for port, value in held(hosts, "host-b") if value}
+        assert (marks, held(hosts, "host-a")) == ({1003: 7, 1004: 8}, set())
+        assert ports(hosts, "host-b") == ALL - {1006}
+        (gone,) = (told for why, told in report(hosts, "host-a", guest)["named"].items() if "not at the source" in why)
+        assert gone["count"] == 1
+
+
+def test_what_was_exported_and_not_told_yet_is_the_next_session_s_too(tmp_path: Path) -> None:
+    """It may be gone when that exports; and what that writes down comes behind it."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        host = hosts.agents["host-a"].host
+        session = SourceSession(host, host.new_id(), guest, "host-b", lambda _: None, is_outgoing=True)
+        host.journal.begin(session.id, guest, "source", "host-b", "offered")
+        session._start_export(StartExport())
+        session._line_up(session._pieces)
+        former = session._as_former()
+        assert sum(len(port.flows) for port in former.ports) == 100
+        assert former.payloads == host.journal.payload_count(session.id) > 0
+        session._let_go()
+        session.line.finish()
+
+
+def test_what_was_refused_is_named_by_the_next_agent_too(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.drivers["host-b"].device.faults.refuse = lambda batch: batch.rows["sourceTransportPort"] < 1010
+        begin(hosts, guest)
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        until(lambda: all(one._state() == "complete" for one in hosts.agents["host-b"].sessions()))
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        hosts.unplug("host-a", guest)
+        words(hosts, guest, ("host-b", Phase.RESUMED), ("host-a", Phase.STOPPED))
+        until_idle(hosts)
+        assert sum(told["count"] for told in report(hosts, "host-b", guest)["named"].values()) == 10
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_next_migration_finds_the_port_in_the_zone_that_it_has_then(tmp_path: Path, killed: bool) -> None:
+    """Nobody said that the first one was given up: the session is the same, or that of an agent of before."""
+    with hosts_in(tmp_path, limited(arrival_seconds=1.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        if killed:
+            hosts.kill("host-b")
+        hosts.unplug("host-b", guest)
+        hosts.plug("host-b", guest, ZONES["host-b"] + 1, GUEST_ADDRESS)
+        if killed:
+            hosts.start("host-b")
+        else:
+            hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        words(hosts, guest, ("host-b", Phase.STARTED))
+        until(lambda: ports(hosts, "host-b", ZONES["host-b"] + 1) == ALL)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert (held(hosts, "host-b"), held(hosts, "host-a")) == (set(), set())
+        assert ports(hosts, "host-b", ZONES["host-b"] + 1) == ALL
