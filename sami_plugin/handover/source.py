@@ -53,6 +53,7 @@ from sami_plugin.model.flows import (
     has_end_in,
     names,
 )
+from sami_plugin.model.keys import FlowTable
 from sami_plugin.model.migration import (
     Answer,
     Arrived,
@@ -309,7 +310,8 @@ class SourceSession(Session):
                     self._offered.add(piece, self._domain)
                     self.report.name(f"not exported: {piece.reason}", piece.count, piece.examples)
                 elif port.leaves(piece):
-                    piece = self._made_before_the_pause(port, piece)
+                    if self._former is not None and self._former.has("guest suspended"):
+                        piece = _made_before_the_pause(port.former, piece)
                     port.former.discard(piece)
                     yield port, piece
             if self._known.is_suspended:  # what was deleted since the pause says nothing, and travels all the same
@@ -317,13 +319,6 @@ class SourceSession(Session):
                     if self._former is not None and self._former.state not in TOLD_ALL:
                         self.report.name(GONE, len(batch), names(batch))
                     yield port, batch
-
-    def _made_before_the_pause(self, port: Leaving, piece: Batch) -> Batch:
-        """Less what packets of peers have made since, in the place of flows that were told of and are gone."""
-        if self._former is None or not self._former.has("guest suspended"):
-            return piece
-        known, ids = port.former.find(piece)
-        return piece.take(~(known & (ids != 0) & (ids != piece.rows["flowId"])))
 
     def _export_next(self, action: ExportNext) -> Done:
         pieces, is_all = taken(self._pieces, self.host.settings.batch_flows)
@@ -383,6 +378,11 @@ class SourceSession(Session):
                 while not sweep.advance(self.host.settings.batch_flows):
                     pass
                 differences = sweep.difference()
+            if action.is_last and self._known.is_paused_early:  # of all that changed since, the guest has made nothing
+                differences = (
+                    (port, removals, [_made_before_the_pause(port.exported, batch) for batch in upserts])
+                    for port, removals, upserts in differences
+                )
             self._tell_differences(differences, gone, told, says_removals=action.says_removals)
         return gone, told, slower
 
@@ -648,6 +648,12 @@ class SourceSession(Session):
             port.close()
             with self.host.deciding(port.scope):
                 self.host.leaving.release(self.id, port.scope)
+
+
+def _made_before_the_pause(told: FlowTable, now: Batch) -> Batch:
+    """Less what packets of peers have made since, in the place of flows that were told of and are gone."""
+    known, ids = told.find(now)
+    return now.take(~(known & (ids != 0) & (ids != now.rows["flowId"])))
 
 
 _SAID_TO_SOURCE: Mapping[type[Message], str] = {
