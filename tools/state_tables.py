@@ -7,6 +7,7 @@ with every event, and what comes of it is written down. A test compares the page
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 import re
 from collections import deque
@@ -187,7 +188,9 @@ def _alike(session: Any) -> Any:
     if not isinstance(session, destination.Destination):
         return replace(session, reason=reason)
     nobodys = {"imported": 0, "refused": 0, "in_sync": False, "has_caught_up": False}
-    return replace(session, reason=reason, source=session.source and "host-a", **nobodys)
+    # Whether it looks again; for how long makes no other decision.
+    looks = math.inf if session.look_until and session.state is destination.State.RECEIVING else 0.0
+    return replace(session, reason=reason, source=session.source and "host-a", look_until=looks, **nobodys)
 
 
 def _outcome(before: Any, after: Any, actions: list[Action]) -> str:
