@@ -42,6 +42,20 @@ class Arriving:
     doubtful: list[tuple[Scope, Batch]] = field(default_factory=list)
     """What may be in the device, and for which scope it was put in: the device failed before it said so."""
 
+    def tables(self) -> tuple[FlowTable, ...]:
+        """All that is known of flows of the port in the device."""
+        return self.held, self.former, self.unsure
+
+    def inherited(self) -> Iterator[Batch]:
+        """What another session has done, or was about to do, and the source has not told of anew."""
+        yield from (*self.former.batches(), *self.unsure.batches())
+
+    def told_anew(self, batch: Batch) -> None:
+        """Of these flows the source has told: they are this session's own now, or are not here."""
+        for table in (self.former, self.unsure):
+            if len(table):
+                table.discard(batch)
+
     def doubtful_parts(self) -> Iterator[tuple[Batch, Batch]]:
         """Of what is doubtful, what this session alone may have put in, and what may have been there before.
 

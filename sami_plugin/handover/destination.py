@@ -426,7 +426,8 @@ class DestinationSession(Session):
             here = gone.take(has_end_in(gone, port.scope.addresses))
             known, ids = port.held.find(here)
             ids[~known] = 0  # of what a former session put in the id is not known
-            known |= port.former.find(here)[0] | port.unsure.find(here)[0]
+            for table in (port.former, port.unsure):
+                known |= table.find(here)[0]
             here = here.take(known)
             # In a shared zone the other end's session may have put the flow in anew, with an id that we do not know.
             here.rows["flowId"] = 0 if port.scope.is_shared else ids[known]
@@ -435,7 +436,7 @@ class DestinationSession(Session):
                 # A former session's may be what was there before it.
                 scope = port.scope if self._former is None else self._with_neighbours(port.scope)
                 self.host.driver.remove(scope, self.host.arriving.unclaimed_by_others(self.id, scope, here))
-            for table in (port.held, port.former, port.unsure):
+            for table in port.tables():
                 table.discard(here)
 
     def _put_in(self, batch: Batch, ports: list[Arriving], came: Batch) -> npt.NDArray[np.bool_]:
@@ -457,9 +458,7 @@ class DestinationSession(Session):
             mine = self._with_a_place(port, self._admitted(port, mine, theirs))
             if self._known.runs_here:
                 mine = self._untouched(port, mine)
-            for table in (port.former, port.unsure):
-                if len(table):
-                    table.discard(mine)
+            port.told_anew(mine)
             with self.host.deciding(port.scope):
                 scope = self._with_neighbours(port.scope)
                 try:
@@ -486,13 +485,13 @@ class DestinationSession(Session):
         """Less the flows that the guest has changed or ended since they were put in: what came is older than that."""
         self._settle()
         is_known, is_unsure = np.zeros(len(mine), bool), port.unsure.find(mine)[0]
-        for table in (port.held, port.former, port.unsure):
+        for table in port.tables():
             is_known |= table.find(mine)[0]
         if self._former is None and not is_known.any():
             return mine
         found, is_there = self.host.driver.read_back(port.scope, mine)
         is_as_it_was = np.zeros(len(mine), bool)
-        for table in (port.held, port.former, port.unsure):
+        for table in port.tables():
             has_row, rows = table.rows_of(mine)
             before = Batch(mine.template, rows)
             is_as_it_was |= (
@@ -506,8 +505,7 @@ class DestinationSession(Session):
         # What another session put in, and the guest has changed, is this one's too from now on.
         changed = found.take(is_changed & ~port.held.find(mine)[0])
         port.held.put(changed)
-        for table in (port.former, port.unsure):
-            table.discard(changed)
+        port.told_anew(changed)
         return mine.take((~is_known & ~is_further) | is_as_it_was | (is_unsure & ~is_there))
 
     def _is_further(
@@ -596,7 +594,7 @@ class DestinationSession(Session):
         if self._known.in_sync and not self._known.runs_here:
             for port in self._ports:
                 # The source has not told of it: it has ended meanwhile.
-                for batch in (*port.former.batches(), *port.unsure.batches()):
+                for batch in port.inherited():
                     self._take_out(batch.identities, [port])
         if self._known.has_last and not self._waiting:
             self._judge_unadmitted()
@@ -620,10 +618,10 @@ class DestinationSession(Session):
         hold = self.host.settings.limits.hold_seconds
         age = self.host.monotonic() - self._began_at
         for port in self._ports:
-            for table in (port.former, port.unsure):  # of which the source may tell when it is there again
-                for batch in (known for known in table.batches() if known.template.is_renewed):
-                    batch.rows["remainingTimeoutSeconds"] = hold
-                    self.host.driver.renew(port.scope, batch)
+            # The source may tell of it when it is there again.
+            for batch in (known for known in port.inherited() if known.template.is_renewed):
+                batch.rows["remainingTimeoutSeconds"] = hold
+                self.host.driver.renew(port.scope, batch)
             for batch in (held for held in port.held.batches() if held.template.is_renewed):
                 # The rows are as they were when they were looked at, which is no longer ago than the session is old.
                 # What is no flow is looked after whatever time it has: its device may have begun anew.
@@ -664,7 +662,7 @@ class DestinationSession(Session):
                 self._discarded += self._removed(now, ours, by_id=False)
                 if len(theirs_too):
                     self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
-            for batch in (*port.former.batches(), *port.unsure.batches()):
+            for batch in port.inherited():
                 self._discarded += self._removed(now, batch, by_id=False)
             self.host.arriving.release(self.id, port.scope)
         port.held, port.former, port.unsure, port.doubtful = FlowTable(), FlowTable(), FlowTable(), []
@@ -779,13 +777,13 @@ class DestinationSession(Session):
                 self._name_untold()
         super()._end(outcome, reason)
         for port in self._ports if self._known.runs_here else ():
-            for batch in (*port.held.batches(), *port.former.batches(), *port.unsure.batches()):
+            for batch in (*port.held.batches(), *port.inherited()):
                 self.host.driver.arrived(port.scope, batch)
 
     def _name_untold(self) -> None:
         """What another session put in, and has ended at the source, if it did not end here: who can tell."""
         for port in self._ports if self._known.in_sync else ():
-            for batch in (*port.former.batches(), *port.unsure.batches()):
+            for batch in port.inherited():
                 left = batch.take(self.host.driver.read_back(port.scope, batch)[1])
                 if len(left):
                     self.report.name(UNTOLD, len(left), names(left))

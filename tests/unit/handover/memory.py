@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import DeviceFailed
+from sami_plugin.handover import SourceSession
+from sami_plugin.migration.decision import StartExport
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.protocols import TcpState
@@ -144,6 +147,20 @@ def report(hosts: Hosts, host: str, guest: str) -> dict[str, Any]:
 
 def is_orphaned(hosts: Hosts) -> bool:
     return [one._state() for one in hosts.agents["host-b"].sessions()] == ["orphaned"]
+
+
+@contextmanager
+def leaving_session(hosts: Hosts, guest: str) -> Iterator[SourceSession]:
+    """One on host-a that has looked at what the guest has, and that no thread runs."""
+    host = hosts.agents["host-a"].host
+    session = SourceSession(host, host.new_id(), guest, "host-b", lambda _: None, is_outgoing=True)
+    host.journal.begin(session.id, guest, "source", "host-b", "offered")
+    session._start_export(StartExport())
+    try:
+        yield session
+    finally:
+        session._let_go()
+        session.line.finish()
 
 
 class FailsOnce(MemoryDriver):

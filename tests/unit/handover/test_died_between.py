@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.handover import SourceSession
-from sami_plugin.migration.decision import StartExport
 from sami_plugin.model.flows import Batch
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.results import Results
@@ -22,6 +20,7 @@ from tests.unit.handover.memory import (
     guest_with_flows,
     held,
     hosts_in,
+    leaving_session,
     limited,
     mark,
     ports,
@@ -140,18 +139,11 @@ def test_what_changed_at_the_source_while_its_agent_was_away_is_taken_where_the_
 
 def test_what_was_exported_and_not_told_yet_is_the_next_session_s_too(tmp_path: Path) -> None:
     """It may be gone when that exports; and what that writes down comes behind it."""
-    with hosts_in(tmp_path) as hosts:
-        guest = guest_with_flows(hosts)
-        host = hosts.agents["host-a"].host
-        session = SourceSession(host, host.new_id(), guest, "host-b", lambda _: None, is_outgoing=True)
-        host.journal.begin(session.id, guest, "source", "host-b", "offered")
-        session._start_export(StartExport())
+    with hosts_in(tmp_path) as hosts, leaving_session(hosts, guest_with_flows(hosts)) as session:
         session._line_up(session._pieces)
         former = session._as_former()
         assert sum(len(port.flows) for port in former.ports) == 100
-        assert former.payloads == host.journal.payload_count(session.id) > 0
-        session._let_go()
-        session.line.finish()
+        assert former.payloads == session.host.journal.payload_count(session.id) > 0
 
 
 def test_what_was_refused_is_named_by_the_next_agent_too(tmp_path: Path) -> None:

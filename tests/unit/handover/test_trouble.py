@@ -17,10 +17,9 @@ import pytest
 from sami_plugin import agent as agent_module
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import PeerUnreachable
-from sami_plugin.handover import SourceSession
 from sami_plugin.migration import destination as destination_decisions
 from sami_plugin.migration import source as source_decisions
-from sami_plugin.migration.decision import ExportChanges, ExportNext, StartExport
+from sami_plugin.migration.decision import ExportChanges, ExportNext
 from sami_plugin.model.flows import Batch, Omitted, ZoneRole
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.results import Outcome, Results, results
@@ -39,6 +38,7 @@ from tests.unit.handover.memory import (
     held,
     hosts_in,
     is_orphaned,
+    leaving_session,
     limited,
     ports,
     report,
@@ -55,21 +55,17 @@ from tests.unit.handover.memory import (
 def test_what_packets_make_in_the_pause_in_the_place_of_a_flow_that_was_exported_is_not_told(tmp_path: Path) -> None:
     """Somebody has deleted the flow at the source, where its guest was paused before the copy was over."""
     with hosts_in(tmp_path) as hosts:
-        guest = guest_with_flows(hosts)
-        host, driver = hosts.agents["host-a"].host, hosts.drivers["host-a"]
-        session = SourceSession(host, host.new_id(), guest, "host-b", lambda _: None, is_outgoing=True)
-        session._start_export(StartExport())
-        session._export_next(ExportNext())
-        session._known = replace(session._known, is_paused_early=True)
-        (port,) = session._ports
-        driver.remove(port.scope, tcp_flows(2).identities)
-        driver.insert(port.scope, tcp_flows(1))
-        driver.insert(port.scope, tcp_flows(1, first_port=7000))
-        done = session._export_changes(ExportChanges(is_last=True, says_removals=False))
-        assert done.count == 1
-        assert sum(len(batch) for batch in port.exported.batches()) == 101
-        session._let_go()
-        session.line.finish()
+        driver = hosts.drivers["host-a"]
+        with leaving_session(hosts, guest_with_flows(hosts)) as session:
+            session._export_next(ExportNext())
+            session._known = replace(session._known, is_paused_early=True)
+            (port,) = session._ports
+            driver.remove(port.scope, tcp_flows(2).identities)
+            driver.insert(port.scope, tcp_flows(1))
+            driver.insert(port.scope, tcp_flows(1, first_port=7000))
+            done = session._export_changes(ExportChanges(is_last=True, says_removals=False))
+            assert done.count == 1
+            assert sum(len(batch) for batch in port.exported.batches()) == 101
 
 
 def test_a_flow_that_ended_before_the_zone_was_known_is_not_at_the_destination(tmp_path: Path) -> None:
