@@ -155,6 +155,8 @@ def test_what_vanished_is_put_in_again_as_it_was_asked_for(hosts: Hosts, guest: 
     begin(hosts, guest)
     driver = easing(hosts, "host-b")
     assert len(driver.put_in) == 100
+    (session,) = hosts.agents["host-b"].sessions()
+    until(session.has_caught_up.is_set)  # else what is gone by the first look was never there
     for place, zone in driver.device._zones.items():
         for entry in list(zone.entries.values()):
             driver.device.drop(place, entry)
