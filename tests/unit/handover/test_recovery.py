@@ -327,7 +327,7 @@ def test_what_a_reboot_took_away_is_missed_by_nobody(tmp_path: Path, at: str) ->
 def test_agent_that_was_away_longer_than_the_arrival_limit_may_fetch_the_flows_for_a_while(
     tmp_path: Path, late_import_seconds: float, is_late: bool
 ) -> None:
-    with hosts_in(tmp_path, replace(IMPATIENT, late_import_seconds=late_import_seconds)) as hosts:
+    with hosts_in(tmp_path, replace(limited(arrival_seconds=3.0), late_import_seconds=late_import_seconds)) as hosts:
         guest = guest_with_flows(hosts)
         hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
         hosts.say("host-b", Phase.PREPARE, guest, "host-a")
