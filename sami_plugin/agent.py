@@ -652,12 +652,15 @@ class Agent:
 
     def underway(self) -> list[tuple[str, str]]:
         """Guests that are on their way as far as is known here, whether anybody has asked for them or not, and this
-        host's role in it. Of one that comes back, only that it comes.
+        host's role in it. Of one that comes back, only that it comes; of one that came and leaves again, only that.
         """
         with self._lock:
-            roles = dict.fromkeys(self._outgoing, "source")
-        roles |= {session.guest: session.role for session in self.sessions() if session.role == "source"}
-        return list({**roles, **{one.guest: one.role for one in self.sessions() if one.role == "destination"}}.items())
+            outgoing = dict.fromkeys(self._outgoing, "source")
+        roles = outgoing | {one.guest: one.role for one in self.sessions() if isinstance(one, SourceSession)}
+        for one in self.sessions():
+            if isinstance(one, DestinationSession) and (one.is_awaited or one.guest not in outgoing):
+                roles[one.guest] = one.role
+        return list(roles.items())
 
     def wait_until_idle(self, timeout_seconds: float) -> bool:
         """Whether all sessions ended within the time."""
