@@ -56,6 +56,13 @@ class Arriving:
             if len(table):
                 table.discard(batch)
 
+    def keep(self, told: Batch, found: Batch, which: npt.NDArray[np.bool_]) -> None:
+        """Of what was told, this stays as the guest has made it, whatever is told of it later."""
+        kept = told.take(which)
+        kept.rows["flowId"] = found.rows["flowId"][which]
+        self.held.put(kept)
+        self.told_anew(kept)
+
     def doubtful_parts(self) -> Iterator[tuple[Batch, Batch]]:
         """Of what is doubtful, what this session alone may have put in, and what may have been there before.
 

@@ -55,7 +55,7 @@ class Former:
     """What has happened to it so far, in the journal's words."""
     ports: tuple[FormerPort, ...] = ()
     named: Mapping[str, Any] = field(default_factory=dict)
-    """What its report says of flows that were not carried as they were sent, as far as it is not told anew."""
+    """What its report says of flows that were not carried as they were sent."""
 
     def has(self, *words: str) -> bool:
         """Whether any of these has happened."""

@@ -645,9 +645,9 @@ class Session(abc.ABC):
         successor = self._next = self._next or self._made_successor()
         self.note("ended")
         self.report.outcome, self.report.reason = Outcome.CONTINUED.value, f"session {successor.id} goes on with it"
-        self.report.flows = self._counts()
+        former = self._as_former()
         LOG.info("%s: guest %s: %s", self.id, self.guest, self.report.reason)
-        go_on(successor, self._as_former(), self.report.as_dict())
+        go_on(successor, former, self.report.as_dict())
         with self._handing_over:
             self._successor = successor
             while True:
@@ -663,7 +663,8 @@ class Session(abc.ABC):
 
     def _as_former(self) -> Former:
         """What another session needs to go on with this one."""
-        ports = self._flows_by_port()  # first: what it notes for that is a payload too
+        ports = self._flows_by_port()  # first: what it notes for that is a payload too, and may be a finding
+        self.report.flows = self._counts()
         return Former(
             self.id,
             self.known_as,
@@ -676,7 +677,7 @@ class Session(abc.ABC):
             self._payloads,
             frozenset(self._heard_of),
             ports,
-            self.report.named if self._state_before in ("complete", "arrived") else {},  # else all is told anew
+            self.report.named,
         )
 
     def _leave(self) -> None:

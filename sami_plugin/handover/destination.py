@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +69,7 @@ from sami_plugin.model.migration import (
 )
 from sami_plugin.model.migration import Outcome as SessionOutcome
 from sami_plugin.model.printable import printable
-from sami_plugin.model.report import BOTH_HAVE
+from sami_plugin.model.report import BOTH_HAVE, Report
 from sami_plugin.model.results import WORDS, Outcome, Reason, Results, came_out, lacks_bits, lost_fields
 from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
@@ -116,6 +117,8 @@ class DestinationSession(Session):
         self._unverified: list[Unverified] = []
         self._looker = host.looker(session)
         self._findings = Findings()
+        self._named_before: dict[str, Any] = {}
+        """By a session with which this one goes on. What is told anew is found anew, as far as the guest left it be."""
         self._discarded = 0
         self._has_found = False
         """The finder has told this session of a port of the guest."""
@@ -148,7 +151,9 @@ class DestinationSession(Session):
             is_held=self._is_held,
             times_asked=self.times_asked,
         )
-        self.report.named = dict(former.named)
+        self._named_before = deepcopy(dict(former.named))
+        for why in self._named_before.keys() & {MAY_HAVE_ENDED, MAY_BE_ANOTHER}:
+            self.report.named[why] = self._named_before.pop(why)
         for known in former.ports:
             port = Arriving(known.scope, unsure=known.unsure)
             for batch in (*known.flows.batches(), *known.unsure.batches()):
@@ -309,11 +314,16 @@ class DestinationSession(Session):
             return
         self._applied = applied
         told = replace(self.report, named=deepcopy(self.report.named))
-        self._findings.name_in(told)
+        self._name_findings(told)
         try:
             self.host.journal.note_applied(self.id, applied, told.named)
         except JournalError as error:
             self.lose_journal(error)
+
+    def _name_findings(self, report: Report) -> None:
+        self._findings.name_in(report)
+        for why, before in self._named_before.items():
+            report.name_once(why, before["count"], before["flows"])
 
     def _move(self, port: Arriving, now: Scope) -> None:
         """The port has another zone, or is better known: puts in there what was put in before, and what was refused.
@@ -503,9 +513,7 @@ class DestinationSession(Session):
             if which.any():
                 self.report.name(why, int(np.count_nonzero(which)), names(mine.take(which)))
         # What another session put in, and the guest has changed, is this one's too from now on.
-        changed = found.take(is_changed & ~port.held.find(mine)[0])
-        port.held.put(changed)
-        port.told_anew(changed)
+        port.keep(mine, found, is_changed & ~port.held.find(mine)[0])
         return mine.take((~is_known & ~is_further) | is_as_it_was | (is_unsure & ~is_there))
 
     def _is_further(
@@ -596,6 +604,7 @@ class DestinationSession(Session):
                 # The source has not told of it: it has ended meanwhile.
                 for batch in port.inherited():
                     self._take_out(batch.identities, [port])
+        self._keep_untold()
         if self._known.has_last and not self._waiting:
             self._judge_unadmitted()
         self._note_applied()
@@ -774,25 +783,26 @@ class DestinationSession(Session):
         if self._known.runs_here:
             with contextlib.suppress(SamiError):  # what cannot be looked at any more is not counted
                 self._settle()
-                self._name_untold()
+                self._keep_untold()
         super()._end(outcome, reason)
         for port in self._ports if self._known.runs_here else ():
             for batch in (*port.held.batches(), *port.inherited()):
                 self.host.driver.arrived(port.scope, batch)
 
-    def _name_untold(self) -> None:
+    def _keep_untold(self) -> None:
         """What another session put in, and has ended at the source, if it did not end here: who can tell."""
-        for port in self._ports if self._known.in_sync else ():
-            for batch in port.inherited():
-                left = batch.take(self.host.driver.read_back(port.scope, batch)[1])
-                if len(left):
-                    self.report.name(UNTOLD, len(left), names(left))
+        for port in self._ports if self._known.in_sync and self._known.runs_here else ():
+            for batch in (*port.inherited(),):
+                found, is_there = self.host.driver.read_back(port.scope, batch)
+                if is_there.any():
+                    self.report.name(UNTOLD, int(np.count_nonzero(is_there)), names(batch.take(is_there)))
+                    port.keep(batch, found, is_there)
 
     def _held_count(self) -> int:
         return sum(len(port.held) for port in self._ports)
 
     def _counts(self) -> dict[str, int]:
-        self._findings.name_in(self.report)
+        self._name_findings(self.report)
         return {"imported": self._held_count(), **self._findings.counts(), "discarded": self._discarded}
 
     def _let_go(self) -> None:

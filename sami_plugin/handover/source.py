@@ -319,6 +319,16 @@ class SourceSession(Session):
                     if self._former is not None and self._former.state not in TOLD_ALL:
                         self.report.name(GONE, len(batch), names(batch))
                     yield port, batch
+            else:  # nor does it say anything later, when the guest is paused
+                self._note_gone(port.former)
+            port.former = FlowTable()
+
+    def _note_gone(self, former: FlowTable) -> None:
+        """For a session that goes on with this one by its journal, in which flows are as they were told."""
+        for batch in former.batches():
+            gone = batch.identities
+            gone.rows["firewallEvent"] = FirewallEvent.DELETED
+            self._packed([gone])
 
     def _export_next(self, action: ExportNext) -> Done:
         pieces, is_all = taken(self._pieces, self.host.settings.batch_flows)

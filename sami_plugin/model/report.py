@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,13 @@ class Report:
         entry = self.named.setdefault(reason, {"count": 0, "flows": []})
         entry["count"] += count
         entry["flows"] += names[: NAMES_PER_REASON - len(entry["flows"])]
+
+    def name_once(self, reason: str, count: int, names: Sequence[str]) -> None:
+        """Flows of which some may have been named already: those of which the names are known are counted once."""
+        entry = self.named.setdefault(reason, {"count": 0, "flows": []})
+        named = [*dict.fromkeys((*entry["flows"], *names))]
+        entry["count"] = max(entry["count"], count, len(named))
+        entry["flows"] = named[:NAMES_PER_REASON]
 
     def as_dict(self) -> dict[str, Any]:
         """For the journal and for JSON output."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.handover.destination import UNTOLD
 from sami_plugin.model.flows import Batch
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.results import Results
@@ -73,6 +74,13 @@ def leave(hosts: Hosts, guest: str) -> None:
     hosts.say("host-a", Phase.STOPPED, guest)
 
 
+def sessions_follow(hosts: Hosts) -> bool:
+    """The one session of each host has all that its guest had when it began."""
+    leaving, coming = hosts.agents["host-a"].sessions(), hosts.agents["host-b"].sessions()
+    is_alone = len(leaving) == len(coming) == 1
+    return is_alone and leaving[0]._state() == "following" and "in sync" in coming[0].report.steps
+
+
 def test_flows_that_were_written_down_and_not_put_in_are_put_in_by_the_next_agent(tmp_path: Path) -> None:
     """The guest runs there by then, so what is missing might be what it has ended."""
     with hosts_in(tmp_path, driver=mortal) as hosts:
@@ -137,6 +145,23 @@ def test_what_changed_at_the_source_while_its_agent_was_away_is_taken_where_the_
         assert gone["count"] == 1
 
 
+def test_what_the_guest_has_changed_stays_however_often_it_is_told_anew(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        mark(hosts, "host-b", guest, 1004, 8)
+        for _ in range(2):
+            hosts.kill("host-a")
+            hosts.start("host-a")
+            words(hosts, guest, ("host-a", Phase.OUTGOING))
+            until(lambda: sessions_follow(hosts))
+        leave(hosts, guest)
+        until_idle(hosts)
+        assert {port: value for port, value in held(hosts, "host-b") if value} == {1004: 8}
+        assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
+
+
 def test_what_was_exported_and_not_told_yet_is_the_next_session_s_too(tmp_path: Path) -> None:
     """It may be gone when that exports; and what that writes down comes behind it."""
     with hosts_in(tmp_path) as hosts, leaving_session(hosts, guest_with_flows(hosts)) as session:
@@ -146,15 +171,21 @@ def test_what_was_exported_and_not_told_yet_is_the_next_session_s_too(tmp_path: 
         assert former.payloads == session.host.journal.payload_count(session.id) > 0
 
 
-def test_what_was_refused_is_named_by_the_next_agent_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("has_all", "is_told_anew"), [(True, False), (False, False), (False, True)])
+def test_what_was_refused_is_named_once_by_the_next_agent_too(
+    tmp_path: Path, has_all: bool, is_told_anew: bool
+) -> None:
+    """Where the guest runs before it is told anew, it is not put in again, and not refused."""
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)
         hosts.drivers["host-b"].device.faults.refuse = lambda batch: batch.rows["sourceTransportPort"] < 1010
         begin(hosts, guest)
-        hosts.say("host-a", Phase.SUSPENDED, guest)
-        until(lambda: all(one._state() == "complete" for one in hosts.agents["host-b"].sessions()))
+        if has_all:
+            hosts.say("host-a", Phase.SUSPENDED, guest)
+            until(lambda: all(one._state() == "complete" for one in hosts.agents["host-b"].sessions()))
         hosts.kill("host-b")
         hosts.start("host-b")
+        until(lambda: not is_told_anew or sessions_follow(hosts))
         hosts.unplug("host-a", guest)
         words(hosts, guest, ("host-b", Phase.RESUMED), ("host-a", Phase.STOPPED))
         until_idle(hosts)
@@ -181,3 +212,44 @@ def test_next_migration_finds_the_port_in_the_zone_that_it_has_then(tmp_path: Pa
         until_idle(hosts)
         assert (held(hosts, "host-b"), held(hosts, "host-a")) == (set(), set())
         assert ports(hosts, "host-b", ZONES["host-b"] + 1) == ALL
+
+
+@pytest.mark.parametrize("dies", [(), ("host-a",), ("host-b",), ("host-a", "host-b")])
+def test_what_ended_while_the_source_s_agent_was_away_is_named_however_many_sessions_follow(
+    tmp_path: Path, dies: tuple[str, ...]
+) -> None:
+    """The guest runs at the destination by the word of its hypervisor, and nobody has said that it has left."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        here = hosts.scope("host-a", guest)
+        hosts.kill("host-a")
+        hosts.drivers["host-a"].remove(here, tcp_flows(10).identities)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        hosts.start("host-a")
+        words(hosts, guest, ("host-a", Phase.OUTGOING))
+        until(lambda: sessions_follow(hosts))
+        for name in dies:
+            hosts.kill(name)
+        for name in dies:
+            hosts.start(name)
+            words(hosts, guest, *[(name, Phase.RESUMED)] * (name == "host-b"))
+        hosts.unplug("host-a", guest)
+        words(hosts, guest, ("host-a", Phase.STOPPED))
+        until_idle(hosts)
+        assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
+        told = report(hosts, "host-b", guest)
+        assert {why: one["count"] for why, one in told["named"].items()} == {UNTOLD: 10}
+
+
+def test_guest_that_leaves_again_while_its_coming_is_not_over_is_asked_about_as_one_that_leaves(tmp_path: Path) -> None:
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.kill("host-a")
+        assert hosts.agents["host-b"].underway() == [(guest, "destination")]
+        hosts.say("host-b", Phase.RESUMED, guest)
+        until(lambda: not any(one.is_awaited for one in hosts.agents["host-b"].sessions()))  # type: ignore[attr-defined]
+        assert hosts.agents["host-b"].underway() == [(guest, "destination")]
+        hosts.say("host-b", Phase.OUTGOING, guest, destination="host-c")
+        assert hosts.agents["host-b"].underway() == [(guest, "source")]

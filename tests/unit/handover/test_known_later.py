@@ -196,6 +196,26 @@ def test_flow_that_is_refused_twice_is_counted_once() -> None:
     assert findings.refused == 3
 
 
+class Forgets(MemoryDriver):
+    """It has none of the flows that it said it took."""
+
+    def insert(self, scope: Scope, batch: Batch) -> Results:
+        made = super().insert(scope, batch)
+        super().remove(scope, batch.identities)
+        return made
+
+
+def test_what_vanished_before_the_source_began_anew_is_known_to_who_goes_on(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=lambda name: Forgets(MemoryDevice(name))) as hosts:
+        guest = new_guest()
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        with session_in(hosts, guest, 1) as session:
+            session._find_scope(FindScope(is_last=True))
+            session._put_in(tcp_flows(10), session._ports, tcp_flows(10))
+            (told,) = session._as_former().named.values()
+            assert told["count"] == 10
+
+
 # --- a neighbour's flow with the guest
 
 
