@@ -95,32 +95,31 @@ def _replay(seed: int, fixed: Fixed) -> int:
 
 def _soak(first: int, runs: int, jobs: int, fixed: Fixed) -> int:
     began = time.monotonic()
-    failed: dict[int, list[str]] = {}
+    mix = "".join([" --mix" if fixed else "", *(f" {name}={value}" for name, value in fixed.items())])
+    failed = 0
     done, cpu_seconds, floors = 0, 0.0, []
     for part in _parts(first, runs, jobs, fixed):
         done += part.runs
         cpu_seconds += part.cpu_seconds
         floors.append(part.floor_seconds)
-        failed |= part.failed
+        for seed, violations in part.failed.items():
+            failed += 1
+            if failed <= MOST_TOLD:
+                print(f"\nseed {seed}: replay with: python -m sami_plugin.testing.simulator --seed {seed}{mix}")
+                print(*(f"    {violation}" for violation in violations), sep="\n", flush=True)
         rate = done / (time.monotonic() - began)
         print(
-            f"\r{done} of {runs} runs, {rate:.0f} a second, {done / cpu_seconds:.0f} per CPU second, "
-            f"{len(failed)} failed ",
+            f"\r{done} of {runs} runs, {rate:.0f} a second, {done / cpu_seconds:.0f} per CPU second, {failed} failed ",
             end="",
             file=sys.stderr,
             flush=True,
         )
     print(file=sys.stderr)
-    mix = "".join([" --mix" if fixed else "", *(f" {name}={value}" for name, value in fixed.items())])
-    for seed, violations in sorted(failed.items())[:MOST_TOLD]:
-        print(f"seed {seed}: replay with: python -m sami_plugin.testing.simulator --seed {seed}{mix}")
-        for violation in violations:
-            print(f"    {violation}")
-    if len(failed) > MOST_TOLD:
-        print(f"and {len(failed) - MOST_TOLD} seeds more")
+    if failed > MOST_TOLD:
+        print(f"and {failed - MOST_TOLD} seeds more")
     print(
         f"{done} runs in {time.monotonic() - began:.0f} s, "
-        f"{done / cpu_seconds:.0f} per CPU second, {len(failed)} broke a promise"
+        f"{done / cpu_seconds:.0f} per CPU second, {failed} broke a promise"
     )
     turns = FLOOR_TURNS / statistics.mean(floors)
     print(

@@ -227,6 +227,9 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
     if entry is not None and entry.row["flowMark"] == flow.mark:
         return
     what = "is not there" if entry is None else f"has mark {entry.row['flowMark']} and not {flow.mark}"
+    is_early = _is_before_it_is_said_that_it_runs(world, guest, flow.changed_at)
+    if is_early and entry is not None and CRASHED in world.hindrances:
+        return  # and was put in again, as it was before
     told = list(_tellers(world, guest, flow))
     if flow.was_cleaned and (told or world.hindrances):
         return  # it was gone before anybody at the source could see what it was
@@ -242,15 +245,26 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
         )
 
 
+def _is_before_it_is_said_that_it_runs(world: World, guest: Guest, when: float) -> bool:
+    """Whether the guest ran where it is by then, and its agent had not been told."""
+    came = max((at for at, _, destination in guest.moves if destination == guest.place), default=math.inf)
+    said = next((at for at in world.resumed.get((guest.place, guest.id), ()) if at >= came), -math.inf)
+    return came <= when <= said
+
+
 def _ran_out_unseen(world: World, guest: Guest, flow: Flow) -> bool:
-    """Whether it ran out where the guest came from, whose agent was down meanwhile: the guest renewed it elsewhere."""
-    return any(
-        guest.moves_since <= until and since <= at
-        for name, intervals in world.away.items()
-        for at in world.devices[name].ran_out.get(flow.conversation.original, ())
-        for since, until in intervals
-        if name != guest.place
-    )
+    """Whether it ran out where the guest came from, and nobody could see it: the guest renewed it elsewhere.
+
+    The agent there was down meanwhile; or it was not told that the guest had left, and there was none to ask it.
+    """
+    for name, device in world.devices.items():
+        for at in device.ran_out.get(flow.conversation.original, ()) if name != guest.place else ():
+            is_told = any(guest.moves_since <= said <= at for said in world.stopped.get((name, guest.id), ()))
+            is_asked = not any(since <= at <= until for since, until in world.away.get(guest.place or "", ()))
+            was_down = any(guest.moves_since <= until and since <= at for since, until in world.away[name])
+            if was_down or (guest.moves_since <= at and not is_told and not is_asked):
+                return True
+    return False
 
 
 def was_seen_by_nobody(world: World, guest: Guest) -> bool:
@@ -318,10 +332,9 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
         if flow.is_live or not entry.row["flowMark"]:
             return  # nobody but a late packet makes an entry without a mark
         owner = next(port.guest for port in flow.owners if port.guest.place == name)
+        if _is_before_it_is_said_that_it_runs(world, owner, flow.ended_at):
+            return  # and was put in again
         # Where nobody says that the guest is paused, what ends just before is not told from what ends in the pause.
-        came = max((when for when, _, destination in owner.moves if destination == name), default=math.inf)
-        if came <= flow.ended_at <= world.resumed.get((name, owner.id), -1.0):
-            return  # and was put in again, before it was said that the guest runs there
         if not {UNSAID, PAUSED_EARLY} & world.hindrances.keys() and not list(_tellers(world, owner, flow)):
             world.violated(NOWHERE_ELSE, f"{flow.conversation.name} has ended, and is on {name} still")
         return

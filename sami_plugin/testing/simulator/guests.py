@@ -114,6 +114,7 @@ class Flow:
     """Packets go on; else it runs out of time one day."""
     expires_at: float = math.inf
     """When it is forgotten if nothing more is said in it."""
+    changed_at: float = -math.inf
     ended_at: float = math.inf
     is_cleaned: bool = False
     """The network's own agent took it at the source, in the pause that is now."""

@@ -93,6 +93,7 @@ class Traffic:
             return
         if choice < 0.65:
             flow.mark += 1
+            flow.changed_at = self._world.now
             entry.row["flowMark"] = flow.mark
             self._world.tell(host, f"{flow.conversation.name} gets mark {flow.mark}")
             self._device(host).changed(self._place(flow, host), entry)

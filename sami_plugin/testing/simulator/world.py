@@ -131,8 +131,8 @@ class World:
         """What happened that may keep flows from being carried."""
         self.unheard: set[tuple[str, str]] = set()
         """Hosts and guests of which something was said while the host's agent was down."""
-        self.resumed: dict[tuple[str, str], float] = {}
-        """By host and guest, when it was said last that the guest runs there."""
+        self.resumed: dict[tuple[str | None, str], list[float]] = {}
+        """By host and guest, when it was said that the guest runs there."""
         self.stopped: dict[tuple[str, str], list[float]] = {}
         """By host and guest, when the host's agent was told that the guest is not there any more."""
         self.acting: tuple[SimulatedHost, Session] | None = None
@@ -491,7 +491,7 @@ class World:
             self.hinder(checks.PAUSED_EARLY)
         if event.phase is Phase.RESUMED and self.guests[event.guest].place == host:
             self.guests[event.guest].told_at = host
-            self.resumed[host, event.guest] = self.now
+            self.resumed.setdefault((host, event.guest), []).append(self.now)
         self.guarded(host, lambda: known.agent.note(event))
         if host not in self.hosts:  # it crashed by it
             self.unheard.add((host, event.guest))

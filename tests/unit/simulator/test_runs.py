@@ -115,6 +115,11 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(698790, {}, id="the next migration was taken for the one that had ended"),
         pytest.param(703821, {}, id="nobody was there for the whole of two migrations"),
         pytest.param(1066954, {}, id="the watch of a guest that was back looked for nothing, and did not say so"),
+        pytest.param(46678, {}, id="what had ended was told anew, since it had been told once"),
+        pytest.param(57674, {}, id="what was told of no more was named by the last of several sessions alone"),
+        pytest.param(9016, {"crash": 1.0}, id="a guest that left again was asked about as one that comes"),
+        pytest.param(18296, {"crash": 1.0}, id="what the guest had changed was taken for what had been put in"),
+        pytest.param(24119, {"crash": 1.0}, id="what vanished was not looked at when a session was gone on with"),
         pytest.param(20166965, {}, id="the call of a migration that was over came in the midst of the next one"),
         pytest.param(5000940, {"crash": 1.0, "moves": 3, "hosts": 3}, id="a stay that was over was told as an arrival"),
         pytest.param(
