@@ -305,12 +305,13 @@ class DestinationSession(Session):
         self._note_applied()
         return Done("FindScope", len(self._ports), is_all=is_all)
 
-    def _note_applied(self) -> None:
+    def _note_applied(self, *, has_named: bool = False) -> None:
         """For a later start, which would not know what of a payload is done, and what the guest has ended since."""
         applied = self._waiting[0][0] - 1 if self._waiting else self._payloads
         # What a former session was about to do is settled when the source has told all anew.
         is_settled = self._known.in_sync or not any(len(port.unsure) for port in self._ports)
-        if applied == self._applied or not is_settled or self._unverified or not self._journal_works:
+        is_news = applied != self._applied or has_named
+        if not is_news or not is_settled or self._unverified or not self._journal_works:
             return
         self._applied = applied
         told = replace(self.report, named=deepcopy(self.report.named))
@@ -604,10 +605,10 @@ class DestinationSession(Session):
                 # The source has not told of it: it has ended meanwhile.
                 for batch in port.inherited():
                     self._take_out(batch.identities, [port])
-        self._keep_untold()
+        has_named = self._keep_untold()
         if self._known.has_last and not self._waiting:
             self._judge_unadmitted()
-        self._note_applied()
+        self._note_applied(has_named=has_named)
         return Done("Verify", self._held_count(), refused=self._findings.refused)
 
     def _settle(self, *, until_all: bool = True) -> None:
@@ -789,14 +790,20 @@ class DestinationSession(Session):
             for batch in (*port.held.batches(), *port.inherited()):
                 self.host.driver.arrived(port.scope, batch)
 
-    def _keep_untold(self) -> None:
-        """What another session put in, and has ended at the source, if it did not end here: who can tell."""
+    def _keep_untold(self) -> bool:
+        """What another session put in, and has ended at the source, if it did not end here: who can tell.
+
+        :returns: whether there was such.
+        """
+        has_some = False
         for port in self._ports if self._known.in_sync and self._known.runs_here else ():
             for batch in (*port.inherited(),):
                 found, is_there = self.host.driver.read_back(port.scope, batch)
                 if is_there.any():
                     self.report.name(UNTOLD, int(np.count_nonzero(is_there)), names(batch.take(is_there)))
                     port.keep(batch, found, is_there)
+                    has_some = True
+        return has_some
 
     def _held_count(self) -> int:
         return sum(len(port.held) for port in self._ports)

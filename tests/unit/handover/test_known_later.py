@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from sami_plugin.codec import compression, ipfix
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import DeviceFailed, NotAvailable
 from sami_plugin.handover import DestinationSession
-from sami_plugin.migration.decision import FindScope, Import, Renew
+from sami_plugin.handover.destination import UNTOLD
+from sami_plugin.migration.decision import FindScope, Import, Renew, Verify
 from sami_plugin.model.flows import Batch
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.results import Reason, Results
@@ -194,6 +196,24 @@ def test_flow_that_is_refused_twice_is_counted_once() -> None:
     for reason in (Reason.TABLE_FULL, Reason.NO_PLACE):
         findings.refuse(tcp_flows(3), reason)
     assert findings.refused == 3
+
+
+def test_what_is_named_when_all_is_looked_at_is_written_down(tmp_path: Path) -> None:
+    """For an agent that begins with all of it, and is told nothing anew."""
+    with hosts_in(tmp_path) as hosts:
+        guest, flows = new_guest(), tcp_flows(10)
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        with session_in(hosts, guest, 1) as session:
+            session.host.journal.begin(session.id, guest, "destination", "host-a", "receiving")
+            session._find_scope(FindScope(is_last=True))
+            (port,) = session._ports
+            hosts.drivers["host-b"].insert(port.scope, flows)
+            port.former.put(flows)
+            session._known = replace(session._known, in_sync=True, runs_here=True)
+            session._verify(Verify())
+            (row,) = session.host.journal.unfinished()
+            assert json.loads(row["named"])[UNTOLD]["count"] == 10
+            assert port.held.find(flows)[0].all()
 
 
 class Forgets(MemoryDriver):
