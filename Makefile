@@ -52,8 +52,8 @@ test-kernels: prepare-kernels ## what takes another kernel than this machine's: 
 test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
 	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
 
-test-kills: prepare-libvirt ## agents killed at every write of their journals, in every sequence; as root, two hours
-	$(PYTEST_IN_A_WORLD) --every-write tests/functional/test_kill.py tests/libvirt/test_kill.py $(ARGS)
+test-kills: prepare-libvirt ## agents killed at every write of their journals and act on a firewall, in every sequence; as root, three hours
+	$(PYTEST_IN_A_WORLD) --every-step tests/functional/test_kill.py tests/libvirt/test_kill.py $(ARGS)
 
 bench: prepare-test ## measure
 	$(PYTHON_HERE) -m benchmarks $(ARGS)

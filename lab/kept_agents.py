@@ -57,9 +57,9 @@ class KeptAgents:
         self._keeper.join()
         self._stack.close()
 
-    def arm(self, host: str, writes: int) -> None:
+    def arm(self, host: str, steps: int) -> None:
         """See `lab.mortal.arm`."""
-        mortal.arm(self.agents[host].configuration.parent, writes)
+        mortal.arm(self.agents[host].configuration.parent, steps)
 
     def disarm(self, host: str) -> bool:
         """See `lab.mortal.disarm`."""

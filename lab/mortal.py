@@ -1,6 +1,7 @@
-"""An agent that ends as `kill -9` ends it, before a write of its journal that a test has chosen.
+"""An agent that ends as `kill -9` ends it, before a step that a test has chosen.
 
-How many writes are left to it stands in the file ``die-at`` beside its configuration. Without the file it lives. All
+A step is a write of its journal, or what it does to its firewall: so it may end between writing down and doing, too.
+How many are left to it stands in the file ``die-at`` beside its configuration. Without the file it lives. All
 else is `sami-agent`.
 """
 
@@ -15,16 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from sami_plugin.cmd import agent
+from sami_plugin.drivers.linux_conntrack.driver import LinuxConntrackDriver
 from sami_plugin.journal.journal import Journal
 
 _ONE = threading.Lock()
-WRITES = ("begin", "know", "record", "keep_payload", "go_on", "end", "keep_outgoing", "keep_description")
+_WRITES = (
+    "begin",
+    "know",
+    "record",
+    "keep_payload",
+    "note_applied",
+    "go_on",
+    "end",
+    "keep_outgoing",
+    "keep_description",
+)
+STEPS = {Journal: _WRITES, LinuxConntrackDriver: ("insert", "remove")}
 
 
-def arm(folder: Path, writes: int) -> None:
-    """The agent whose configuration is in the folder ends after so many writes, from now on, before the next one."""
+def arm(folder: Path, steps: int) -> None:
+    """The agent whose configuration is in the folder ends after so many steps, from now on, before the next one."""
     new = folder / "die-at.new"
-    new.write_text(f"{writes}")
+    new.write_text(f"{steps}")
     new.rename(folder / "die-at")
 
 
@@ -40,16 +53,17 @@ def disarm(folder: Path) -> bool:
 def main() -> int:
     """As sami-agent."""
     file = Path(sys.argv[sys.argv.index("--config-file") + 1]).with_name("die-at")
-    for name in WRITES:
-        setattr(Journal, name, _mortal(getattr(Journal, name), file))
+    for kind, names in STEPS.items():
+        for name in names:
+            setattr(kind, name, _mortal(getattr(kind, name), file))
     return agent.main()
 
 
-def _mortal(write: Callable[..., Any], file: Path) -> Callable[..., Any]:
+def _mortal(step: Callable[..., Any], file: Path) -> Callable[..., Any]:
     def mortal(*arguments: Any, **named: Any) -> Any:
         with _ONE:
             _count(file)
-        return write(*arguments, **named)
+        return step(*arguments, **named)
 
     return mortal
 

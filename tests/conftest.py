@@ -17,9 +17,9 @@ hypothesis.settings.load_profile("sami")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--every-write",
+        "--every-step",
         action="store_true",
-        help="in test_kill.py, kill agents at every write of their journals, not only at some of each sequence",
+        help="in test_kill.py, kill agents before every step that lab.mortal counts, not only before some",
     )
 
 

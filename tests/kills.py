@@ -1,4 +1,4 @@
-"""At which writes of its journal an agent is killed, while a guest goes through a sequence."""
+"""Before which steps an agent is killed, as `lab.mortal` counts them, while a guest goes through a sequence."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-MOST_WRITES = 60
-"""More than a session writes."""
+MOST_STEPS = 90
+"""More than a session takes."""
 
 
-def writes(config: pytest.Config, chosen: Sequence[int], deaths: Sequence[bool]) -> Iterator[int]:
-    """Those chosen, or with --every-write all, and so each gap between two, up to one that the
+def steps(config: pytest.Config, chosen: Sequence[int], deaths: Sequence[bool]) -> Iterator[int]:
+    """Those chosen, or with --every-step all, and so each gap between two, up to one that the
     agent does not come to.
 
     Of each it has to be added to `deaths` whether the agent died at it.
     """
-    if not config.getoption("--every-write"):
+    if not config.getoption("--every-step"):
         yield from chosen
         return
-    for write in range(MOST_WRITES):
-        yield write
+    for step in range(MOST_STEPS):
+        yield step
         if not deaths[-1]:
             return
-    raise AssertionError(f"the session writes more than {MOST_WRITES} times")
+    raise AssertionError(f"the session takes more than {MOST_STEPS} steps")

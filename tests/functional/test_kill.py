@@ -1,4 +1,4 @@
-"""Agents are killed at writes of their journals, on real kernels: connections live, each flow is in one place."""
+"""Agents are killed at each step that they take, on real kernels: connections live, each flow is in one place."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ CASES = {
 }
 CHOSEN = {"source": (4, 7, 10), "destination": (5, 8, 11)}
 CHOSEN_BEFORE_AN_END = {"source": (1, 4), "destination": (2, 4)}
-"""Each case has one of them in turn; --every-write tries all."""
+"""Each case has one of them in turn; --every-step tries all."""
 
 
 class Moves:
@@ -158,21 +158,21 @@ def moves(broker: Broker, case: Case) -> Iterator[Moves]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_connection_lives_whichever_write_an_agent_dies_at(
+def test_connection_lives_whichever_step_an_agent_dies_at(
     broker: Broker, name: str, pytestconfig: pytest.Config
 ) -> None:
     with moves(broker, CASES[name]) as made:
         for role, choice in (CHOSEN if CASES[name].ends == MOVED else CHOSEN_BEFORE_AN_END).items():
             chosen = choice[list(CASES).index(name) % len(choice)]
             before, deaths = made.agents.deaths, list[bool]()
-            for write in kills.writes(pytestconfig, (chosen,), deaths):
+            for step in kills.steps(pytestconfig, (chosen,), deaths):
                 victim = made.here if role == "source" else made.there
-                made.agents.arm(victim, write)
+                made.agents.arm(victim, step)
                 try:
                     made.move()
                 except DeadlinePassed as error:
                     logs = "\n----\n".join(agent.log.read_text()[-4000:] for agent in made.agents.agents.values())
-                    raise AssertionError(f"write {write}, {role} {victim} dies: {error}\n{logs}") from error
+                    raise AssertionError(f"step {step}, {role} {victim} dies: {error}\n{logs}") from error
                 deaths.append(not made.agents.disarm(victim))
             assert made.agents.deaths - before == sum(deaths) > 0
 

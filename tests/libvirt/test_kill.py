@@ -1,4 +1,4 @@
-"""Agents are killed at writes of their journals while real libvirt moves a guest: its connection lives all the same."""
+"""Agents are killed at each step that they take while real libvirt moves a guest: its connection lives all the same."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ CHOSEN = (
     "source's libvirtd is killed",
     VETOED,
 )
-"""Without --every-write."""
+"""Without --every-step."""
 ROLES = ("source", "destination")
-WRITES = {"source": (1, 4, 7, 10), "destination": (2, 5, 8, 11)}
-WRITES_BEFORE_AN_END = {"source": (1, 3, 5), "destination": (0, 2, 4)}
-"""Of which each sequence has one in turn, of one host; --every-write tries all of both."""
+STEPS = {"source": (1, 4, 7, 10), "destination": (2, 5, 8, 11)}
+STEPS_BEFORE_AN_END = {"source": (1, 3, 5), "destination": (0, 2, 4)}
+"""Of which each sequence has one in turn, of one host; --every-step tries all of both."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def mortals(
 
 
 @contextmanager
-def dying(agent: HostAgent, write: int, deaths: list[bool]) -> Iterator[None]:
-    """The agent dies before this write of its journal, and is started anew at once."""
+def dying(agent: HostAgent, step: int, deaths: list[bool]) -> Iterator[None]:
+    """The agent dies before this step, and is started anew at once."""
     folder = agent.configuration.parent
-    mortal.arm(folder, write)
+    mortal.arm(folder, step)
     has_ended = threading.Event()
 
     def keep() -> None:
@@ -112,24 +112,24 @@ def dying(agent: HostAgent, write: int, deaths: list[bool]) -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = SEQUENCES if metafunc.config.getoption("--every-write") else CHOSEN
+    names = SEQUENCES if metafunc.config.getoption("--every-step") else CHOSEN
     cases = [pytest.param("veto" if name == VETOED else "proceed", name, id=name) for name in names]
     metafunc.parametrize(("mortals", "name"), cases, indirect=["mortals"], scope="module")
 
 
 def test_connection_lives_whichever_agent_dies(mortals: Mortals, name: str, pytestconfig: pytest.Config) -> None:
     number = list(SEQUENCES).index(name)
-    for role in ROLES if pytestconfig.getoption("--every-write") else (ROLES[number % 2],):
+    for role in ROLES if pytestconfig.getoption("--every-step") else (ROLES[number % 2],):
         deaths: list[bool] = []
-        writes = (WRITES_BEFORE_AN_END if name in sequences.STAYING else WRITES)[role]
-        chosen = writes[number // 2 % len(writes)]
-        for write in kills.writes(pytestconfig, (chosen,), deaths):
+        steps = (STEPS_BEFORE_AN_END if name in sequences.STAYING else STEPS)[role]
+        chosen = steps[number // 2 % len(steps)]
+        for step in kills.steps(pytestconfig, (chosen,), deaths):
             case = Case(mortals.lab, mortals.sami, mortals.guest, mortals.flow)
             wait_until(lambda case=case: is_marked(case), "the guest to be marked by its host", 30, poll_seconds=0.1)
             victim = case.source if role == "source" else case.destination
-            with dying(case.sami.agents[victim.name], write, deaths):
+            with dying(case.sami.agents[victim.name], step, deaths):
                 SEQUENCES[name](case)
-            settles(case, f"{role} dies at write {write}")
+            settles(case, f"{role} dies at step {step}")
         assert any(deaths)
 
 
