@@ -147,11 +147,14 @@ def test_extra_that_is_not_installed_is_a_limit_and_named() -> None:
     assert found.mend == "pip install sami_plugin[plots]"
 
 
-def test_entry_point_that_does_not_load_is_missing_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = metadata.EntryPoint("broken", "no_such_module:Driver", "sami.drivers")
-    monkeypatch.setattr(checks, "ENTRY_POINTS", ("sami.drivers",))
-    monkeypatch.setattr(checks.metadata, "entry_points", lambda group: [broken])
-    (found,) = checks._entry_points()
+OURS = sorted({point.group for point in metadata.distribution("sami_plugin").entry_points if "sami." in point.group})
+
+
+@pytest.mark.parametrize("group", OURS)
+def test_entry_point_that_does_not_load_is_missing_and_named(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = metadata.EntryPoint("broken", "no_such_module:Driver", group)
+    monkeypatch.setattr(checks.metadata, "entry_points", lambda group: [broken] if group == broken.group else [])
+    (found,) = (one for one in checks._entry_points() if one.name == f"entry points {group}")
     assert (found.result, "broken: ModuleNotFoundError" in found.reason) == (Result.MISSING, True)
 
 
