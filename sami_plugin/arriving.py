@@ -140,7 +140,7 @@ class Findings:
         for name in COMPARED_BITS.keys() & set(batch.template.dtype.names or ()):
             held.rows[name] &= batch.rows[name][is_ours]
         part.port.held.put(held)
-        self._present.put(batch.take(came_out(made, Outcome.PRESENT)))
+        self.leave(batch.take(came_out(made, Outcome.PRESENT)))
         for code in sorted({*made["reason"][came_out(made, Outcome.REFUSED)].tolist()}):
             self.refuse(batch.take(made["reason"] == code), Reason(code))
         lost = dict(part.left_out)
@@ -155,6 +155,11 @@ class Findings:
         if len(batch):
             self.forget(batch)
             self._refused.setdefault(reason, FlowTable()).put(batch)
+
+    def leave(self, batch: Batch) -> None:
+        """Files flows that are in the device already, and stay as they are."""
+        self.forget(batch)
+        self._present.put(batch)
 
     def has(self, batch: Batch) -> npt.NDArray[np.bool_]:
         """Which of these flows were there already, or were refused: the source has told of them."""

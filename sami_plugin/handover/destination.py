@@ -40,6 +40,7 @@ from sami_plugin.model.address_map import peer_sees_another
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import (
     Batch,
+    FlowStatus,
     has_end_in,
     holds_any,
     importance,
@@ -498,8 +499,9 @@ class DestinationSession(Session):
         is_known, is_unsure = np.zeros(len(mine), bool), port.unsure.find(mine)[0]
         for table in port.tables():
             is_known |= table.find(mine)[0]
+        is_further = self._is_further(port, mine) & ~is_known
         if self._former is None and not is_known.any():
-            return mine
+            return mine.take(~is_further) if is_further.any() else mine
         found, is_there = self.host.driver.read_back(port.scope, mine)
         is_as_it_was = np.zeros(len(mine), bool)
         for table in port.tables():
@@ -509,7 +511,6 @@ class DestinationSession(Session):
                 has_row & is_there & ((lost_fields(before, found.rows) == 0) | lacks_bits(before, found.rows))
             )
         is_changed = is_known & is_there & ~is_as_it_was
-        is_further = ~is_known & self._is_further(port, mine, found, is_there)
         for why, which in ((MAY_HAVE_ENDED, is_unsure & ~is_there), (MAY_BE_ANOTHER, is_unsure & is_changed)):
             if which.any():
                 self.report.name(why, int(np.count_nonzero(which)), names(mine.take(which)))
@@ -517,18 +518,22 @@ class DestinationSession(Session):
         port.keep(mine, found, is_changed & ~port.held.find(mine)[0])
         return mine.take((~is_known & ~is_further) | is_as_it_was | (is_unsure & ~is_there))
 
-    def _is_further(
-        self, port: Arriving, mine: Batch, found: Batch, is_there: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.bool_]:
-        """Of flows that the guest has begun here, what packets have made of them where it was, after the pause.
+    def _is_further(self, port: Arriving, mine: Batch) -> npt.NDArray[np.bool_]:
+        """Of what nobody answered where the guest was, what is answered here: the guest has begun it since it came.
 
-        A source whose agent was started anew since does not know it from the guest's.
+        Where it was, packets that came late have made it, and the source does not know that from the guest's.
         """
-        if self._former is None or not mine.template.is_flow:
-            return np.zeros(len(mine), bool)
-        is_further = is_there & lacks_bits(found, mine.rows)
-        found, is_there = self.host.driver.read_back(port.scope, turned_round(mine))
-        return is_further | (is_there & lacks_bits(found, mine.rows))
+        is_further = np.zeros(len(mine), bool)
+        if "conntrackStatus" not in (mine.rows.dtype.names or ()):
+            return is_further
+        is_young = ~_is_answered(mine)
+        young = mine.take(is_young)
+        for wanted in (young, turned_round(young)) if len(young) else ():
+            found, is_there = self.host.driver.read_back(port.scope, wanted)
+            is_there &= _is_answered(found)
+            self._findings.leave(wanted.take(is_there))
+            is_further[is_young] |= is_there
+        return is_further
 
     def _admitted(self, port: Arriving, mine: Batch, theirs: Batch) -> Batch:
         """Those of the port's flows that may come in; the others are refused, and go if they were here before."""
@@ -832,6 +837,10 @@ def _now(before: Scope, here: tuple[Scope, ...]) -> Scope | None:
 def _essence(scope: Scope) -> tuple[object, ...]:
     addresses = frozenset(scope.addresses), frozenset(scope.translations)
     return scope.port, place_of(scope), *addresses, scope.is_shared, scope.barred_marks
+
+
+def _is_answered(batch: Batch) -> npt.NDArray[np.bool_]:
+    return np.asarray(batch.rows["conntrackStatus"] & np.uint32(FlowStatus.SEEN_REPLY) != 0)
 
 
 def _masters_first(arrived: list[Carried]) -> list[Carried]:

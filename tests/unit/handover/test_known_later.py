@@ -21,7 +21,7 @@ from sami_plugin.errors import DeviceFailed, NotAvailable
 from sami_plugin.handover import DestinationSession
 from sami_plugin.handover.destination import UNTOLD
 from sami_plugin.migration.decision import FindScope, Import, Renew, Verify
-from sami_plugin.model.flows import Batch
+from sami_plugin.model.flows import Batch, FlowStatus, turned_round
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.results import Reason, Results
 from sami_plugin.model.scope import Scope
@@ -214,6 +214,28 @@ def test_what_is_named_when_all_is_looked_at_is_written_down(tmp_path: Path) -> 
             (row,) = session.host.journal.unfinished()
             assert json.loads(row["named"])[UNTOLD]["count"] == 10
             assert port.held.find(flows)[0].all()
+
+
+def test_what_packets_made_where_the_guest_was_takes_nothing_from_what_it_has_begun_since(tmp_path: Path) -> None:
+    """Of four: two it has begun itself, one its peer has, and one is as new here as there."""
+    with hosts_in(tmp_path) as hosts:
+        guest, late = new_guest(), tcp_flows(4)
+        late.rows["conntrackStatus"] = int(FlowStatus.CONFIRMED)
+        begun = Batch(late.template, late.rows.copy())
+        begun.rows["conntrackStatus"] |= int(FlowStatus.SEEN_REPLY)
+        begun.rows["flowMark"] = 7
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        with session_in(hosts, guest, 1) as session:
+            session._known = replace(session._known, runs_here=True)
+            session._find_scope(FindScope(is_last=True))
+            (port,) = session._ports
+            for batch in (begun.take(np.arange(4) < 2), turned_round(begun.take(np.arange(4) == 2))):
+                hosts.drivers["host-b"].insert(port.scope, batch)
+            session._import(Import(payload(late)))
+            session._settle()
+            assert sorted(value for _, value in held(hosts, "host-b")) == [0, 7, 7, 7]
+            assert session._findings.counts()["present"] == 3
+            assert len(port.held) == 1
 
 
 class Forgets(MemoryDriver):
