@@ -648,6 +648,8 @@ class Session(abc.ABC):
         former = self._as_former()
         LOG.info("%s: guest %s: %s", self.id, self.guest, self.report.reason)
         go_on(successor, former, self.report.as_dict())
+        if not self._journal_works:  # it has nothing to go on with, or not all of it
+            successor.lose_journal(JournalError(f"the journal did not work in session {self.id}"))
         with self._handing_over:
             self._successor = successor
             while True:

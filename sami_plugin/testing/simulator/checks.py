@@ -356,6 +356,7 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if came and {UNSAID, CRASHED} & world.hindrances.keys():
         return  # nobody here knew that it left again
     says_so = any(_says_that_it_failed(world, host, one) for host, one in sessions)
+    says_so |= any(not one._journal_works for _, one in sessions)  # the log does, from that moment on
     if says_so and (is_hindered or len(sessions) > 1):
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):

@@ -301,6 +301,25 @@ def test_agent_that_was_away_when_the_guest_left_knows_where_it_went_and_what_it
         assert hosts.agents["host-a"].underway() == []
 
 
+def test_journal_that_failed_once_is_not_believed_by_the_session_that_goes_on(tmp_path: Path) -> None:
+    """It may lack flows: who is started anew would leave them behind."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        (former,) = hosts.agents["host-a"].sessions()
+        former.lose_journal(JournalError("the disk is full"))
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.STARTED))
+        until(lambda: former.is_over and hosts.agents["host-a"].sessions())
+        (successor,) = hosts.agents["host-a"].sessions()
+        assert not successor._journal_works  # so it purges nothing
+        assert any("the journal did not work" in remark for remark in successor.report.remarks)
+        hosts.say("host-a", Phase.ROLLBACK, guest)
+        words(hosts, guest, ("host-b", Phase.STOPPED))
+        until_idle(hosts)
+
+
 @pytest.mark.parametrize("at", STEPS)
 def test_what_a_reboot_took_away_is_missed_by_nobody(tmp_path: Path, at: str) -> None:
     """The destination's kernel and guests are gone; a guest that did not run there yet is on the source."""
