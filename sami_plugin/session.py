@@ -626,18 +626,17 @@ class Session(abc.ABC):
         self.report.flows = self._counts()
         log = LOG.info if outcome in (Outcome.MOVED, Outcome.STAYED) else LOG.warning
         log("%s: guest %s: %s %s %s", self.id, self.guest, outcome.value, reason, self.report.flows)
-        if self._journal_works:
-            try:
-                is_late = outcome is Outcome.LEFT_WITHOUT_ARRIVAL  # who comes late may still want them
-                self.host.journal.end(
-                    self.id,
-                    self._state(),
-                    outcome.value,
-                    self.report.as_dict(),
-                    keep_payloads_seconds=self.host.settings.late_import_seconds if is_late else 0.0,
-                )
-            except JournalError as error:
-                self.lose_journal(error)
+        try:  # also where it has failed before: what is over is not to be gone on with
+            is_late = outcome is Outcome.LEFT_WITHOUT_ARRIVAL  # who comes late may still want them
+            self.host.journal.end(
+                self.id,
+                self._state(),
+                outcome.value,
+                self.report.as_dict(),
+                keep_payloads_seconds=self.host.settings.late_import_seconds if is_late else 0.0,
+            )
+        except JournalError as error:
+            self.lose_journal(error)
         self._leave()
 
     def _hand_over(self) -> None:

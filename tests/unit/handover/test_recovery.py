@@ -318,6 +318,8 @@ def test_journal_that_failed_once_is_not_believed_by_the_session_that_goes_on(tm
         hosts.say("host-a", Phase.ROLLBACK, guest)
         words(hosts, guest, ("host-b", Phase.STOPPED))
         until_idle(hosts)
+        # It works again: what is over is not gone on with at the next start.
+        assert [one["outcome"] for one in hosts.reports("host-a", guest)] == ["stayed", "continued"]
 
 
 @pytest.mark.parametrize("at", STEPS)
