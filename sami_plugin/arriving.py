@@ -25,6 +25,9 @@ from sami_plugin.model.results import (
 )
 from sami_plugin.model.scope import Scope
 
+REFUSED, DEGRADED = FOUND_ANEW = ("refused: ", "degraded: ")
+"""How the reasons begin that are found anew when flows are told anew."""
+
 
 @dataclass(slots=True)
 class Arriving:
@@ -60,6 +63,8 @@ class Arriving:
         """Of what was told, this stays as the guest has made it, whatever is told of it later."""
         kept = told.take(which)
         kept.rows["flowId"] = found.rows["flowId"][which]
+        for name in COMPARED_BITS.keys() & set(kept.rows.dtype.names or ()):
+            kept.rows[name] &= found.rows[name][which]
         self.held.put(kept)
         self.told_anew(kept)
 
@@ -203,10 +208,10 @@ class Findings:
         """Names what did not come as it was sent."""
         for reason, table in (*self._refused.items(), (Reason.AMBIGUOUS_ADDRESS, self._ambiguous)):
             for batch in table.batches():
-                report.name(f"refused: {WORDS[reason]}", len(batch), names(batch))
+                report.name(f"{REFUSED}{WORDS[reason]}", len(batch), names(batch))
         for element, table in self._degraded.items():
             for batch in table.batches():
-                report.name(f"degraded: {element} was not kept", len(batch), names(batch))
+                report.name(f"{DEGRADED}{element} was not kept", len(batch), names(batch))
 
 
 def _distinct(tables: Iterable[FlowTable]) -> int:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.domain import Domain
@@ -78,9 +76,9 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
     ]
     ports = tuple(FormerPort(Scope.from_dict(told)) for told in json.loads(row["ports"]))
     for number, payload in journal.payloads(row["session"]):
-        is_sure = row["role"] == "source" or number <= row["applied"]
+        is_sure = is_source or number <= row["applied"]
         for batch in _batches(payload, settings):
-            _tell(ports, batch if row["role"] == "source" else _here(batch, domain), is_sure=is_sure)
+            _tell(ports, batch if is_source else _here(batch, domain), is_sure=is_sure, has_rest=is_source)
     return Former(
         row["session"],
         row["known_as"] or row["session"],
@@ -112,10 +110,16 @@ def _here(batch: Batch, domain: Domain | None) -> Batch:
     return Batch(batch.template, rows)
 
 
-def _tell(ports: tuple[FormerPort, ...], batch: Batch, *, is_sure: bool) -> None:
-    """Files flows that were told of, or taken back, with their ports. What is no other port's is the first one's."""
+def _tell(ports: tuple[FormerPort, ...], batch: Batch, *, is_sure: bool, has_rest: bool) -> None:
+    """Files flows that were told of, or taken back, with their ports.
+
+    `has_rest`: what is no other port's is the first one's, as at a source. A destination puts in nothing of ports that
+    it does not know.
+    """
     for port in reversed(ports):
-        is_its = port.scope.owns(batch) if port is not ports[0] else np.ones(len(batch), bool)
+        is_its = port.scope.owns(batch)
+        if has_rest and port is ports[0]:
+            is_its |= True
         _file(port, batch.take(is_its), is_sure=is_sure)
         batch = batch.take(~is_its)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sami_plugin.arriving import Arriving, Carried, Findings, Unverified
+from sami_plugin.arriving import FOUND_ANEW, Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.errors import JournalError, SamiError
 from sami_plugin.former import WAS_HERE, Former, FormerPort
@@ -41,6 +41,7 @@ from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import (
     Batch,
     FlowStatus,
+    answers,
     has_end_in,
     holds_any,
     importance,
@@ -48,7 +49,6 @@ from sami_plugin.model.flows import (
     is_expected_elsewhere,
     is_translated_elsewhere,
     names,
-    turned_round,
 )
 from sami_plugin.model.keys import FlowTable, KeyIndex
 from sami_plugin.model.migration import (
@@ -83,6 +83,7 @@ UNADMITTED_REMOVED = f"removed: {UNADMITTED}"
 MAY_HAVE_ENDED = "put in again, and may have ended here while no agent was here to be told"
 MAY_BE_ANOTHER = "there when an agent was started anew, and not as it was sent; left as it is"
 UNTOLD = "put in before an agent was started anew, and not told of since; kept, for the guest runs here"
+_ANSWERED = FlowStatus.SEEN_REPLY
 NOT_DISCARDED = "not discarded: the firewall failed, and they may have been there before"
 
 
@@ -499,7 +500,7 @@ class DestinationSession(Session):
         is_known, is_unsure = np.zeros(len(mine), bool), port.unsure.find(mine)[0]
         for table in port.tables():
             is_known |= table.find(mine)[0]
-        is_further = self._is_further(port, mine) & ~is_known
+        is_further = self._is_further(port, mine, is_known)
         if self._former is None and not is_known.any():
             return mine.take(~is_further) if is_further.any() else mine
         found, is_there = self.host.driver.read_back(port.scope, mine)
@@ -518,19 +519,21 @@ class DestinationSession(Session):
         port.keep(mine, found, is_changed & ~port.held.find(mine)[0])
         return mine.take((~is_known & ~is_further) | is_as_it_was | (is_unsure & ~is_there))
 
-    def _is_further(self, port: Arriving, mine: Batch) -> npt.NDArray[np.bool_]:
+    def _is_further(self, port: Arriving, mine: Batch, is_known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Of what nobody answered where the guest was, what is answered here: the guest has begun it since it came.
 
-        Where it was, packets that came late have made it, and the source does not know that from the guest's.
+        Where it was, packets that came late have made it, and the source does not know that from the guest's. One whose
+        agent was started anew may take more of them for the guest's, answers among them.
         """
         is_further = np.zeros(len(mine), bool)
-        if "conntrackStatus" not in (mine.rows.dtype.names or ()):
+        if not mine.template.is_flow or mine.template.is_expectation:
             return is_further
-        is_young = ~_is_answered(mine)
+        bits = np.uint32(_ANSWERED if self._former is None else _ANSWERED | FlowStatus.ASSURED)
+        is_young = ~is_known & (mine.rows["conntrackStatus"] & bits != bits)
         young = mine.take(is_young)
-        for wanted in (young, turned_round(young)) if len(young) else ():
+        for wanted in (young, answers(young).under(young.template)) if len(young) else ():
             found, is_there = self.host.driver.read_back(port.scope, wanted)
-            is_there &= _is_answered(found)
+            is_there &= found.rows["conntrackStatus"] & ~young.rows["conntrackStatus"] & bits != 0
             self._findings.leave(wanted.take(is_there))
             is_further[is_young] |= is_there
         return is_further
@@ -610,6 +613,8 @@ class DestinationSession(Session):
                 # The source has not told of it: it has ended meanwhile.
                 for batch in port.inherited():
                     self._take_out(batch.identities, [port])
+            for why in [one for one in self._named_before if one.startswith(FOUND_ANEW)]:
+                del self._named_before[why]  # or not, where it could be put in this time
         has_named = self._keep_untold()
         if self._known.has_last and not self._waiting:
             self._judge_unadmitted()
@@ -802,7 +807,8 @@ class DestinationSession(Session):
         """
         has_some = False
         for port in self._ports if self._known.in_sync and self._known.runs_here else ():
-            for batch in (*port.inherited(),):
+            for known in (*port.inherited(),):
+                batch = known.take(~port.held.find(known)[0])  # it may be both former and unsure
                 found, is_there = self.host.driver.read_back(port.scope, batch)
                 if is_there.any():
                     self.report.name(UNTOLD, int(np.count_nonzero(is_there)), names(batch.take(is_there)))
@@ -837,10 +843,6 @@ def _now(before: Scope, here: tuple[Scope, ...]) -> Scope | None:
 def _essence(scope: Scope) -> tuple[object, ...]:
     addresses = frozenset(scope.addresses), frozenset(scope.translations)
     return scope.port, place_of(scope), *addresses, scope.is_shared, scope.barred_marks
-
-
-def _is_answered(batch: Batch) -> npt.NDArray[np.bool_]:
-    return np.asarray(batch.rows["conntrackStatus"] & np.uint32(FlowStatus.SEEN_REPLY) != 0)
 
 
 def _masters_first(arrived: list[Carried]) -> list[Carried]:

@@ -321,14 +321,15 @@ class SourceSession(Session):
                     yield port, batch
             else:  # nor does it say anything later, when the guest is paused
                 self._note_gone(port.former)
-            port.former = FlowTable()
+                port.former = FlowTable()
 
     def _note_gone(self, former: FlowTable) -> None:
         """For a session that goes on with this one by its journal, in which flows are as they were told."""
-        for batch in former.batches():
-            gone = batch.identities
-            gone.rows["firewallEvent"] = FirewallEvent.DELETED
-            self._packed([gone])
+        gone = [batch.identities for batch in former.batches()]
+        for batch in gone:
+            batch.rows["firewallEvent"] = FirewallEvent.DELETED
+        for some in split(gone, self.host.settings.batch_flows) if gone else ():
+            self._packed(some)
 
     def _export_next(self, action: ExportNext) -> Done:
         pieces, is_all = taken(self._pieces, self.host.settings.batch_flows)

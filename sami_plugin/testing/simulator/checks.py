@@ -228,7 +228,7 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
         return
     what = "is not there" if entry is None else f"has mark {entry.row['flowMark']} and not {flow.mark}"
     is_early = _is_before_it_is_said_that_it_runs(world, guest, flow.changed_at)
-    if is_early and entry is not None and CRASHED in world.hindrances:
+    if is_early and entry is not None and CRASHED in world.hindrances and 0 < entry.row["flowMark"] < flow.mark:
         return  # and was put in again, as it was before
     told = list(_tellers(world, guest, flow))
     if flow.was_cleaned and (told or world.hindrances):
@@ -356,7 +356,8 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if came and {UNSAID, CRASHED} & world.hindrances.keys():
         return  # nobody here knew that it left again
     says_so = any(_says_that_it_failed(world, host, one) for host, one in sessions)
-    says_so |= any(not one._journal_works for _, one in sessions)  # the log does, from that moment on
+    leaving = [one for _, one in sessions if one.role == "source"]
+    says_so |= bool(leaving) and not leaving[-1]._journal_works  # the log does, from that moment on
     if says_so and (is_hindered or len(sessions) > 1):
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):

@@ -122,6 +122,7 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(24119, {"crash": 1.0}, id="what vanished was not looked at when a session was gone on with"),
         pytest.param(310198, {}, id="what a late packet made at the source replaced what the guest had begun"),
         pytest.param(391135, {}, id="a journal that had failed was believed by the next session"),
+        pytest.param(864652, {}, id="what has no zone was filed with another port's flows"),
         pytest.param(20166965, {}, id="the call of a migration that was over came in the midst of the next one"),
         pytest.param(5000940, {"crash": 1.0, "moves": 3, "hosts": 3}, id="a stay that was over was told as an arrival"),
         pytest.param(
