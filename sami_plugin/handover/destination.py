@@ -310,8 +310,8 @@ class DestinationSession(Session):
     def _note_applied(self, *, has_named: bool = False) -> None:
         """For a later start, which would not know what of a payload is done, and what the guest has ended since."""
         applied = self._waiting[0][0] - 1 if self._waiting else self._payloads
-        # What a former session was about to do is settled when the source has told all anew.
-        is_settled = self._known.in_sync or not any(len(port.unsure) for port in self._ports)
+        # What a former session was about to do, or what waited there, is settled when the source has told all anew.
+        is_settled = self._known.in_sync or self._former is None
         is_news = applied != self._applied or has_named
         if not is_news or not is_settled or self._unverified or not self._journal_works:
             return
@@ -500,10 +500,12 @@ class DestinationSession(Session):
         is_known, is_unsure = np.zeros(len(mine), bool), port.unsure.find(mine)[0]
         for table in port.tables():
             is_known |= table.find(mine)[0]
-        is_further = self._is_further(port, mine, is_known)
         if self._former is None and not is_known.any():
+            is_further = self._is_further(port, mine, is_known)
             return mine.take(~is_further) if is_further.any() else mine
         found, is_there = self.host.driver.read_back(port.scope, mine)
+        is_absent = is_unsure & ~is_there
+        is_further = self._is_further(port, mine, is_known & ~is_absent)
         is_as_it_was = np.zeros(len(mine), bool)
         for table in port.tables():
             has_row, rows = table.rows_of(mine)
@@ -512,12 +514,12 @@ class DestinationSession(Session):
                 has_row & is_there & ((lost_fields(before, found.rows) == 0) | lacks_bits(before, found.rows))
             )
         is_changed = is_known & is_there & ~is_as_it_was
-        for why, which in ((MAY_HAVE_ENDED, is_unsure & ~is_there), (MAY_BE_ANOTHER, is_unsure & is_changed)):
+        for why, which in ((MAY_HAVE_ENDED, is_absent & ~is_further), (MAY_BE_ANOTHER, is_unsure & is_changed)):
             if which.any():
                 self.report.name(why, int(np.count_nonzero(which)), names(mine.take(which)))
         # What another session put in, and the guest has changed, is this one's too from now on.
         port.keep(mine, found, is_changed & ~port.held.find(mine)[0])
-        return mine.take((~is_known & ~is_further) | is_as_it_was | (is_unsure & ~is_there))
+        return mine.take(((~is_known | is_absent) & ~is_further) | is_as_it_was)
 
     def _is_further(self, port: Arriving, mine: Batch, is_known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Of what nobody answered where the guest was, what is answered here: the guest has begun it since it came.

@@ -288,7 +288,7 @@ def a_new_start_forgets_who_is_on_the_way() -> Any:
 @fault(1000, crash=1.0)
 def a_new_start_takes_for_put_in_what_it_only_has_written_down() -> Any:
     real = formers._tell
-    return mock.patch.object(formers, "_tell", lambda ports, batch, *, is_sure: real(ports, batch, is_sure=True))
+    return mock.patch.object(formers, "_tell", lambda *told, is_sure, **how: real(*told, is_sure=True, **how))
 
 
 @fault(1000, crash=1.0)

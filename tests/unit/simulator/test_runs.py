@@ -123,6 +123,8 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(310198, {}, id="what a late packet made at the source replaced what the guest had begun"),
         pytest.param(391135, {}, id="a journal that had failed was believed by the next session"),
         pytest.param(864652, {}, id="what has no zone was filed with another port's flows"),
+        pytest.param(54214, {"crash": 1.0}, id="a late answer that was written down replaced what it answers"),
+        pytest.param(50030, {"crash": 1.0}, id="what waited for its port was taken for put in"),
         pytest.param(20166965, {}, id="the call of a migration that was over came in the midst of the next one"),
         pytest.param(5000940, {"crash": 1.0, "moves": 3, "hosts": 3}, id="a stay that was over was told as an arrival"),
         pytest.param(
