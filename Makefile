@@ -52,7 +52,7 @@ test-kernels: prepare-kernels ## what takes another kernel than this machine's: 
 test-long: prepare-libvirt ## 50 migrations by real libvirt, and what a guest's streams notice; as root, 12 minutes
 	$(PYTHON_HERE) -m lab.libvirt.soak $(ARGS)
 
-test-kills: prepare-libvirt ## agents killed at every write of their journals and act on a firewall, in every sequence; as root, three hours
+test-kills: prepare-libvirt ## agents killed before every write and act, in every sequence; as root, three hours
 	$(PYTEST_IN_A_WORLD) --every-step tests/functional/test_kill.py tests/libvirt/test_kill.py $(ARGS)
 
 bench: prepare-test ## measure

@@ -117,9 +117,7 @@ def _tell(ports: tuple[FormerPort, ...], batch: Batch, *, is_sure: bool, has_res
     it does not know.
     """
     for port in reversed(ports):
-        is_its = port.scope.owns(batch)
-        if has_rest and port is ports[0]:
-            is_its |= True
+        is_its = port.scope.owns(batch) | (has_rest and port is ports[0])
         _file(port, batch.take(is_its), is_sure=is_sure)
         batch = batch.take(~is_its)
 

@@ -83,7 +83,6 @@ UNADMITTED_REMOVED = f"removed: {UNADMITTED}"
 MAY_HAVE_ENDED = "put in again, and may have ended here while no agent was here to be told"
 MAY_BE_ANOTHER = "there when an agent was started anew, and not as it was sent; left as it is"
 UNTOLD = "put in before an agent was started anew, and not told of since; kept, for the guest runs here"
-_ANSWERED = FlowStatus.SEEN_REPLY
 NOT_DISCARDED = "not discarded: the firewall failed, and they may have been there before"
 
 
@@ -530,7 +529,7 @@ class DestinationSession(Session):
         is_further = np.zeros(len(mine), bool)
         if not mine.template.is_flow or mine.template.is_expectation:
             return is_further
-        bits = np.uint32(_ANSWERED if self._former is None else _ANSWERED | FlowStatus.ASSURED)
+        bits = np.uint32(FlowStatus.SEEN_REPLY | (0 if self._former is None else FlowStatus.ASSURED))
         is_young = ~is_known & (mine.rows["conntrackStatus"] & bits != bits)
         young = mine.take(is_young)
         for wanted in (young, answers(young).under(young.template)) if len(young) else ():
