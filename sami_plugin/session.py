@@ -153,8 +153,12 @@ class Host:
 
     # What sessions share.
 
-    def risk(self, demand: Demand, session: str, guest: str, source: str, *, is_kept: bool = True) -> Risk:
+    def risk(
+        self, demand: Demand, session: str, guest: str, source: str, *, there: int = 0, is_kept: bool = True
+    ) -> Risk:
         """What would be lost if these flows came from that host. The places that they need are kept for the session.
+
+        `there` is how many of them it finds in the device already, from another session with which it goes on.
 
         :raises SamiError: this host's firewall does not say.
         """
@@ -162,11 +166,12 @@ class Host:
         can, domain = self.driver.capabilities(scope), self.peers.way_to(source).domain
 
         def promise(wanted: int) -> int:
-            with self._counted(session, wanted, scope) as look:
-                granted = self._places.promise(session, wanted, look)
+            new = max(0, wanted - there)
+            with self._counted(session, new, scope) as look:
+                granted = self._places.promise(session, new, look)
                 if not is_kept:
                     self._places.lapse(session)
-                return granted
+                return wanted - new + granted
 
         found = weigh(
             demand,

@@ -247,7 +247,25 @@ class DestinationSession(Session):
         if offer is None or offer.version == 1:
             why = action.why_unknown or "the source speaks version 1, which says no counts; upgrade it"
             return Risk(guest, self.peer, self.host.name, None, why_unknown=why)
-        return self.host.risk(Demand.of(offer), self.id, guest, self.peer)
+        return self.host.risk(Demand.of(offer), self.id, guest, self.peer, there=self._inherited_count())
+
+    def _inherited_count(self) -> int:
+        count = 0
+        for port in self._ports:
+            known = FlowTable()
+            for batch in port.inherited():
+                known.put(batch)
+            count += sum(int(self._is_inherited(port, batch).sum()) for batch in known.batches())
+        return count
+
+    def _is_inherited(self, port: Arriving, batch: Batch) -> npt.NDArray[np.bool_]:
+        """Which of the flows another session has put in, and are there still: they need no new place."""
+        known = np.zeros(len(batch), bool)
+        for table in (port.former, port.unsure):
+            known |= table.find(batch)[0]
+        if known.any():
+            known[known] = self.host.driver.read_back(port.scope, batch.take(known))[1]
+        return known
 
     def _lapse_places(self, action: LapsePlaces) -> None:
         if self.host.lapse_places(self.id) and action.reason:
@@ -568,7 +586,7 @@ class DestinationSession(Session):
         """Those of the flows for which there is room; the others are refused by name. What is no flow takes none."""
         if not batch.template.is_flow:
             return batch
-        is_new = ~port.held.find(batch)[0]
+        is_new = ~port.held.find(batch)[0] & ~self._is_inherited(port, batch)
         for part in self._unverified:  # is held only when it was looked at
             if part.port is port:
                 is_new &= ~part.has(batch)
@@ -582,7 +600,9 @@ class DestinationSession(Session):
         first = np.lexsort((-importance(batch), ~is_new))
         is_left_out = np.zeros(len(batch), bool)
         is_left_out[first[granted:wanted]] = True
-        self._findings.refuse(batch.take(is_left_out), Reason.NO_PLACE)
+        left_out = batch.take(is_left_out)
+        port.told_anew(left_out)
+        self._findings.refuse(left_out, Reason.NO_PLACE)
         return batch.take(~is_left_out)
 
     def _with_neighbours(self, scope: Scope) -> Scope:
