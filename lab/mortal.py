@@ -26,6 +26,7 @@ _WRITES = (
     "record",
     "keep_payload",
     "note_applied",
+    "note_named",
     "go_on",
     "end",
     "keep_outgoing",

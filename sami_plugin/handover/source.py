@@ -5,14 +5,17 @@ from __future__ import annotations
 import hmac
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.drivers.base import Capabilities
-from sami_plugin.errors import SamiError
+from sami_plugin.errors import JournalError, SamiError
 from sami_plugin.former import Former, FormerPort
 from sami_plugin.leaving import (
     KEPT,
@@ -70,7 +73,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
-from sami_plugin.model.report import BOTH_HAVE
+from sami_plugin.model.report import BOTH_HAVE, Report
 from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Outcome, Reason, came_out
 from sami_plugin.model.scope import Scope
 from sami_plugin.notifications import started
@@ -142,6 +145,8 @@ class SourceSession(Session):
         """What changed before the destination has answered."""
         self._is_sent = False
         """All that was exported at first is sent."""
+        self._named: Mapping[str, Any] | None = {}
+        """What the journal has of the flows that the report will name; None where that is a former session's."""
         self._removed = self._late = self._left = self._kept_for_others = 0
         host.leaves(guest)
 
@@ -151,8 +156,10 @@ class SourceSession(Session):
         limits, now = self.host.settings.limits, self.host.monotonic()
         is_gone, is_suspended = former.has("guest stopped"), former.has("guest suspended")
         self.has_left |= is_gone
+        self._named = None
         if self._is_recovered:
             self.known_as = former.known_as
+            self.report.named |= deepcopy(dict(former.named))
             self._known, self._begins_with = source.recovered(
                 limits,
                 now,
@@ -288,9 +295,18 @@ class SourceSession(Session):
             with self.host.deciding(port.scope):
                 self.host.leaving.claim(self.id, port.scope, batch)
             port.unplaced.put(batch)
+        self._note_named()
 
     def _keep(self, action: Keep) -> Done:
-        """Nobody asked for the guest's flows. What it leaves is noted, to be removed by name like all else."""
+        """Nobody asked for the guest's flows, or answered. What it leaves is noted, and removed by name like all else.
+
+        After a new start it is still to be had, though it may have run out by then.
+        """
+        if not self._is_answered:
+            waiting = [*(batch for _, batch in self._unsent), *self._unsaid]
+            for some in split(waiting, self.host.settings.batch_flows) if waiting else ():
+                self._packed(some)
+            return Done("Keep", sum(map(len, waiting)))
         self._start_export(StartExport())
         self._note_unsent(self._pieces)
         for port in self._ports:
@@ -340,6 +356,7 @@ class SourceSession(Session):
         if is_all:
             self.note("export ended")
             self._is_sent = True
+            self._note_named()
         return Done("ExportNext", count, is_all=is_all)
 
     def _told(self, pieces: Iterable[Piece]) -> list[list[Batch]]:
@@ -368,6 +385,7 @@ class SourceSession(Session):
             for port in self._ports:
                 port.close()
             self.note("last changes sent")
+            self._note_named()
         return Done("ExportChanges", count)
 
     def _changes_of(
@@ -636,14 +654,29 @@ class SourceSession(Session):
     def _exported_count(self) -> int:
         return sum(len(port.exported) for port in self._ports)
 
-    def _counts(self) -> dict[str, int]:
+    def _note_named(self) -> None:
+        """For a later start, to which all that was exported is alike."""
+        told = replace(self.report, named=deepcopy(self.report.named))
+        self._name_untold(told)
+        if told.named == self._named or not self._journal_works:
+            return
+        self._named = told.named
+        try:
+            self.host.journal.note_named(self.id, told.named)
+        except JournalError as error:
+            self.lose_journal(error)
+
+    def _name_untold(self, report: Report) -> None:
         for port in self._ports:
             for batch in port.withheld.batches():
                 why = NOT_FOR_THAT_DOMAIN if self._knows(batch.template) else WORDS[Reason.NOT_DECLARED]
-                self.report.name(f"not exported: {why}", len(batch), names(batch))
+                report.name(f"not exported: {why}", len(batch), names(batch))
             for batch in port.unplaced.batches():
                 why = f"there was no place for it at the destination; {MEND_NO_PLACE}"
-                self.report.name(f"not exported: {why}", len(batch), names(batch))
+                report.name(f"not exported: {why}", len(batch), names(batch))
+
+    def _counts(self) -> dict[str, int]:
+        self._name_untold(self.report)
         return {
             "exported": self._exported_count(),
             "purged": self._removed,

@@ -248,6 +248,10 @@ class Journal:
         query = "UPDATE sessions SET applied = ?, named = ? WHERE session = ?"
         self._write(query, (number, json.dumps(named), session))
 
+    def note_named(self, session: str, named: Mapping[str, Any]) -> None:
+        """What the report of a source will say of flows that were not sent."""
+        self._write("UPDATE sessions SET named = ? WHERE session = ?", (json.dumps(named), session))
+
     def end(
         self, session: str, state: str, outcome: str, report: dict[str, Any], *, keep_payloads_seconds: float = 0.0
     ) -> None:

@@ -204,7 +204,7 @@ class Resync:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Note what the guest leaves, in the journal too: it will be removed by name, and nobody has asked for it."""
+    """Note what the guest leaves, in the journal too: nobody has asked for it, or has said what is wanted."""
 
 
 @dataclass(frozen=True, slots=True)

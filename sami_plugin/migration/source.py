@@ -355,6 +355,13 @@ def _gone_while_copying(session: Source, event: Event, now: float) -> Decision:
     return session, [_copy_ends(session)]
 
 
+def _gone_while_offered(session: Source, event: Event, now: float) -> Decision:
+    """It may take long until the destination answers: what runs out meanwhile is still to be had after a new start."""
+    is_news = not session.is_gone
+    session, actions = _gone_while_copying(session, event, now)
+    return session, [*actions, Keep()] if is_news else actions
+
+
 def _gone_unasked(session: Source, event: Event, now: float) -> Decision:
     """Nobody will take what it leaves: it is noted, and removed when nobody has come for it."""
     if session.version:
@@ -533,7 +540,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Phase.SUSPENDED: _paused_while_offered,
         Phase.RESUMED: _resumed,
         Phase.ROLLBACK: _comes_back,
-        Phase.STOPPED: _gone_while_copying,
+        Phase.STOPPED: _gone_while_offered,
         TimePassed: _copies_too_long,
         "Returns": _comes_back_early,
         **_WHEN_IT_FAILS,

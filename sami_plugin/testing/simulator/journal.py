@@ -95,6 +95,11 @@ class MemoryJournal(Journal):
         if session in self._sessions:
             self._sessions[session].update(applied=number, named=named)
 
+    def note_named(self, session: str, named: Mapping[str, Any]) -> None:
+        self._before("what is named")
+        if session in self._sessions:
+            self._sessions[session].update(named=named)
+
     def keep_outgoing(self, guest: str, told: str | None) -> None:
         self._before("what goes out")
         if told is None:

@@ -104,7 +104,7 @@ class Traffic:
             self._device(host).drop(self._place(flow, host), entry)
             if choice < 0.7 and len(flow.owners) == 1:  # the same tuple is used again
                 self._world.tell(host, f"{flow.conversation.name} begins again")
-                again = Flow(flow.conversation, flow.owners, mark=flow.mark + 1)
+                again = Flow(flow.conversation, flow.owners, flow.mark + 1, changed_at=flow.ended_at)
                 self._enter(again, host, flow.owners[0].zones[host])
         elif not flow.conversation.name.startswith("tcp"):
             flow.is_renewed = False

@@ -8,10 +8,13 @@ import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.handover.destination import UNTOLD
+from sami_plugin.migration import source
 from sami_plugin.model.flows import Batch
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
+from sami_plugin.policies.chosen import Policies
+from sami_plugin.policies.policies import AskOperator
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
@@ -57,15 +60,15 @@ class Dies(MemoryDriver):
 
 
 def mortal(name: str) -> MemoryDriver:
-    return (Dies if name == "host-b" else MemoryDriver)(MemoryDevice(name))
+    return Dies(MemoryDevice(name))
 
 
-def die(hosts: Hosts) -> None:
-    """The destination's agent has died where it was to, and its host's hypervisor is heard by nobody."""
-    driver = hosts.drivers["host-b"]
+def die(hosts: Hosts, name: str = "host-b") -> None:
+    """The host's agent has died where it was to, and its hypervisor is heard by nobody."""
+    driver = hosts.drivers[name]
     assert isinstance(driver, Dies)
     until(lambda: driver.has_died)
-    hosts.kill("host-b")
+    hosts.kill(name)
 
 
 def leave(hosts: Hosts, guest: str) -> None:
@@ -190,6 +193,91 @@ def test_what_was_refused_is_named_once_by_the_next_agent_too(
         words(hosts, guest, ("host-b", Phase.RESUMED), ("host-a", Phase.STOPPED))
         until_idle(hosts)
         assert sum(told["count"] for told in report(hosts, "host-b", guest)["named"].values()) == 10
+
+
+def test_what_had_no_place_is_named_by_the_next_agent_of_the_source_too(tmp_path: Path) -> None:
+    """It purges what its journal has, and sees nothing anew."""
+    with hosts_in(tmp_path, driver=mortal) as hosts:
+        hosts.drivers["host-b"].device.capacity = 60
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.drivers["host-a"].at = "remove"  # type: ignore[attr-defined]
+        finish(hosts, guest)
+        die(hosts, "host-a")
+        hosts.start("host-a")
+        words(hosts, guest, ("host-a", Phase.STOPPED))
+        until_idle(hosts)
+        assert held(hosts, "host-a") == set()
+        missing = 100 - len(ports(hosts, "host-b"))
+        (why,) = (one for one in report(hosts, "host-a", guest)["named"] if "no place" in one)
+        assert report(hosts, "host-a", guest)["named"][why]["count"] == missing > 0
+
+
+def test_what_runs_out_while_an_answer_is_awaited_is_had_by_the_next_agent_of_the_source(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, driver=mortal) as hosts:
+        guest = guest_with_flows(hosts, 90)
+        hosts.agents["host-b"].host.policies = Policies(AskOperator())
+        hosts.drivers["host-b"].device.capacity = 60
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        words(hosts, guest, ("host-b", Phase.PREPARE))
+        until(lambda: all(getattr(one, "is_asking", False) for one in hosts.agents["host-b"].sessions()))
+        hosts.kill("host-b")
+        hosts.drivers["host-b"].device.capacity = None
+        here = hosts.scope("host-a", guest)
+        hosts.drivers["host-a"].insert(here, tcp_flows(10, first_port=1090))
+        leave(hosts, guest)
+        until(lambda: hosts.agents["host-a"].host.journal.payload_count(hosts.agents["host-a"].sessions()[0].id))
+        hosts.kill("host-a")
+        hosts.drivers["host-a"].remove(here, tcp_flows(100).identities)
+        hosts.start("host-a")
+        words(hosts, guest, ("host-a", Phase.STOPPED))
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.RESUMED))
+        until_idle(hosts)
+        assert ports(hosts, "host-b") == ALL
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_is_there_needs_no_second_place_when_an_agent_was_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    monkeypatch.setattr(source, "VERSIONS", (version,))
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.drivers["host-b"].device.capacity = 104
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.STARTED))
+        until(lambda: sessions_follow(hosts))
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
+        assert [report(hosts, name, guest)["named"] for name in ("host-a", "host-b")] == [{}, {}]
+
+
+def test_what_was_written_down_and_has_no_place_when_it_is_told_anew_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "VERSIONS", (1,))  # which says no counts
+    with hosts_in(tmp_path, driver=mortal) as hosts:
+        guest = guest_with_flows(hosts)
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        until(lambda: hosts.has_step("host-b", guest, "in sync"))
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.drivers["host-b"].at = "insert"  # type: ignore[attr-defined]
+        words(hosts, guest, ("host-b", Phase.STARTED))
+        die(hosts)
+        hosts.drivers["host-b"].device.capacity = 60
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.STARTED))
+        until(lambda: sessions_follow(hosts))
+        finish(hosts, guest)
+        until_idle(hosts)
+        missing = 100 - len(ports(hosts, "host-b"))
+        assert [told["count"] for told in report(hosts, "host-b", guest)["named"].values()] == [missing] != [0]
 
 
 @pytest.mark.parametrize("killed", [False, True])

@@ -280,7 +280,8 @@ def test_destination_that_never_answers_does_not_put_off_the_purge_of_a_guest_th
         session, _ = source.step(session, event, 0.0)
     assert session.state is State.OFFERED
     session, actions = source.step(session, STOPPED, 5.0)
-    assert actions == [WakeAt(25.0)]
+    assert actions == [WakeAt(25.0), Keep()]
+    assert source.step(session, STOPPED, 6.0) == (session, [])
     assert source.step(session, TimePassed(), 25.0)[0].state is State.ABANDONED
     answered, _ = source.step(session, ANSWERED, 24.0)
     assert source.step(answered, TimePassed(), 25.0) == (answered, [WakeAt(44.0)])
