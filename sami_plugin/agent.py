@@ -211,10 +211,10 @@ class Agent:
                     self.host.arrived_guests.add(row["guest"])
             newest.add(row["guest"])
 
-    def _arriving(self, guest: str, peer: str, *, is_held: bool = False) -> DestinationSession:
+    def _arriving(self, guest: str, peer: str, *, held_since: float | None = None) -> DestinationSession:
         """A session of a guest that comes here: all those before it are over, or will be."""
         session = DestinationSession(
-            self.host, self.host.new_id(), guest, peer, self._forget, is_held=is_held, again=self._again
+            self.host, self.host.new_id(), guest, peer, self._forget, held_since=held_since, again=self._again
         )
         with self._lock:
             session.after = self._begun.get(guest, ())
@@ -223,7 +223,7 @@ class Agent:
 
     def _again(self, former: DestinationSession) -> DestinationSession:
         """The source cannot go on with this session. Whoever waits for it waits for the next one."""
-        session = self._arriving(former.guest, former.peer, is_held=former.is_held_up)
+        session = self._arriving(former.guest, former.peer, held_since=former.held_since)
         session.token, session.times_asked = former.token, former.times_asked + 1
         session.report.request_id = former.report.request_id
         session.has_verdict, former.has_verdict = former.has_verdict, threading.Event()
@@ -268,11 +268,16 @@ class Agent:
         limits = self.host.settings.limits
         verdict = session.has_verdict  # the next session's, if one goes on with this one
         has_spoken = verdict.wait(limits.verdict_seconds + VERDICT_MARGIN_SECONDS)
-        if not has_spoken and session.is_asking:
-            LOG.warning("%s: waits for `sami session approve` or `refuse`: %s", session.id, session.risk)
-            has_spoken = verdict.wait(limits.ask_seconds + VERDICT_MARGIN_SECONDS)
         newest = session.newest
-        if isinstance(newest, DestinationSession) and newest.refusal is not None:
+        assert isinstance(newest, DestinationSession)
+        if not has_spoken and newest.is_asking:
+            LOG.warning("%s: waits for `sami session approve` or `refuse`: %s", newest.id, newest.risk)
+            has_spoken = verdict.wait(limits.ask_seconds + VERDICT_MARGIN_SECONDS)
+            newest = session.newest
+            assert isinstance(newest, DestinationSession)
+        if not has_spoken:
+            newest.let_go()
+        if newest.refusal is not None:
             with self._lock:
                 until = self.host.monotonic() + REFUSED_SECONDS
                 _remember(self._refused, newest.guest, (newest.peer, until), MOST_REFUSED)
@@ -683,17 +688,17 @@ class Agent:
         """Whether the hypervisor says now that it moves the guest away from here."""
         return self._hypervisor is not None and not self._is_coming(guest) and bool(self._hypervisor.is_leaving(guest))
 
-    def _is_here(self, guest: str) -> bool:
+    def _is_here(self, guest: str) -> bool | None:
         """Whether the hypervisor says that a guest is here of which this agent may have missed that it came.
 
-        Blocks while the hypervisor cannot be asked, for a while.
+        Blocks while the hypervisor cannot be asked, for a while; None where it says nothing.
         """
         if self._hypervisor is None or guest not in self._missed or self._is_coming(guest):
             return False
         end = self.host.monotonic() + HYPERVISOR_SECONDS
         while (is_here := self._hypervisor.is_here(guest)) is None and self.host.monotonic() < end:
             time.sleep(ASK_AGAIN_SECONDS)
-        return bool(is_here)
+        return is_here
 
     def _is_coming(self, guest: str) -> bool:
         """Then the hypervisor is not asked about it: it may answer only when its hooks have returned."""
@@ -702,7 +707,8 @@ class Agent:
     def _expect(self, event: MigrationEvent, origin: Origin | None) -> DestinationSession:
         if event.source == self.host.name:
             raise OperatorError(f"source: a guest does not move from {event.source} to itself")
-        announced = self._announced.pop(event.guest, None)
+        with self._lock:
+            announced = self._announced.pop(event.guest, None)
         source = event.source or ("" if origin is None or origin.host == self.host.name else origin.host)
         if not source and announced is not None:
             source = announced.source
@@ -718,8 +724,8 @@ class Agent:
                 self._has_gone(MigrationEvent(event.guest, Phase.STOPPED, role="source"))
                 for leaving in self._sessions_of(event.guest, SourceSession):
                     leaving.expect_return()
-                is_held = event.phase is Phase.PREPARE
-                session = self._arriving(event.guest, source, is_held=is_held)
+                held_since = self.host.monotonic() if event.phase is Phase.PREPARE else None
+                session = self._arriving(event.guest, source, held_since=held_since)
                 session.token = token
                 session.report.request_id = announced.request_id if announced is not None else ""
                 self._add(session)

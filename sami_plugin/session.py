@@ -106,8 +106,8 @@ class Host:
     arriving: Claims = field(default_factory=Claims)
     arriving_guests: dict[str, str] = field(default_factory=dict)
     """By session, guests that are being received and do not run here yet."""
-    is_here: Callable[[str], bool] = lambda guest: False
-    """Whether a guest that had left may not be purged, for it came again while no agent was here to be told."""
+    is_here: Callable[[str], bool | None] = lambda guest: False
+    """Whether a guest that had left is here again, of which no agent here was told; None: nobody knows."""
     arrived_guests: set[str] = field(default_factory=set)
     """Guests that were received and have run here since."""
     gone: dict[str, Addresses] = field(default_factory=dict)
@@ -140,8 +140,13 @@ class Host:
     def run(self, session: Session) -> None:
         """Lets the session live; returns at once."""
         name = f"sami-{session.role}-{session.id[:8]}"
-        session.thread = threading.Thread(target=session.live, name=name, daemon=True)
-        session.thread.start()
+        thread = threading.Thread(target=session.live, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there are as many as the system allows
+            session.fail(f"{error}: raise TasksMax or ulimit -u for the agent")
+        else:
+            session.thread = thread
 
     def looker(self, session: str) -> Executor:
         """Where the session looks at the device while it does something else."""
@@ -246,14 +251,18 @@ class Host:
     # purge could hit what comes with it: either the purge is over before anything is put in, or it does not begin.
 
     @contextmanager
-    def purging(self, guest: str) -> Iterator[bool]:
-        """Whether the guest's old flows may be removed: nothing of it is put in here until the block ends."""
+    def purging(self, guest: str, *, has_names: bool) -> Iterator[bool]:
+        """Whether the guest's old flows may be removed: nothing of it is put in here until the block ends.
+
+        `has_names`: only those that were exported. For others it has to be known that the guest is not here.
+        """
         with self._turns:
             is_allowed = guest not in self._received
             if is_allowed:
                 self._purging.add(guest)
         try:
-            yield is_allowed and not self.is_here(guest)
+            is_here = self.is_here(guest)
+            yield is_allowed and not is_here and (has_names or is_here is not None)
         finally:
             with self._turns:
                 self._purging.discard(guest)
@@ -377,12 +386,14 @@ class Session(abc.ABC):
     def continue_with(self, successor: Session) -> None:
         """The other host goes on with another session, which has not begun. It begins when it has all of this one."""
         with self._handing_over:
-            is_over = self.is_over
-            if not is_over:
+            is_over, before = self.is_over, self._next
+            if not is_over and before is None:
                 self._next = successor
                 self._events.put(Continued())
         if is_over:
             successor.fail(f"session {self.id} has ended before another one could go on with it")
+        elif before is not None:  # nor has that one begun
+            before.continue_with(successor)
 
     def find(self, source: str) -> None:
         """It is known now which host the guest leaves."""
@@ -648,7 +659,7 @@ class Session(abc.ABC):
         """Another session goes on from here, with the flows, the journal's rows, and the words that are to come."""
         successor = self._next = self._next or self._made_successor()
         self.note("ended")
-        self.report.outcome, self.report.reason = Outcome.CONTINUED.value, f"session {successor.id} goes on with it"
+        self.report.outcome, self.report.reason = self._continued_as().value, f"session {successor.id} goes on with it"
         former = self._as_former()
         LOG.info("%s: guest %s: %s", self.id, self.guest, self.report.reason)
         go_on(successor, former, self.report.as_dict())
@@ -756,6 +767,10 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def _made_successor(self) -> Session:
         """The one that goes on where the other host has made none."""
+
+    def _continued_as(self) -> Outcome:
+        """What the report says of a session with which another goes on."""
+        return Outcome.CONTINUED
 
     @abc.abstractmethod
     def _scopes_known(self) -> tuple[Scope, ...]:

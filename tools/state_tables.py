@@ -145,10 +145,16 @@ ROLES = (
         "destination",
         destination,
         (
-            destination.begin(destination.new(LIMITS, 0.0, is_held=True), "", 0.0)[0],
+            destination.begin(destination.new(LIMITS, 0.0, held_since=0.0), "", 0.0)[0],
             *(
                 destination.continuing(
-                    LIMITS, 0.0, "host-a", has_all=has_all, is_started=False, runs_here=False, is_held=not has_all
+                    LIMITS,
+                    0.0,
+                    "host-a",
+                    has_all=has_all,
+                    is_started=False,
+                    runs_here=False,
+                    held_since=None if has_all else 0.0,
                 )
                 for has_all in (False, True)
             ),

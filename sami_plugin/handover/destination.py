@@ -99,14 +99,17 @@ class DestinationSession(Session):
         peer: str,
         ended: Callable[[Session], None],
         *,
-        is_held: bool = False,
+        held_since: float | None = None,
         again: Callable[[DestinationSession], DestinationSession] | None = None,
     ) -> None:
-        """`is_held`: the migration waits for the policy's word. `again` makes a session that goes on with this one."""
+        """`held_since`: since when the migration waits for the policy's word.
+
+        `again` makes a session that goes on with this one.
+        """
         super().__init__(host, session, guest, peer, ended)
-        self._again, self._is_held = again, is_held
+        self._again, self._held_since = again, held_since
         self._began_at = host.monotonic()
-        self._known = destination.new(host.settings.limits, self._began_at, is_held=is_held)
+        self._known = destination.new(host.settings.limits, self._began_at, held_since=held_since)
         self._ports: list[Arriving] = []
         self._unfilled: list[Arriving] = []
         """Of these ports, those for which not all that waits has gone in."""
@@ -149,7 +152,7 @@ class DestinationSession(Session):
             runs_here=former.has("guest resumed", WAS_HERE),
             has_come=former.has("guest resumed"),
             has_some=any(len(port.flows) + len(port.unsure) for port in former.ports),
-            is_held=self._is_held,
+            held_since=self._held_since,
             times_asked=self.times_asked,
         )
         self._named_before = deepcopy(dict(former.named))
@@ -227,6 +230,9 @@ class DestinationSession(Session):
         self.risk = risk.words
         policies = self.host.policies
         verdict = policies.judge(risk, self._domain) if action.may_refuse else Verdict.PROCEED
+        if verdict is not Verdict.PROCEED and action.may_refuse and self.held_since is None:
+            self.report.remark(f"the policy said {verdict.value} when the migration had gone on")
+            verdict = Verdict.PROCEED
         self.report.verdict = {
             "verdict": verdict.value,
             "policy": type(policies.of(self.guest, self._domain)).__name__,
@@ -486,20 +492,21 @@ class DestinationSession(Session):
             homeless &= ~here
             mine, theirs = (batch.take(here), came.take(here)) if not here.all() else (batch, came)
             mine = self._with_a_place(port, self._admitted(port, mine, theirs))
-            if self._known.runs_here:
-                mine = self._untouched(port, mine)
-            port.told_anew(mine)
-            with self.host.deciding(port.scope):
-                scope = self._with_neighbours(port.scope)
-                try:
-                    made = self.host.driver.insert(scope, mine)
-                except SamiError:
-                    port.doubtful.append((scope, mine))
-                    raise
-                finally:
-                    self.host.used_places(self.id)
-                if scope.is_shared:
-                    self._claim(scope, mine, made)
+            try:
+                if self._known.runs_here:
+                    mine = self._untouched(port, mine)
+                port.told_anew(mine)
+                with self.host.deciding(port.scope):
+                    scope = self._with_neighbours(port.scope)
+                    try:
+                        made = self.host.driver.insert(scope, mine)
+                    except SamiError:
+                        port.doubtful.append((scope, mine))
+                        raise
+                    if scope.is_shared:
+                        self._claim(scope, mine, made)
+            finally:
+                self.host.used_places(self.id)
             look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
             self._unverified.append(Unverified(port, scope, mine, made, look, _left_out(sent, mine)))
         return homeless
@@ -735,9 +742,13 @@ class DestinationSession(Session):
         return self._former is not None and not self._has_found
 
     @property
-    def is_held_up(self) -> bool:
-        """Whether the migration waits for the policy's or an operator's word."""
-        return self._known.verdict in (None, Verdict.ASK)
+    def held_since(self) -> float | None:
+        """Since when the migration has waited for the policy's or an operator's word; None where it does not now."""
+        return self._held_since if self._known.verdict in (None, Verdict.ASK) else None
+
+    def let_go(self) -> None:
+        """The migration waits no longer: whatever the policy says now, the guest comes."""
+        self._held_since = None
 
     @property
     def is_asking(self) -> bool:

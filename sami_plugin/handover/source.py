@@ -73,6 +73,7 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
+from sami_plugin.model.migration import Outcome as SessionOutcome
 from sami_plugin.model.report import BOTH_HAVE, Report
 from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Outcome, Reason, came_out
 from sami_plugin.model.scope import Scope
@@ -192,6 +193,9 @@ class SourceSession(Session):
     def _made_successor(self) -> Session:
         raise AssertionError("only a destination opens sessions")
 
+    def _continued_as(self) -> SessionOutcome:
+        return self._known.outcome if self._state_before == source.State.WATCHING else super()._continued_as()
+
     def _scopes_known(self) -> tuple[Scope, ...]:
         return tuple(port.scope for port in self._ports) or self._scopes
 
@@ -294,7 +298,7 @@ class SourceSession(Session):
         for port, batch in rest:
             with self.host.deciding(port.scope):
                 self.host.leaving.claim(self.id, port.scope, batch)
-            port.unplaced.put(batch)
+            port.unplaced.put(batch.take(~port.exported.find(batch)[0]))  # of what changed it has been told
         self._note_named()
 
     def _keep(self, action: Keep) -> Done:
@@ -516,7 +520,7 @@ class SourceSession(Session):
 
     def _purge(self, action: Purge) -> Done:
         """Removes what was exported, except what a guest that stays still needs, and looks whether it is gone."""
-        with self.host.purging(self.guest) as is_allowed:
+        with self.host.purging(self.guest, has_names=True) as is_allowed:
             if not is_allowed:
                 self.report.remark("the guest is back and its flows with it; what it left here before was not removed")
                 return Done("Purge", refused=self._exported_count())
@@ -560,9 +564,9 @@ class SourceSession(Session):
 
         Later than the purge, for they may still be coming then, and since a look at a whole firewall has no hurry.
         """
-        with self.host.purging(self.guest) as is_allowed:
+        with self.host.purging(self.guest, has_names=False) as is_allowed:
             if not is_allowed:
-                self.report.remark("the guest is back; what late packets made where it was before was not looked for")
+                self.report.remark("the guest is back, or may be; what late packets made here was not looked for")
                 return Done("PurgeLate")
             for port in self._ports:
                 with self._unless_gone(port.scope):

@@ -217,12 +217,12 @@ class Journal:
 
     def unfinished(self) -> list[dict[str, Any]]:
         """Sessions that have begun and not ended, oldest first."""
-        return self._read("SELECT * FROM sessions WHERE ended_at IS NULL ORDER BY started_at, rowid", ())
+        return self._read("SELECT * FROM sessions WHERE ended_at IS NULL ORDER BY rowid", ())
 
     def known_as(self, known_as: str, role: str) -> dict[str, Any] | None:
         """The newest session by the id that both hosts know it by; None where there is none."""
         rows = self._read(
-            "SELECT * FROM sessions WHERE known_as = ? AND role = ? ORDER BY started_at DESC, rowid DESC LIMIT 1",
+            "SELECT * FROM sessions WHERE known_as = ? AND role = ? ORDER BY rowid DESC LIMIT 1",
             (known_as, role),
         )
         return rows[0] if rows else None
@@ -344,7 +344,7 @@ class Journal:
     def sessions(self) -> list[dict[str, Any]]:
         """All sessions, newest first, each in the state to which its last decision led."""
         last = "SELECT state FROM decisions WHERE session = sessions.session ORDER BY number DESC LIMIT 1"
-        rows = self._read(f"SELECT *, ({last}) AS last FROM sessions ORDER BY started_at DESC, rowid DESC", ())
+        rows = self._read(f"SELECT *, ({last}) AS last FROM sessions ORDER BY rowid DESC", ())
         for row in rows:
             last = row.pop("last")
             row["state"] = last if last is not None and row["ended_at"] is None else row["state"]
@@ -364,7 +364,7 @@ class Journal:
 
     def newest(self, guest: str) -> str:
         """The id of the guest's newest session; empty where it has none."""
-        query = "SELECT session FROM sessions WHERE guest = ? ORDER BY started_at DESC, rowid DESC LIMIT 1"
+        query = "SELECT session FROM sessions WHERE guest = ? ORDER BY rowid DESC LIMIT 1"
         rows = self._read(query, (guest,))
         return str(rows[0]["session"]) if rows else ""
 

@@ -128,10 +128,12 @@ class Destination:
 Decision = tuple[Destination, list[Action]]
 
 
-def new(limits: Limits, now: float, *, is_held: bool = False) -> Destination:
-    """What is known when a guest is about to come; `is_held`: the migration waits for what the policy says."""
+def new(limits: Limits, now: float, *, held_since: float | None = None) -> Destination:
+    """What is known when a guest is about to come; `held_since`: the migration waits for what the policy says."""
     made = Destination(limits, now + limits.open_seconds, now + limits.session_seconds)
-    return replace(made, verdict=None, verdict_deadline=now + limits.verdict_seconds) if is_held else made
+    if held_since is None:
+        return made
+    return replace(made, verdict=None, verdict_deadline=held_since + limits.verdict_seconds)
 
 
 def continuing(
@@ -144,7 +146,7 @@ def continuing(
     runs_here: bool,
     has_come: bool = False,
     has_some: bool = True,
-    is_held: bool = False,
+    held_since: float | None = None,
     times_asked: int = 1,
 ) -> Destination:
     """What is known when this session goes on with another one.
@@ -152,7 +154,7 @@ def continuing(
     `has_all`: everything is in the device; `has_some`: something may be.
     """
     return replace(
-        new(limits, now, is_held=is_held),
+        new(limits, now, held_since=held_since),
         state=State.COMPLETE if has_all else State.ASKED,
         deadline=now + (limits.session_seconds if has_all else limits.open_seconds),
         source=source,

@@ -166,8 +166,10 @@ def continuing(limits: Limits, now: float, *, has_all: bool, is_suspended: bool,
 
 
 def may_be_continued(session: Source) -> bool:
-    """Whether all of the guest's flows are still here."""
-    return session.state not in (State.PURGING, State.WATCHING, State.ENDED)
+    """Whether all of the guest's flows are still here, or were purged a moment ago, and nobody has had them."""
+    if session.state is State.WATCHING:
+        return session.outcome is Outcome.LEFT_WITHOUT_ARRIVAL
+    return session.state not in (State.PURGING, State.ENDED)
 
 
 def step(session: Source, event: Event, now: float) -> Decision:
@@ -275,9 +277,10 @@ def _paused_while_copying(session: Source, event: Event, now: float) -> Decision
 def _follow(session: Source, event: Event, now: float) -> Decision:
     if now >= session.deadline:
         return _abandon(session, TOO_LONG)
+    is_due = WakeAt(session.deadline)  # for what the line has no room for may wait until nobody wants it
     if now >= session.resync_at:
-        return replace(session, resync_at=now + session.limits.resync_seconds), [Resync()]
-    return session, [ExportChanges(is_last=False)]
+        return replace(session, resync_at=now + session.limits.resync_seconds), [is_due, Resync()]
+    return session, [is_due, ExportChanges(is_last=False)]
 
 
 def _followed(session: Source, event: Event, now: float) -> Decision:
@@ -373,7 +376,7 @@ def _gone_unasked(session: Source, event: Event, now: float) -> Decision:
 def _gone_unpaused(session: Source, event: Event, now: float) -> Decision:
     """Nobody said that it was paused for the move, as of a guest that its user had paused: its flows are still here."""
     session = replace(_noted_gone(session, now), state=State.DRAINED, is_suspended=True)
-    return session, [ExportChanges(is_last=True, says_removals=False)]
+    return session, [_next_wake(session), ExportChanges(is_last=True, says_removals=False)]
 
 
 def _next_wake(session: Source) -> WakeAt:
@@ -598,6 +601,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         TimePassed: _look_for_late,
         Phase.RESUMED: _watched,
         Phase.ROLLBACK: _watched,
+        "Continued": _continued,
         "PurgeLate": _watched,
         "ActionFailed": _watched_in_vain,
         "Returns": _watched,

@@ -356,8 +356,8 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if came and {UNSAID, CRASHED} & world.hindrances.keys():
         return  # nobody here knew that it left again
     says_so = any(_says_that_it_failed(world, host, one) for host, one in sessions)
-    leaving = [one for _, one in sessions if one.role == "source"]
-    says_so |= bool(leaving) and not leaving[-1]._journal_works  # the log does, from that moment on
+    newest = {one.role: one for _, one in sessions}.values()
+    says_so |= any(not one._journal_works for one in newest)  # the log does, from that moment on
     if says_so and (is_hindered or len(sessions) > 1):
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):

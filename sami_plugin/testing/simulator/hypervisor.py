@@ -202,6 +202,9 @@ class Migration:
             if dice() < 0.7:
                 self._decide(may_come=dice() < 0.5)
             yield from self._until(self._has_verdict, limits.ask_seconds + 0.5)
+        for one in self._coming():
+            if not one.has_verdict.is_set():
+                one.let_go()
         if any(one._state() in ("looking", "asked") or one._known.reason == NO_ANSWER for one in self._coming()):
             world.hinder(LATE_ANSWER)
 

@@ -41,7 +41,7 @@ class Held:
     def __init__(self, source: str = "host-a", *, said: Verdict = Verdict.ASK, limits: Limits = LIMITS) -> None:
         self.now = 0.0
         self.said = said
-        self.session: Destination = destination.new(limits, 0.0, is_held=True)
+        self.session: Destination = destination.new(limits, 0.0, held_since=0.0)
         self.wake_at = float("inf")
         self.done: list[Action] = []
         self._do(destination.begin(self.session, source, 0.0))
