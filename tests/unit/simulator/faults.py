@@ -302,6 +302,11 @@ def is_known(port: Arriving, mine: Batch) -> Any:
     return port.held.find(mine)[0] | port.former.find(mine)[0] | port.unsure.find(mine)[0]
 
 
+@fault(100, crash=1.0, capacity=4, flows=5, is_shared=0.0, hosts=2)
+def a_new_start_forgets_what_had_no_place() -> Any:
+    return mock.patch.object(SourceSession, "_note_named", nothing)
+
+
 @fault(500, crash=1.0, is_shared=1.0, guests=2, residents=0, abort=0.5)
 def a_new_start_forgets_who_has_come() -> Any:
     return mock.patch.object(DestinationSession, "_with_arrived", lambda self, scope: scope)
