@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,18 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from sami_plugin.codec import compression, ipfix
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import DeviceFailed
-from sami_plugin.handover import SourceSession
+from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.migration.decision import StartExport
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Omitted, ZoneRole
-from sami_plugin.model.migration import Phase
+from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Limits, Settings
 from sami_plugin.testing.hosts import Hosts, new_guest
 
+ALL = set(range(1000, 1100))
+"""Source ports of the flows of `guest_with_flows`."""
 ZONES = {"host-a": 4097, "host-b": 5201, "host-c": 6305}
 GUEST_ADDRESS = "192.0.2.7"
 SECOND_ADDRESS = "192.0.2.8"
@@ -188,3 +192,61 @@ class FailsOnce(MemoryDriver):
         if what == self.what:
             self.what = ""
             raise DeviceFailed("the kernel dropped messages for lack of room in the receive buffer")
+
+
+def words(hosts: Hosts, guest: str, *phases: tuple[str, Phase]) -> None:
+    """What the host's hypervisor says when it is asked after the agent's start, as libvirt does."""
+    for host, phase in phases:
+        hosts.agents[host].note(MigrationEvent(guest, phase, source="host-a", destination="host-b"))
+
+
+def leave(hosts: Hosts, guest: str) -> None:
+    """The guest leaves while the destination's agent is away."""
+    hosts.say("host-a", Phase.SUSPENDED, guest)
+    hosts.unplug("host-a", guest)
+    hosts.say("host-a", Phase.STOPPED, guest)
+
+
+def sessions_follow(hosts: Hosts) -> bool:
+    """The one session of each host has all that its guest had when it began."""
+    leaving, coming = hosts.agents["host-a"].sessions(), hosts.agents["host-b"].sessions()
+    is_alone = len(leaving) == len(coming) == 1
+    return is_alone and leaving[0]._state() == "following" and "in sync" in coming[0].report.steps
+
+
+def payload(*batches: Batch) -> bytes:
+    return compression.compress(ipfix.encode(list(batches), export_time=0, enterprise=32473), "zlib")
+
+
+@contextmanager
+def session_in(hosts: Hosts, guest: str, ports_of_guest: int) -> Iterator[DestinationSession]:
+    """One that is being sent flows of a guest with so many ports."""
+    host = hosts.agents["host-b"].host
+    session = DestinationSession(host, host.new_id(), guest, "host-a", lambda _: None)
+    session._declared = host.driver.capabilities().templates
+    session._known = replace(session._known, ports=ports_of_guest, is_started=True)
+    try:
+        yield session
+    finally:
+        session._let_go()
+        session.line.finish()
+
+
+class HeldUpExport(MemoryDriver):
+    """Of the guest that has left: a large table."""
+
+    def __init__(self, device: MemoryDevice) -> None:
+        super().__init__(device)
+        self.of = ""
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+
+    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        if scope.guest == self.of:
+            self.has_begun.set()
+            assert self.may_end.wait(10)
+        yield from super().export(scope)
+
+
+def prepare(hosts: Hosts, guest: str) -> None:
+    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")

@@ -17,6 +17,7 @@ from sami_plugin.policies.chosen import Policies
 from sami_plugin.policies.policies import AskOperator
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import (
+    ALL,
     GUEST_ADDRESS,
     ZONES,
     begin,
@@ -24,18 +25,19 @@ from tests.unit.handover.memory import (
     guest_with_flows,
     held,
     hosts_in,
+    leave,
     leaving_session,
     limited,
     mark,
     ports,
     report,
+    sessions_follow,
     tcp_flows,
     until,
     until_idle,
+    words,
 )
-from tests.unit.handover.test_recovery import words
 
-ALL = set(range(1000, 1100))
 FIRST_TEN = set(range(1000, 1010))
 
 
@@ -69,19 +71,6 @@ def die(hosts: Hosts, name: str = "host-b") -> None:
     assert isinstance(driver, Dies)
     until(lambda: driver.has_died)
     hosts.kill(name)
-
-
-def leave(hosts: Hosts, guest: str) -> None:
-    hosts.say("host-a", Phase.SUSPENDED, guest)
-    hosts.unplug("host-a", guest)
-    hosts.say("host-a", Phase.STOPPED, guest)
-
-
-def sessions_follow(hosts: Hosts) -> bool:
-    """The one session of each host has all that its guest had when it began."""
-    leaving, coming = hosts.agents["host-a"].sessions(), hosts.agents["host-b"].sessions()
-    is_alone = len(leaving) == len(coming) == 1
-    return is_alone and leaving[0]._state() == "following" and "in sync" in coming[0].report.steps
 
 
 def test_flows_that_were_written_down_and_not_put_in_are_put_in_by_the_next_agent(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,8 @@ import numpy as np
 import pytest
 
 from sami_plugin.arriving import Findings
-from sami_plugin.codec import compression, ipfix
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import DeviceFailed, NotAvailable
-from sami_plugin.handover import DestinationSession
 from sami_plugin.handover.destination import UNTOLD
 from sami_plugin.migration.decision import FindScope, Import, Renew, Verify
 from sami_plugin.model.flows import Batch, FlowStatus, turned_round
@@ -27,6 +23,7 @@ from sami_plugin.model.results import Reason, Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
+    ALL,
     GUEST_ADDRESS,
     SECOND_ADDRESS,
     SETTINGS,
@@ -37,15 +34,15 @@ from tests.unit.handover.memory import (
     held,
     hosts_in,
     limited,
+    payload,
     ports,
     report,
+    session_in,
     tcp_flows,
     until,
     until_idle,
     wait_for_step,
 )
-
-ALL = set(range(1000, 1100))
 
 
 def coming(guest: str, phase: Phase) -> MigrationEvent:
@@ -132,24 +129,6 @@ def test_next_migration_that_starts_while_the_session_of_one_before_is_ending_ha
 
 
 # --- a session without its thread
-
-
-def payload(*batches: Batch) -> bytes:
-    return compression.compress(ipfix.encode(list(batches), export_time=0, enterprise=32473), "zlib")
-
-
-@contextmanager
-def session_in(hosts: Hosts, guest: str, ports_of_guest: int) -> Iterator[DestinationSession]:
-    """One that is being sent flows of a guest with so many ports."""
-    host = hosts.agents["host-b"].host
-    session = DestinationSession(host, host.new_id(), guest, "host-a", lambda _: None)
-    session._declared = host.driver.capabilities().templates
-    session._known = replace(session._known, ports=ports_of_guest, is_started=True)
-    try:
-        yield session
-    finally:
-        session._let_go()
-        session.line.finish()
 
 
 def test_what_could_not_be_looked_at_once_is_looked_at_again(tmp_path: Path) -> None:

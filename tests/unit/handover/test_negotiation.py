@@ -38,6 +38,7 @@ from tests.unit.handover.memory import (
     held,
     mark,
     ports,
+    prepare,
     tcp_flows,
     until,
     until_idle,
@@ -68,11 +69,6 @@ def six_against_four(
         flows.rows["remainingTimeoutSeconds"][:3] = (100, 300, 200)
         hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), flows)
         yield hosts, guest
-
-
-def prepare(hosts: Hosts, guest: str) -> None:
-    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
 
 
 def move(hosts: Hosts, guest: str) -> None:

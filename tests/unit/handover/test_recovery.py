@@ -23,6 +23,7 @@ from sami_plugin.model.scope import Scope
 from sami_plugin.session import Host, Session
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import (
+    ALL,
     GUEST_ADDRESS,
     IMPATIENT,
     SETTINGS,
@@ -32,22 +33,15 @@ from tests.unit.handover.memory import (
     guest_with_flows,
     held,
     hosts_in,
+    leave,
     limited,
     ports,
     tcp_flows,
     until,
     until_idle,
+    words,
     zone_scope,
 )
-
-ALL = set(range(1000, 1100))
-
-
-def words(hosts: Hosts, guest: str, *phases: tuple[str, Phase]) -> None:
-    """What the host's hypervisor says when it is asked after the agent's start, as libvirt does."""
-    for host, phase in phases:
-        hosts.agents[host].note(MigrationEvent(guest, phase, source="host-a", destination="host-b"))
-
 
 STEPS = ("prepare", "started", "in sync", "suspended", "complete", "resumed", "arrived", "stopped")
 """Up to which the migration goes before an agent is killed."""
@@ -354,7 +348,7 @@ def test_agent_that_was_away_longer_than_the_arrival_limit_may_fetch_the_flows_f
         hosts.say("host-b", Phase.PREPARE, guest, "host-a")
         until(lambda: hosts.has_step("host-a", guest, "export ended"))
         hosts.kill("host-b")
-        finish_without(hosts, guest)
+        leave(hosts, guest)
         until(lambda: hosts.reports("host-a", guest))
         assert hosts.reports("host-a", guest)[0]["outcome"] == "purged without arrival"
         assert held(hosts, "host-a") == set()
@@ -378,7 +372,7 @@ def test_agent_that_was_away_all_the_time_fetches_what_the_guest_left(tmp_path: 
         guest = guest_with_flows(hosts)
         hosts.kill("host-b")
         hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-        finish_without(hosts, guest)
+        leave(hosts, guest)
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
         hosts.start("host-b")
         for phase in (Phase.STARTED, Phase.RESUMED):
@@ -404,7 +398,7 @@ def test_agent_that_refused_a_guest_and_died_before_anybody_heard_it_fetches_wha
         until_idle(hosts)
         assert hosts.reports("host-a", guest)[0]["outcome"] == "stayed"
         hosts.kill("host-b")
-        finish_without(hosts, guest)
+        leave(hosts, guest)
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
         hosts.start("host-b")
         hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STARTED, source="host-a", is_incoming=True))
@@ -420,7 +414,7 @@ def test_what_a_guest_left_is_no_other_host_s_than_the_one_that_it_went_to(tmp_p
     with hosts_in(tmp_path, IMPATIENT) as hosts:
         guest = guest_with_flows(hosts)
         hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-        finish_without(hosts, guest)
+        leave(hosts, guest)
         hosts.plug("host-c", guest, ZONES["host-c"], GUEST_ADDRESS)
         hosts.agents["host-c"].note(MigrationEvent(guest, Phase.STARTED, source="host-a", is_incoming=True))
         until(lambda: any(one._state() == "orphaned" for one in hosts.agents["host-c"].sessions()))
@@ -428,13 +422,6 @@ def test_what_a_guest_left_is_no_other_host_s_than_the_one_that_it_went_to(tmp_p
         until_idle(hosts)
         assert held(hosts, "host-c") == set()
         assert f"{guest} has left this host already" in hosts.reports("host-c", guest)[0]["reason"]
-
-
-def finish_without(hosts: Hosts, guest: str) -> None:
-    """The guest leaves while the destination's agent is away."""
-    hosts.say("host-a", Phase.SUSPENDED, guest)
-    hosts.unplug("host-a", guest)
-    hosts.say("host-a", Phase.STOPPED, guest)
 
 
 def test_what_the_source_lost_while_the_destination_s_agent_was_away_is_taken_out_there(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from sami_plugin.model.migration import Phase
 from sami_plugin.model.protocols import TcpState
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
+    ALL,
     GUEST_ADDRESS,
     SETTINGS,
     ZONES,
@@ -29,17 +30,16 @@ from tests.unit.handover.memory import (
     held,
     hosts_in,
     leaving_session,
+    payload,
     ports,
     report,
+    session_in,
+    sessions_follow,
     tcp_flows,
     until,
     until_idle,
+    words,
 )
-from tests.unit.handover.test_died_between import sessions_follow
-from tests.unit.handover.test_known_later import payload, session_in
-from tests.unit.handover.test_recovery import words
-
-ALL = set(range(1000, 1100))
 
 
 def plugged(hosts: Hosts) -> str:

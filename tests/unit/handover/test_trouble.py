@@ -32,6 +32,7 @@ from tests.unit.handover.memory import (
     SETTINGS,
     ZONES,
     FailsOnce,
+    HeldUpExport,
     begin,
     finish,
     guest_with_flows,
@@ -633,21 +634,6 @@ def test_words_of_the_hypervisor_are_taken_at_once(tmp_path: Path) -> None:
         busy.join()
         telling.join()
         assert was_taken
-
-
-class HeldUpExport(MemoryDriver):
-    """Of the guest that has left: a large table."""
-
-    def __init__(self, device: MemoryDevice) -> None:
-        super().__init__(device)
-        self.of = ""
-        self.has_begun, self.may_end = threading.Event(), threading.Event()
-
-    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
-        if scope.guest == self.of:
-            self.has_begun.set()
-            assert self.may_end.wait(10)
-        yield from super().export(scope)
 
 
 def test_look_at_what_came_after_the_purge_holds_up_no_other_guest(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from sami_plugin.model.flows import Batch
 from sami_plugin.model.migration import Phase
 from sami_plugin.testing.hosts import Hosts
 from tests.unit.handover.memory import (
+    ALL,
     GUEST_ADDRESS,
     SETTINGS,
     ZONES,
@@ -26,7 +27,6 @@ from tests.unit.handover.memory import (
     zone_scope,
 )
 
-ALL = set(range(1000, 1100))
 NEW, CARRIED = 5000, 1000
 """The peer's port of a connection that the source knows nothing of, and the guest's of one that is carried."""
 BY_THE_GUEST = 7000

@@ -24,29 +24,30 @@ from sami_plugin.policies.base import Policy
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.policies.policies import AskOperator, Refuse
 from sami_plugin.testing.hosts import Hosts, new_guest
+from tests.unit.handover.hypervisor import Hypervisor
 from tests.unit.handover.memory import (
+    ALL,
     GUEST_ADDRESS,
     ZONES,
+    HeldUpExport,
     begin,
     finish,
     guest_with_flows,
     held,
     hosts_in,
+    leave,
     leaving_session,
     limited,
     mark,
     ports,
+    prepare,
     report,
     tcp_flows,
     until,
     until_idle,
+    words,
 )
-from tests.unit.handover.test_negotiation import prepare
-from tests.unit.handover.test_recovery import finish_without, words
-from tests.unit.handover.test_search import Hypervisor
-from tests.unit.handover.test_trouble import HeldUpExport
 
-ALL = set(range(1000, 1100))
 VERDICT_SECONDS = 2.5
 
 
@@ -220,7 +221,7 @@ def test_who_asks_after_a_purge_without_arrival_gets_the_flows_in_the_watch_as_b
         prepare(hosts, guest)
         until(lambda: hosts.has_step("host-a", guest, "export ended"))
         hosts.kill("host-b")
-        finish_without(hosts, guest)
+        leave(hosts, guest)
         until(lambda: states(hosts, "host-a") == (["watching"] if watch_seconds > 1 else []))
         assert held(hosts, "host-a") == set()
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
@@ -249,7 +250,7 @@ def test_two_that_are_to_go_on_with_one_session_go_on_one_after_the_other(tmp_pa
         hosts.kill("host-b")
         hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
         driver.of = guest
-        finish_without(hosts, guest)
+        leave(hosts, guest)
         assert driver.has_begun.wait(10)
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
         comes_unannounced(hosts, guest, sessions=2)
