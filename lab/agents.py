@@ -22,7 +22,8 @@ from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.testing.certificates import Certificates
 
-START_SECONDS = TELL_SECONDS = STOP_SECONDS = 30.0
+START_SECONDS = 60.0
+TELL_SECONDS = STOP_SECONDS = 30.0
 
 AGENT = (sys.executable, "-W", "ignore", "-m", "sami_plugin.cmd.agent")
 IN_CLEAR = (*AGENT[:-1], "lab.in_clear")

@@ -32,7 +32,7 @@ def run(*arguments: object, as_ordinary_user_in: Path | None = None) -> subproce
     command = [*SAMI, *map(str, arguments)]
     if as_ordinary_user_in is not None:
         command = [*ORDINARY_USER, str(as_ordinary_user_in / ".venv/bin/python"), *command[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=as_ordinary_user_in)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, cwd=as_ordinary_user_in)
     assert "Traceback" not in done.stderr
     return done
 
@@ -221,7 +221,7 @@ def test_reader_that_goes_away_is_no_error(places: list[str], what: tuple[str, .
     environment.pop("PYTHONUNBUFFERED", None)
     with os.fdopen(write, "wb") as pipe:
         done = subprocess.run(
-            command, stdout=pipe, stderr=subprocess.PIPE, check=False, timeout=60, cwd=tmp_path, env=environment
+            command, stdout=pipe, stderr=subprocess.PIPE, check=False, timeout=100, cwd=tmp_path, env=environment
         )
     assert (done.returncode, done.stderr) == (141, b"")
 
