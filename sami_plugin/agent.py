@@ -268,13 +268,10 @@ class Agent:
         limits = self.host.settings.limits
         verdict = session.has_verdict  # the next session's, if one goes on with this one
         has_spoken = verdict.wait(limits.verdict_seconds + VERDICT_MARGIN_SECONDS)
-        newest = session.newest
-        assert isinstance(newest, DestinationSession)
-        if not has_spoken and newest.is_asking:
-            LOG.warning("%s: waits for `sami session approve` or `refuse`: %s", newest.id, newest.risk)
+        if not has_spoken and (asking := _newest(session)).is_asking:
+            LOG.warning("%s: waits for `sami session approve` or `refuse`: %s", asking.id, asking.risk)
             has_spoken = verdict.wait(limits.ask_seconds + VERDICT_MARGIN_SECONDS)
-            newest = session.newest
-            assert isinstance(newest, DestinationSession)
+        newest = _newest(session)
         if not has_spoken:
             newest.let_go()
         if newest.refusal is not None:
@@ -1013,6 +1010,12 @@ def _remember(known: OrderedDict[str, ValueT], guest: str, value: ValueT, most: 
     known[guest] = value
     if len(known) > most:
         known.popitem(last=False)
+
+
+def _newest(session: DestinationSession) -> DestinationSession:
+    newest = session.newest
+    assert isinstance(newest, DestinationSession)  # nothing else goes on with one
+    return newest
 
 
 def _is_uuid(text: str) -> bool:

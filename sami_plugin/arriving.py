@@ -53,6 +53,10 @@ class Arriving:
         """What another session has done, or was about to do, and the source has not told of anew."""
         yield from (*self.former.batches(), *self.unsure.batches())
 
+    def inherits(self, batch: Batch) -> npt.NDArray[np.bool_]:
+        """Which of these flows are among them."""
+        return self.former.find(batch)[0] | self.unsure.find(batch)[0]
+
     def told_anew(self, batch: Batch) -> None:
         """Of these flows the source has told: they are this session's own now, or are not here."""
         for table in (self.former, self.unsure):

@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -261,8 +262,7 @@ class Host:
             if is_allowed:
                 self._purging.add(guest)
         try:
-            is_here = self.is_here(guest)
-            yield is_allowed and not is_here and (has_names or is_here is not None)
+            yield is_allowed and self.is_here(guest) in ((False, None) if has_names else (False,))
         finally:
             with self._turns:
                 self._purging.discard(guest)
@@ -425,7 +425,7 @@ class Session(abc.ABC):
         if self._former is not None:  # it is there as the one that goes on
             return
         self._noted = self._knowledge()
-        try:
+        with self.journalling():
             self.host.journal.begin(
                 self.id,
                 self.guest,
@@ -436,8 +436,6 @@ class Session(abc.ABC):
                 destination=self.destination,
                 token=self.token,
             )
-        except JournalError as error:
-            self.lose_journal(error)
 
     # In the session's own thread.
 
@@ -534,10 +532,8 @@ class Session(abc.ABC):
             return
         self._noted = known
         ports = [scope.as_dict() for scope in known[-1]]
-        try:
+        with self.journalling():
             self.host.journal.know(self.id, peer=self.peer, ports=ports, destination=self.destination, token=self.token)
-        except JournalError as error:
-            self.lose_journal(error)
 
     def _knowledge(self) -> tuple[str, str, str, tuple[Scope, ...]]:
         return self.peer, self.destination, self.token, self._scopes_known()
@@ -561,10 +557,16 @@ class Session(abc.ABC):
             isinstance(action, Purge) or (isinstance(action, Say) and action.is_durable) for action in actions
         )
         self._decisions += 1
-        try:
+        with self.journalling():
             self.host.journal.record(
                 self.id, self._decisions, label, self._state(), [_label(one) for one in actions], is_durable=is_durable
             )
+
+    @contextmanager
+    def journalling(self) -> Iterator[None]:
+        """What is written within is lost where the journal does not work."""
+        try:
+            yield
         except JournalError as error:
             self.lose_journal(error)
 
@@ -642,8 +644,8 @@ class Session(abc.ABC):
         self.report.flows = self._counts()
         log = LOG.info if outcome in (Outcome.MOVED, Outcome.STAYED) else LOG.warning
         log("%s: guest %s: %s %s %s", self.id, self.guest, outcome.value, reason, self.report.flows)
-        try:  # also where it has failed before: what is over is not to be gone on with
-            is_late = outcome is Outcome.LEFT_WITHOUT_ARRIVAL  # who comes late may still want them
+        is_late = outcome is Outcome.LEFT_WITHOUT_ARRIVAL  # who comes late may still want them
+        with self.journalling():  # also where it has failed before: what is over is not to be gone on with
             self.host.journal.end(
                 self.id,
                 self._state(),
@@ -651,8 +653,6 @@ class Session(abc.ABC):
                 self.report.as_dict(),
                 keep_payloads_seconds=self.host.settings.late_import_seconds if is_late else 0.0,
             )
-        except JournalError as error:
-            self.lose_journal(error)
         self._leave()
 
     def _hand_over(self) -> None:
@@ -729,10 +729,14 @@ class Session(abc.ABC):
         """Journals flows before they are sent or imported."""
         self._payloads += 1
         if self._journal_works:
-            try:
+            with self.journalling():
                 self.host.journal.keep_payload(self.id, self._payloads, payload)
-            except JournalError as error:
-                self.lose_journal(error)
+
+    def _named_so_far(self) -> dict[str, Any]:
+        """What the report would say of flows that were not carried as they were sent, if the session ended now."""
+        told = replace(self.report, named=deepcopy(self.report.named))
+        self._name_in(told)
+        return told.named
 
     # What a role adds.
 
@@ -757,8 +761,12 @@ class Session(abc.ABC):
         """Puts the hypervisor's word on the time line, at once."""
 
     @abc.abstractmethod
+    def _name_in(self, report: Report) -> None:
+        """Names flows that the session keeps apart until it ends."""
+
+    @abc.abstractmethod
     def _counts(self) -> dict[str, int]:
-        """The report's figures."""
+        """The report's figures. What is to be named is."""
 
     @abc.abstractmethod
     def _flows_by_port(self) -> tuple[FormerPort, ...]:
@@ -785,10 +793,8 @@ def go_on(successor: Session, former: Former, report: dict[str, Any]) -> None:
     """Lets a session that has not begun take over a former one, whose report this is."""
     journal = successor.host.journal
     successor.take_over(former)
-    try:
+    with successor.journalling():
         journal.go_on(former.session, successor.id, successor.known_as, former.state, former.heard, report)
-    except JournalError as error:
-        successor.lose_journal(error)
 
 
 def _is_routine(event: Event, actions: list[Action]) -> bool:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from sami_plugin.arriving import FOUND_ANEW, Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
-from sami_plugin.errors import JournalError, SamiError
+from sami_plugin.errors import SamiError
 from sami_plugin.former import WAS_HERE, Former, FormerPort
 from sami_plugin.migration import destination
 from sami_plugin.migration.claims import place_of
@@ -230,7 +230,7 @@ class DestinationSession(Session):
         self.risk = risk.words
         policies = self.host.policies
         verdict = policies.judge(risk, self._domain) if action.may_refuse else Verdict.PROCEED
-        if verdict is not Verdict.PROCEED and action.may_refuse and self.held_since is None:
+        if verdict is not Verdict.PROCEED and self.held_since is None:
             self.report.remark(f"the policy said {verdict.value} when the migration had gone on")
             verdict = Verdict.PROCEED
         self.report.verdict = {
@@ -258,17 +258,15 @@ class DestinationSession(Session):
     def _inherited_count(self) -> int:
         count = 0
         for port in self._ports:
-            known = FlowTable()
+            known = FlowTable()  # some are in both tables
             for batch in port.inherited():
                 known.put(batch)
-            count += sum(int(self._is_inherited(port, batch).sum()) for batch in known.batches())
+            count += sum(int(self.host.driver.read_back(port.scope, batch)[1].sum()) for batch in known.batches())
         return count
 
     def _is_inherited(self, port: Arriving, batch: Batch) -> npt.NDArray[np.bool_]:
         """Which of the flows another session has put in, and are there still: they need no new place."""
-        known = np.zeros(len(batch), bool)
-        for table in (port.former, port.unsure):
-            known |= table.find(batch)[0]
+        known = port.inherits(batch)
         if known.any():
             known[known] = self.host.driver.read_back(port.scope, batch.take(known))[1]
         return known
@@ -339,14 +337,10 @@ class DestinationSession(Session):
         if not is_news or not is_settled or self._unverified or not self._journal_works:
             return
         self._applied = applied
-        told = replace(self.report, named=deepcopy(self.report.named))
-        self._name_findings(told)
-        try:
-            self.host.journal.note_applied(self.id, applied, told.named)
-        except JournalError as error:
-            self.lose_journal(error)
+        with self.journalling():
+            self.host.journal.note_applied(self.id, applied, self._named_so_far())
 
-    def _name_findings(self, report: Report) -> None:
+    def _name_in(self, report: Report) -> None:
         self._findings.name_in(report)
         for why, before in self._named_before.items():
             report.name_once(why, before["count"], before["flows"])
@@ -462,8 +456,7 @@ class DestinationSession(Session):
             here = gone.take(has_end_in(gone, port.scope.addresses))
             known, ids = port.held.find(here)
             ids[~known] = 0  # of what a former session put in the id is not known
-            for table in (port.former, port.unsure):
-                known |= table.find(here)[0]
+            known |= port.inherits(here)
             here = here.take(known)
             # In a shared zone the other end's session may have put the flow in anew, with an id that we do not know.
             here.rows["flowId"] = 0 if port.scope.is_shared else ids[known]
@@ -852,7 +845,7 @@ class DestinationSession(Session):
         return sum(len(port.held) for port in self._ports)
 
     def _counts(self) -> dict[str, int]:
-        self._name_findings(self.report)
+        self._name_in(self.report)
         return {"imported": self._held_count(), **self._findings.counts(), "discarded": self._discarded}
 
     def _let_go(self) -> None:

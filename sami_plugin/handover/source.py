@@ -6,7 +6,6 @@ import hmac
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.drivers.base import Capabilities
-from sami_plugin.errors import JournalError, SamiError
+from sami_plugin.errors import SamiError
 from sami_plugin.former import Former, FormerPort
 from sami_plugin.leaving import (
     KEPT,
@@ -660,17 +659,14 @@ class SourceSession(Session):
 
     def _note_named(self) -> None:
         """For a later start, to which all that was exported is alike."""
-        told = replace(self.report, named=deepcopy(self.report.named))
-        self._name_untold(told)
-        if told.named == self._named or not self._journal_works:
+        named = self._named_so_far()
+        if named == self._named or not self._journal_works:
             return
-        self._named = told.named
-        try:
-            self.host.journal.note_named(self.id, told.named)
-        except JournalError as error:
-            self.lose_journal(error)
+        self._named = named
+        with self.journalling():
+            self.host.journal.note_named(self.id, named)
 
-    def _name_untold(self, report: Report) -> None:
+    def _name_in(self, report: Report) -> None:
         for port in self._ports:
             for batch in port.withheld.batches():
                 why = NOT_FOR_THAT_DOMAIN if self._knows(batch.template) else WORDS[Reason.NOT_DECLARED]
@@ -680,7 +676,7 @@ class SourceSession(Session):
                 report.name(f"not exported: {why}", len(batch), names(batch))
 
     def _counts(self) -> dict[str, int]:
-        self._name_untold(self.report)
+        self._name_in(self.report)
         return {
             "exported": self._exported_count(),
             "purged": self._removed,
