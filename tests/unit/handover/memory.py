@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,10 @@ from sami_plugin.model.protocols import TcpState
 from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.settings import Limits, Settings
+from sami_plugin.session import Session
 from sami_plugin.testing.hosts import Hosts, new_guest
+
+SessionT = TypeVar("SessionT", bound=Session)
 
 ALL = set(range(1000, 1100))
 """Source ports of the flows of `guest_with_flows`."""
@@ -101,6 +104,11 @@ def until_idle(hosts: Hosts) -> None:
         assert agent.wait_until_idle(20), f"{name} still has sessions"
 
 
+def prepare(hosts: Hosts, guest: str) -> None:
+    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+
+
 def begin(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
     hosts.say(source, Phase.OUTGOING, guest, destination=destination)
     hosts.say(destination, Phase.PREPARE, guest, source)
@@ -149,8 +157,23 @@ def report(hosts: Hosts, host: str, guest: str) -> dict[str, Any]:
     return hosts.reports(host, guest)[0]
 
 
+def states(hosts: Hosts, host: str) -> list[str]:
+    """Of the host's sessions, oldest first."""
+    return [one._state() for one in hosts.agents[host].sessions()]
+
+
 def is_orphaned(hosts: Hosts) -> bool:
-    return [one._state() for one in hosts.agents["host-b"].sessions()] == ["orphaned"]
+    return states(hosts, "host-b") == ["orphaned"]
+
+
+@contextmanager
+def threadless(session: SessionT) -> Iterator[SessionT]:
+    """A session that no thread runs."""
+    try:
+        yield session
+    finally:
+        session._let_go()
+        session.line.finish()
 
 
 @contextmanager
@@ -160,11 +183,8 @@ def leaving_session(hosts: Hosts, guest: str) -> Iterator[SourceSession]:
     session = SourceSession(host, host.new_id(), guest, "host-b", lambda _: None, is_outgoing=True)
     host.journal.begin(session.id, guest, "source", "host-b", "offered")
     session._start_export(StartExport())
-    try:
+    with threadless(session):
         yield session
-    finally:
-        session._let_go()
-        session.line.finish()
 
 
 class FailsOnce(MemoryDriver):
@@ -211,7 +231,7 @@ def sessions_follow(hosts: Hosts) -> bool:
     """The one session of each host has all that its guest had when it began."""
     leaving, coming = hosts.agents["host-a"].sessions(), hosts.agents["host-b"].sessions()
     is_alone = len(leaving) == len(coming) == 1
-    return is_alone and leaving[0]._state() == "following" and "in sync" in coming[0].report.steps
+    return is_alone and states(hosts, "host-a") == ["following"] and "in sync" in coming[0].report.steps
 
 
 def payload(*batches: Batch) -> bytes:
@@ -225,11 +245,8 @@ def session_in(hosts: Hosts, guest: str, ports_of_guest: int) -> Iterator[Destin
     session = DestinationSession(host, host.new_id(), guest, "host-a", lambda _: None)
     session._declared = host.driver.capabilities().templates
     session._known = replace(session._known, ports=ports_of_guest, is_started=True)
-    try:
+    with threadless(session):
         yield session
-    finally:
-        session._let_go()
-        session.line.finish()
 
 
 class HeldUpExport(MemoryDriver):
@@ -245,8 +262,3 @@ class HeldUpExport(MemoryDriver):
             self.has_begun.set()
             assert self.may_end.wait(10)
         yield from super().export(scope)
-
-
-def prepare(hosts: Hosts, guest: str) -> None:
-    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-    hosts.say("host-b", Phase.PREPARE, guest, "host-a")

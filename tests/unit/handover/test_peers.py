@@ -22,6 +22,7 @@ from tests.unit.handover.memory import (
     guest_with_flows,
     held,
     hosts_in,
+    prepare,
     report,
     tcp_flows,
     until,
@@ -149,8 +150,7 @@ def test_last_word_is_heard_though_it_was_said_before_the_other_host_answered_th
             deliver(sender, session, packet)
 
         monkeypatch.setattr(agent, "deliver", late)
-        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        prepare(hosts, guest)
         hosts.say("host-b", Phase.STOPPED, guest)
         assert hosts.agents["host-b"].wait_until_idle(20)
         may_hear.set()

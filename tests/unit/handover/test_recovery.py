@@ -36,6 +36,7 @@ from tests.unit.handover.memory import (
     leave,
     limited,
     ports,
+    prepare,
     tcp_flows,
     until,
     until_idle,
@@ -344,8 +345,7 @@ def test_agent_that_was_away_longer_than_the_arrival_limit_may_fetch_the_flows_f
 ) -> None:
     with hosts_in(tmp_path, replace(limited(arrival_seconds=3.0), late_import_seconds=late_import_seconds)) as hosts:
         guest = guest_with_flows(hosts)
-        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        prepare(hosts, guest)
         until(lambda: hosts.has_step("host-a", guest, "export ended"))
         hosts.kill("host-b")
         leave(hosts, guest)
@@ -391,8 +391,7 @@ def test_agent_that_refused_a_guest_and_died_before_anybody_heard_it_fetches_wha
     """The source heard that the guest stays; what was to stop the migration did not."""
     with hosts_in(tmp_path) as hosts:
         guest = guest_with_flows(hosts)
-        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        prepare(hosts, guest)
         until(lambda: hosts.has_step("host-a", guest, "export ended"))
         hosts.say("host-b", Phase.STOPPED, guest)
         until_idle(hosts)

@@ -42,6 +42,7 @@ from tests.unit.handover.memory import (
     leaving_session,
     limited,
     ports,
+    prepare,
     report,
     tcp_flows,
     until,
@@ -724,8 +725,7 @@ def test_scope_finder_that_is_slow_keeps_nobody_from_being_heard(tmp_path: Path)
             return find(asked)
 
         scopes.find = slow  # type: ignore[method-assign]
-        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        prepare(hosts, guest)
         hosts.say("host-b", Phase.STARTED, guest)
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
         wait_for_step(hosts, "host-b", guest, "in sync")

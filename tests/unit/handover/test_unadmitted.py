@@ -21,6 +21,7 @@ from tests.unit.handover.memory import (
     guest_with_flows,
     hosts_in,
     ports,
+    prepare,
     tcp_flows,
     until_idle,
     wait_for_step,
@@ -77,8 +78,7 @@ def test_what_a_peer_began_before_the_zone_was_known_is_named_and_goes_where_the
 def test_what_is_there_when_the_zone_is_known_before_the_guest_runs_is_not_looked_at(tmp_path: Path) -> None:
     with hosts_in(tmp_path, replace(SETTINGS, remove_unadmitted=True)) as hosts:
         guest = guest_with_flows(hosts)
-        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
-        hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+        prepare(hosts, guest)
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
         hosts.drivers["host-b"].insert(hosts.scope("host-b", guest), begun_by_the_peer(NEW, 22))
         hosts.say("host-b", Phase.STARTED, guest)

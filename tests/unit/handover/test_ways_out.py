@@ -42,6 +42,7 @@ from tests.unit.handover.memory import (
     ports,
     prepare,
     report,
+    states,
     tcp_flows,
     until,
     until_idle,
@@ -54,10 +55,6 @@ VERDICT_SECONDS = 2.5
 def brief(**limits: Any) -> Settings:
     """Who calls an agent that is away gives up soon: no thread outlives its test for long."""
     return replace(limited(**limits), call_seconds=0.3)
-
-
-def states(hosts: Hosts, host: str) -> list[str]:
-    return [one._state() for one in hosts.agents[host].sessions()]
 
 
 # --- verdicts
