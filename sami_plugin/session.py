@@ -43,6 +43,7 @@ from sami_plugin.migration.decision import (
     GuestDid,
     HandOver,
     Import,
+    LetGo,
     Negotiated,
     OperatorSaid,
     PeerLost,
@@ -407,6 +408,15 @@ class Session(abc.ABC):
         """The operator was asked, and has spoken."""
         self._events.put(OperatorSaid(may_come))
 
+    def let_go(self) -> None:
+        """The migration waits for this session's verdict no longer: unless it was refused before, the guest comes."""
+        with self._handing_over:
+            if self._successor is None:
+                self._may_not_refuse()
+                self._events.put(LetGo())
+                return
+        self._successor.let_go()
+
     def expect_return(self) -> None:
         """The guest is about to come to this host."""
         self.host.gone.pop(self.id, None)
@@ -418,7 +428,7 @@ class Session(abc.ABC):
         if self.thread is not None:
             self.thread.join()
         self.line.close()
-        self._let_go()
+        self._close()
 
     def enter(self) -> None:
         """Into the journal, where a later start finds it: before it lives, and before the peer hears that it does."""
@@ -638,7 +648,7 @@ class Session(abc.ABC):
         self.line.say(messages.encode(message))
 
     def _end(self, outcome: Outcome, reason: str) -> None:
-        self._let_go()
+        self._close()
         self.note("ended")
         self.report.outcome, self.report.reason = outcome.value, reason
         self.report.flows = self._counts()
@@ -674,8 +684,10 @@ class Session(abc.ABC):
                     break
                 if isinstance(event, GuestDid):
                     successor.tell(event.event)
+                elif isinstance(event, LetGo):
+                    successor.let_go()
         self.host.run(successor)
-        self._let_go()
+        self._close()
         self._leave()
 
     def _as_former(self) -> Former:
@@ -761,6 +773,10 @@ class Session(abc.ABC):
         """Puts the hypervisor's word on the time line, at once."""
 
     @abc.abstractmethod
+    def _may_not_refuse(self) -> None:
+        """From now on. In any thread."""
+
+    @abc.abstractmethod
     def _name_in(self, report: Report) -> None:
         """Names flows that the session keeps apart until it ends."""
 
@@ -785,7 +801,7 @@ class Session(abc.ABC):
         """Where the guest's ports have their state here, as far as it is known."""
 
     @abc.abstractmethod
-    def _let_go(self) -> None:
+    def _close(self) -> None:
         """Closes what the session holds open. May be repeated."""
 
 

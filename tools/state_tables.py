@@ -29,6 +29,7 @@ from sami_plugin.migration.decision import (
     FindScope,
     Found,
     GuestDid,
+    LetGo,
     Negotiated,
     OperatorSaid,
     PeerLost,
@@ -95,6 +96,7 @@ EVENTS: tuple[Event, ...] = (
     *(Done(what, refused=refused, is_all=is_all) for what in ACTIONS for refused in (0, 1) for is_all in (True, False)),
     *(Negotiated(verdict, "reason", Answer(1, 600)) for verdict in Verdict),
     *(OperatorSaid(may_come) for may_come in (True, False)),
+    LetGo(),
     ActionFailed("Import", "reason"),
     PeerLost("reason"),
     Superseded(),
@@ -223,6 +225,7 @@ def _cause(cause: decision.Cause) -> str:
     words = {
         "Negotiated": "what can be taken is known, and the policy has spoken",
         "OperatorSaid": "the operator has answered",
+        "LetGo": "nobody waits for the verdict any more",
         "ActionFailed": "an action failed",
         "PeerLost": "the peer knows no such session",
         "Superseded": "another migration of the guest begins",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -110,6 +111,8 @@ class DestinationSession(Session):
         self._again, self._held_since = again, held_since
         self._began_at = host.monotonic()
         self._known = destination.new(host.settings.limits, self._began_at, held_since=held_since)
+        self._deciding = threading.Lock()
+        """Held for each decision: none is between a verdict and the end of the wait for it."""
         self._ports: list[Arriving] = []
         self._unfilled: list[Arriving] = []
         """Of these ports, those for which not all that waits has gone in."""
@@ -196,7 +199,8 @@ class DestinationSession(Session):
         }
 
     def _begin(self) -> None:
-        self._known, actions = destination.begin(self._known, self.peer, self.host.monotonic())
+        with self._deciding:
+            self._known, actions = destination.begin(self._known, self.peer, self.host.monotonic())
         self._enact("guest prepare", actions)
         is_held = self._known.verdict is None
         self.host.notifications.send(started(self.report, self.host.wall(), self._state(), is_held=is_held))
@@ -739,10 +743,6 @@ class DestinationSession(Session):
         """Since when the migration has waited for the policy's or an operator's word; None where it does not now."""
         return self._held_since if self._known.verdict in (None, Verdict.ASK) else None
 
-    def let_go(self) -> None:
-        """The migration waits no longer: whatever the policy says now, the guest comes."""
-        self._held_since = None
-
     @property
     def is_asking(self) -> bool:
         """Whether an operator is to say if the guest may come."""
@@ -764,8 +764,9 @@ class DestinationSession(Session):
         return self._known.state
 
     def _step(self, event: Event, now: float) -> list[Action]:
-        was_asking = self.is_asking
-        self._known, actions = destination.step(self._known, event, now)
+        with self._deciding:
+            was_asking = self.is_asking
+            self._known, actions = destination.step(self._known, event, now)
         if isinstance(event, PeerSaid):
             self._note_message(event.message)
         if was_asking and not self.is_asking:
@@ -806,6 +807,12 @@ class DestinationSession(Session):
         super()._say(message)
         if isinstance(message, Complete | Arrived):
             self.note(type(message).__name__.lower())
+
+    def _may_not_refuse(self) -> None:
+        with self._deciding:
+            if self.is_asking:
+                self.report.remark("the migration went on before an operator answered")
+            self._known = destination.let_go(self._known)
 
     def _note_phase(self, event: MigrationEvent) -> None:
         self.note(event.phase.value)
@@ -848,7 +855,7 @@ class DestinationSession(Session):
         self._name_in(self.report)
         return {"imported": self._held_count(), **self._findings.counts(), "discarded": self._discarded}
 
-    def _let_go(self) -> None:
+    def _close(self) -> None:
         self._looker.shutdown(wait=False)
         for port in self._ports:
             with self.host.deciding(port.scope):

@@ -648,6 +648,9 @@ class SourceSession(Session):
                 return
         self.note(_SAID_TO_SOURCE.get(type(message), type(message).__name__))
 
+    def _may_not_refuse(self) -> None:
+        """Only the destination does."""
+
     def _note_phase(self, event: MigrationEvent) -> None:
         if event.phase is Phase.STOPPED:
             self.has_left = True
@@ -685,7 +688,7 @@ class SourceSession(Session):
             "left_behind": self._left,
         }
 
-    def _let_go(self) -> None:
+    def _close(self) -> None:
         self.host.gone.pop(self.id, None)
         self._sweep = None
         for port in self._ports:

@@ -69,6 +69,11 @@ class OperatorSaid:
 
 
 @dataclass(frozen=True, slots=True)
+class LetGo:
+    """Nobody waits for a verdict any more: the guest comes, whatever is said."""
+
+
+@dataclass(frozen=True, slots=True)
 class ActionFailed:
     """An action could not be done; `reason` is for the operator."""
 
@@ -110,6 +115,7 @@ Event = (
     | Done
     | Negotiated
     | OperatorSaid
+    | LetGo
     | ActionFailed
     | PeerLost
     | TimePassed
@@ -331,6 +337,7 @@ def cause_of(event: Event) -> Cause:
             Found()
             | Negotiated()
             | OperatorSaid()
+            | LetGo()
             | ActionFailed()
             | PeerLost()
             | Superseded()

@@ -198,6 +198,11 @@ def _found_another(session: Destination, event: Event, now: float) -> Decision:
     return session, actions if session.runs_here else [*actions, Discard()]
 
 
+def let_go(session: Destination) -> Destination:
+    """What is known from the very moment on in which nobody waits for a verdict any more; `LetGo` tells of it."""
+    return _may_come(session) if session.verdict in (None, Verdict.ASK) else session
+
+
 def is_open(session: Destination) -> bool:
     """Whether the flows are still on their way: what is told of a migration now may be told of this one."""
     is_open = session.state in (State.LOOKING, State.ASKED, State.NEGOTIATING, State.RECEIVING)
@@ -273,11 +278,19 @@ def _verdict_is_due(session: Destination, now: float) -> Decision:
     return _go_on(session, now)
 
 
-def _go_on(session: Destination, now: float) -> Decision:
-    """The guest may come."""
+def _may_come(session: Destination) -> Destination:
     if session.verdict is Verdict.ASK and session.state is not State.ORPHANED:
         session = replace(session, reason="")
-    session = replace(session, verdict=Verdict.PROCEED, verdict_deadline=math.inf)
+    return replace(session, verdict=Verdict.PROCEED, verdict_deadline=math.inf)
+
+
+def _was_let_go(session: Destination, event: Event, now: float) -> Decision:
+    return _go_on(session, now)
+
+
+def _go_on(session: Destination, now: float) -> Decision:
+    """The guest may come."""
+    session = _may_come(session)
     said, session = session.answer, replace(session, answer=None)
     if session.state is not State.NEGOTIATING or said is None:
         return session, [_next_wake(session, now)]
@@ -581,6 +594,7 @@ _WHEN_IT_FAILS: dict[decision.Cause, decision.Handler[Destination]] = {
 _VERDICT: dict[decision.Cause, decision.Handler[Destination]] = {
     "Negotiated": _negotiated,
     "OperatorSaid": _operator_said,
+    "LetGo": _was_let_go,
 }
 
 TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {

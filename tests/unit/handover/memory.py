@@ -172,7 +172,7 @@ def threadless(session: SessionT) -> Iterator[SessionT]:
     try:
         yield session
     finally:
-        session._let_go()
+        session._close()
         session.line.finish()
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from sami_plugin import agent as agent_module
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.errors import Veto
+from sami_plugin.errors import OperatorError, Veto
+from sami_plugin.handover.destination import DestinationSession
 from sami_plugin.migration.decision import Choose, ExportChanges, ExportNext, SayOffer
 from sami_plugin.model.flows import Batch, Omitted
 from sami_plugin.model.migration import MigrationEvent, Phase
@@ -96,6 +97,20 @@ class Silent(MemoryDriver):
         raise SystemExit
 
 
+class SilentAtFirst(Silent):
+    """Its next agent exports, when it may."""
+
+    def __init__(self, device: MemoryDevice) -> None:
+        super().__init__(device)
+        self.may_export = threading.Event()
+
+    def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        if not self.exports:
+            return super().export(scope)
+        assert self.may_export.wait(30)
+        return MemoryDriver.export(self, scope)
+
+
 def begin_anew_while_the_hook_waits(hosts: Hosts, guest: str, began: float) -> None:
     """Later than the margin that the hook has: the next session's time would end after the hook's."""
     driver = hosts.drivers["host-a"]
@@ -138,6 +153,43 @@ def test_hook_waits_for_the_operator_though_the_source_s_agent_was_started_anew_
         assert f"{coming.id}: waits for `sami session approve`" in caplog.text
         hosts.agents["host-b"].decide(guest, may_come=True)
         preparing.result(10)
+
+
+def test_operator_who_speaks_when_the_hook_waits_no_longer_is_not_heard_any_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own time began anew with the source's agent, the hook's did not: "refuse" would cost the guest its flows."""
+    settings = brief(verdict_seconds=1.0, open_seconds=20.0, ask_seconds=5.0)
+    with (
+        hosts_in(tmp_path, settings, lambda name: SilentAtFirst(MemoryDevice(name))) as hosts,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        hosts.agents["host-b"].host.policies = Policies(AskOperator())
+        guest = guest_with_flows(hosts)
+        preparing = pool.submit(prepare, hosts, guest)
+        until(lambda: "waits for `sami session approve`" in caplog.text)
+        begin_anew_while_the_hook_waits(hosts, guest, time.monotonic() + 2.0)
+        until(lambda: len(hosts.agents["host-b"].sessions()) == 1)
+        (coming,) = hosts.agents["host-b"].sessions()
+        assert isinstance(coming, DestinationSession)
+        until(lambda: coming.is_asking)
+        preparing.result(10)
+        assert not coming.is_asking
+        assert coming.refusal is None
+        with pytest.raises(OperatorError, match="no session of that name waits for an answer"):
+            hosts.agents["host-b"].decide(guest, may_come=False)
+        source = hosts.drivers["host-a"]
+        assert isinstance(source, SilentAtFirst)
+        source.may_export.set()
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.say("host-b", Phase.STARTED, guest)
+        until(lambda: {port for port, _ in held(hosts, "host-b")} == ALL)
+        finish(hosts, guest)
+        until_idle(hosts)
+        told = report(hosts, "host-b", guest)
+        assert (told["outcome"], told["flows"]["imported"]) == ("moved", len(ALL))
+        assert "the migration went on before an operator answered" in told["remarks"]
+        assert held(hosts, "host-a") == set()
 
 
 # --- senders that have no room

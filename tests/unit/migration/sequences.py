@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from sami_plugin.migration.decision import Event, Found, OperatorSaid, PeerLost, PeerSaid, Returns, Superseded
+from sami_plugin.migration.decision import Event, Found, LetGo, OperatorSaid, PeerLost, PeerSaid, Returns, Superseded
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.settings import Limits
 from tests.unit.migration.shell import guest
@@ -22,7 +22,7 @@ events = st.one_of(
     st.sampled_from([guest(phase) for phase in Phase]),
     st.sampled_from([PeerSaid(message) for message in MESSAGES]),
     st.sampled_from([PeerLost("lost"), Superseded(), Returns(), Found("host-a"), Found("host-x")]),
-    st.sampled_from([OperatorSaid(may_come=True), OperatorSaid(may_come=False)]),
+    st.sampled_from([OperatorSaid(may_come=True), OperatorSaid(may_come=False), LetGo()]),
 )
 pauses = st.sampled_from([0.0, 0.0, 0.0, 0.5, 3.0, 12.0, 21.0, 60.0])
 

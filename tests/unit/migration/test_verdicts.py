@@ -14,6 +14,7 @@ from sami_plugin.migration.decision import (
     End,
     Event,
     Found,
+    LetGo,
     Negotiate,
     Negotiated,
     OperatorSaid,
@@ -166,6 +167,37 @@ def test_guest_that_starts_is_never_refused_afterwards() -> None:
     assert (held.session.state, held.session.verdict) == (State.RECEIVING, Verdict.PROCEED)
     assert Say(Stays("risk")) not in held.done
     assert Discard() not in held.done
+
+
+@pytest.mark.parametrize("late", [OperatorSaid(may_come=False), Negotiated(Verdict.VETO, "risk", ANSWER)])
+@pytest.mark.parametrize("is_offered", [True, False])
+@pytest.mark.parametrize("is_handled_first", [True, False])
+def test_guest_that_was_let_go_is_never_refused_afterwards(
+    late: Event, is_offered: bool, is_handled_first: bool
+) -> None:
+    """From the moment on in which its hook gives up, whether the session has come to it yet or not."""
+    held = Held()
+    if is_offered:
+        held.tell(PeerSaid(OFFER), at=1)
+    held.pass_until(7)
+    assert held.session.verdict is Verdict.ASK
+    held.session = destination.let_go(held.session)
+    for event in (LetGo(), late) if is_handled_first else (late, LetGo()):
+        held.tell(event)
+    held.pass_until(20)
+    assert held.session.verdict is Verdict.PROCEED
+    assert held.session.state is (State.RECEIVING if is_offered else State.ASKED)
+    assert held.done.count(Say(ANSWER)) == is_offered  # the source need not wait for who is not asked any more
+    assert Discard() not in held.done
+
+
+def test_verdict_of_a_session_that_holds_nobody_up_is_what_it_was() -> None:
+    session = destination.new(LIMITS, 0.0)
+    assert destination.let_go(session) == session
+    held = Held(said=Verdict.VETO)
+    held.pass_until(6)
+    assert held.is_refused
+    assert destination.let_go(held.session) == held.session
 
 
 def test_migration_that_is_told_of_twice_is_one_while_it_is_negotiated() -> None:
