@@ -31,18 +31,18 @@ WAYS = {
 PLACES = 12
 FLOWS = 3
 """Of each guest: one that lives only where its entry is, and two that are quiet."""
-WATCHED_SECONDS = 2.0
+RATE, WATCHED_SECONDS = 20_000, 2.0
 
 
 class Ten:
-    """The guests, their flows, and the agents of the hosts."""
+    """The agents of the hosts, the guests, and their flows."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, agents: dict[str, AgentProcess]) -> None:
         self.lab = lab
-        self.agents: dict[str, AgentProcess] = {}
+        self.agents = agents
         self.guests = {name: lab.add_guest(name, way[0]) for name, way in WAYS.items()}
         with ThreadPoolExecutor() as pool:
-            begun = pool.map(lambda guest: traffic.download(lab, guest, rate=20_000), self.guests.values())
+            begun = pool.map(lambda guest: traffic.download(lab, guest, rate=RATE), self.guests.values())
             self.downloads: dict[str, Traffic] = dict(zip(self.guests, begun, strict=True))
         for name, guest in self.guests.items():
             host = lab.hosts[WAYS[name][0]]
@@ -53,6 +53,11 @@ class Ten:
     def flows(self, host: str, guest: Guest) -> set[judge.Flow]:
         """What the kernel there knows of the guest, in its own zone."""
         return set(judge.table(self.lab.hosts[host], guest, self.lab.folder / f"t-{host}-{guest.name}").entries)
+
+    def has_got(self, name: str, since: float) -> int:
+        """How many bytes of its download the guest has received since then."""
+        samples = self.downloads[name].samples()
+        return samples[-1].total - max(sample.total for sample in samples if sample.time <= since)
 
     def of_everybody(self, host: str) -> int:
         """How many entries the kernel there has in all."""
@@ -66,15 +71,15 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ten]:
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
         broker = stack.enter_context(Broker(tmp_path_factory.mktemp("broker")))
         lab = stack.enter_context(Lab(hosts=("a", "b", "c")))
-        made = Ten(lab)
+        agents = dict[str, AgentProcess]()
         for name, host in lab.hosts.items():
             options = file_and_broker(host.scope_file, broker.url)
             options["agent"] |= {"capacity": PLACES} if name == "c" else {}
             options["migration"] = {"headroom_percent": 0, "watch_seconds": 0.1}
-            made.agents[name] = AgentProcess(lab.folder, name, options)
-            stack.callback(made.agents[name].stop)
-        list(pool.map(AgentProcess.start, made.agents.values()))
-        yield made
+            agents[name] = AgentProcess(lab.folder, name, options)
+            stack.callback(agents[name].stop)
+        list(pool.map(AgentProcess.start, agents.values()))
+        yield Ten(lab, agents)
 
 
 def test_each_guest_has_its_own_flows_and_no_place_is_promised_twice(ten: Ten) -> None:
@@ -84,7 +89,7 @@ def test_each_guest_has_its_own_flows_and_no_place_is_promised_twice(ten: Ten) -
 
     def tell(host: Host, phase: str, guest: Guest) -> None:
         if phase == "prepare":
-            together.wait(20)
+            together.wait(60)
         ten.agents[host.name].tell_of(phase, guest)
 
     def move(name: str) -> Record:
@@ -115,7 +120,10 @@ def test_each_guest_has_its_own_flows_and_no_place_is_promised_twice(ten: Ten) -
         else:
             assert len(there) == FLOWS
         download, at = ten.downloads[name], records[name].cut_over_at
-        wait_until(lambda d=download, t=at: d.samples()[-1].time > t + WATCHED_SECONDS, f"{name} to be watched", 10)
-        is_there = any(flow.protocol == "tcp" for flow in there)
-        assert has_survived(download.samples(), at, WATCHED_SECONDS) == is_there, name
+        if any(flow.protocol == "tcp" for flow in there):
+            # How soon is shown where fewer move: ten at once, and what else the machine does, make their pauses long.
+            wait_until(lambda n=name, t=at: ten.has_got(n, t) > RATE * WATCHED_SECONDS, f"{name} to go on", 60)
+        else:
+            wait_until(lambda d=download, t=at: d.samples()[-1].time > t + WATCHED_SECONDS, f"{name} to be watched", 10)
+            assert not has_survived(download.samples(), at, WATCHED_SECONDS), name
     assert promised == ten.of_everybody("c") == PLACES
