@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,12 @@ from pathlib import Path
 import netaddr
 import pytest
 
-from lab.deadline import STRETCH
+from lab.deadline import STRETCH, wait_until
 from lab.namespace import Namespace
 from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver
 from sami_plugin.model.flows import Batch, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.results import Outcome, lost_fields
-from sami_plugin.scopes.learned import FRESH_SECONDS
 from sami_plugin.scopes.neutron_dvr import NeutronDvrScopes
 from sami_plugin.scopes.open_vswitch import Bridge, Interface
 from tests.unit.scopes.test_ovs import BRIDGE, FIRST, FIRST_PORT, FakeIntegration
@@ -84,8 +82,7 @@ def test_router_that_goes_and_one_that_comes_is_seen(router: dict[str, Namespace
     finder = finder_of(bridge())
     assert len(finder.find("g")) == 2
     router["router"].close()
-    time.sleep(FRESH_SECONDS)
-    assert [scope.port for scope in finder.find("g")] == [FIRST]
+    wait_until(lambda: [scope.port for scope in finder.find("g")] == [FIRST], "the router to be missed")
 
 
 def test_guest_has_a_scope_in_the_router_of_its_network(router: dict[str, Namespace]) -> None:
