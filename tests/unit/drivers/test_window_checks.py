@@ -75,6 +75,7 @@ def test_what_is_done_is_not_asked_for_again() -> None:
 
 
 def test_nothing_is_looked_at_after_the_end() -> None:
+    before = {*threading.enumerate()}
     looks = Looks()
     checks = WindowChecks(looks)
     checks.close()
@@ -86,7 +87,7 @@ def test_nothing_is_looked_at_after_the_end() -> None:
     seen = len(looks.asked)
     checks.begin(SCOPE, FLOWS)
     assert len(looks.asked) == seen
-    assert "sami-windows" not in [thread.name for thread in threading.enumerate()]
+    assert {*threading.enumerate()} <= before
 
 
 def test_thread_that_could_not_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
