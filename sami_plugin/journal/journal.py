@@ -255,19 +255,29 @@ class Journal:
     def end(
         self, session: str, state: str, outcome: str, report: dict[str, Any], *, keep_payloads_seconds: float = 0.0
     ) -> None:
-        """Closes a session. Drops its payloads, for the flows are where they belong now, or keeps them for a while.
+        """Closes a session, which may not be here yet: what did not work when it began may work now.
 
+        Drops its payloads, for the flows are where they belong now, or keeps them for a while.
         Forgets sessions that ended longer ago than they are kept, and the oldest of those that take too much room.
         """
         now, told = time.time(), json.dumps(report)
         with self._lock, self._failing():
             self._db.execute("BEGIN IMMEDIATE")
             with self._db:  # commits, or rolls back
-                self._db.execute(
+                ended = self._db.execute(
                     "UPDATE sessions SET state = ?, outcome = ?, report = ?, ended_at = ?, flows_until = ?, token = '' "
                     "WHERE session = ?",
                     (state, outcome, told, now, now + keep_payloads_seconds, session),
                 )
+                if not ended.rowcount:
+                    self._db.execute(
+                        "INSERT INTO sessions (session, guest, role, peer, state, started_at, ended_at, outcome, "
+                        "report, known_as, flows_until) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        (
+                            *(session, report["guest"], report["role"], report["peer"], state, now, now),
+                            *(outcome, told, session, now + keep_payloads_seconds),
+                        ),
+                    )
                 self._db.execute(
                     "DELETE FROM payloads WHERE session IN "
                     "(SELECT session FROM sessions WHERE ended_at IS NOT NULL AND flows_until <= ?)",

@@ -48,6 +48,20 @@ class MemoryJournal(Journal):
         token: str = "",
     ) -> None:
         self._before("beginning")
+        self._enter(session, guest, role, peer, state, ports, destination, token)
+        self._disturb("after beginning")
+
+    def _enter(
+        self,
+        session: str,
+        guest: str,
+        role: str,
+        peer: str,
+        state: str,
+        ports: Iterable[dict[str, Any]] = (),
+        destination: str = "",
+        token: str = "",
+    ) -> None:
         self._sessions[session] = {
             "session": session,
             "guest": guest,
@@ -66,7 +80,6 @@ class MemoryJournal(Journal):
             "applied": 0,
             "named": {},
         }
-        self._disturb("after beginning")
 
     def record(
         self, session: str, number: int, event: str, state: str, actions: list[str], *, is_durable: bool
@@ -158,9 +171,9 @@ class MemoryJournal(Journal):
         self, session: str, state: str, outcome: str, report: dict[str, Any], *, keep_payloads_seconds: float = 0.0
     ) -> None:
         self._before("the end")
-        known = self._sessions.get(session)
-        if known is not None:
-            known.update(state=state, outcome=outcome, report=report, ended_at=self._clock())
+        if session not in self._sessions:
+            self._enter(session, report["guest"], report["role"], report["peer"], state)
+        self._sessions[session].update(state=state, outcome=outcome, report=report, ended_at=self._clock())
         if not keep_payloads_seconds:
             self._payloads.pop(session, None)
         self._disturb("after the end")

@@ -37,6 +37,7 @@ from tests.unit.handover.memory import (
     limited,
     ports,
     prepare,
+    report,
     tcp_flows,
     until,
     until_idle,
@@ -315,6 +316,25 @@ def test_journal_that_failed_once_is_not_believed_by_the_session_that_goes_on(tm
         until_idle(hosts)
         # It works again: what is over is not gone on with at the next start.
         assert [one["outcome"] for one in hosts.reports("host-a", guest)] == ["stayed", "continued"]
+
+
+def test_session_that_could_not_be_written_down_when_it_began_is_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin_on_a_full_disk(*_: object, **__: object) -> None:
+        raise JournalError("the disk is full")
+
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        monkeypatch.setattr(hosts.agents["host-b"].host.journal, "begin", begin_on_a_full_disk)
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        told = report(hosts, "host-b", guest)
+        assert (told["outcome"], told["flows"]["imported"], told["remarks"]) == ("moved", 100, ["the disk is full"])
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        assert hosts.agents["host-b"].underway() == []
 
 
 @pytest.mark.parametrize("at", STEPS)

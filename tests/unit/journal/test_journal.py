@@ -20,6 +20,7 @@ import pytest
 from sami_plugin.errors import JournalDamaged, JournalError
 from sami_plugin.journal import journal as journal_module
 from sami_plugin.journal.journal import FORMAT_VERSION, Journal
+from sami_plugin.model.report import Report
 from sami_plugin.model.settings import Retention
 
 ONE, TWO = "1" * 8, "12" * 4
@@ -68,6 +69,15 @@ def test_payloads_are_kept_until_the_session_ends_and_the_report_after_it(journa
     (row,) = (row for row in journal.sessions() if row["session"] == ONE)
     assert (row["state"], row["outcome"], json.loads(row["report"])) == ("ended", "moved", {"flows": {"exported": 3}})
     assert row["ended_at"] >= row["started_at"]
+
+
+def test_session_that_could_not_begin_here_ends_here_all_the_same(journal: Journal) -> None:
+    told = Report(ONE, "guest", "source", "host-a", "host-b", outcome="moved").as_dict()
+    journal.end(ONE, "ended", "moved", told)
+    (row,) = journal.sessions()
+    assert (row["guest"], row["role"], row["peer"], row["outcome"]) == ("guest", "source", "host-b", "moved")
+    assert json.loads(row["report"]) == told
+    assert journal.unfinished() == []
 
 
 def test_damaged_file_is_put_aside_and_the_agent_works(path: Path, caplog: pytest.LogCaptureFixture) -> None:
