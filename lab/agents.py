@@ -77,6 +77,14 @@ class Agent:
         finally:
             journal.close()
 
+    def knows_outgoing(self, guest: str) -> bool:
+        """Whether the journal says that a job moves the guest away from here."""
+        journal = Journal(self.journal, read_only=True)
+        try:
+            return guest in journal.outgoing()
+        finally:
+            journal.close()
+
     def reports(self, guest: str) -> list[dict[str, Any]]:
         """Reports of the guest's ended sessions here, newest first."""
         return [json.loads(row["report"]) for row in self.sessions(guest) if row["report"]]

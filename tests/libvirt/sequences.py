@@ -135,6 +135,9 @@ def by_events_alone(case: Case) -> Migration:
 def postcopy(case: Case) -> Migration:
     migration = case.start(*f"--postcopy --bandwidth {SLOW_MIB} --postcopy-bandwidth {POSTCOPY_MIB}".split())
     migration.wait_until_copying()
+    # An agent that dies first of all, and is not back when the guest has left, can know nothing of it.
+    knows = case.sami.agents[case.source.name].knows_outgoing
+    wait_until(lambda: knows(case.guest.uuid), "the source to know that the guest leaves", 30, poll_seconds=0.05)
     migration.switch_to_postcopy()
     migration.wait_for("RESUMED/POSTCOPY", case.destination)
     with pytest.raises(CommandFailed):
