@@ -8,12 +8,12 @@ import logging
 import threading
 import time
 import uuid
-from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from sami_plugin import former as formers
 from sami_plugin import notifications
+from sami_plugin.callers import OVER_OF_A_GUEST, Caller, Callers, is_uuid
 from sami_plugin.codec import messages
 from sami_plugin.errors import (
     Crowded,
@@ -51,8 +51,8 @@ from sami_plugin.model.migration import (
     Room,
     Stays,
 )
+from sami_plugin.model.newest import Newest
 from sami_plugin.model.packet import Packet
-from sami_plugin.model.rate import TokenBucket
 from sami_plugin.model.report import NAMES_PER_REASON, Report
 from sami_plugin.model.scope import Scope
 from sami_plugin.outgoing import Outgoing, OutgoingGuests
@@ -67,14 +67,12 @@ VERDICT_MARGIN_SECONDS = 0.5
 HYPERVISOR_SECONDS = 5.0
 """It is connected to a second or two after the agent's start."""
 ASK_AGAIN_SECONDS = 0.1
-MOST_ANNOUNCED = MOST_REFUSED = MOST_REFUSING = MOST_OVER = 1024
+MOST_ANNOUNCED = MOST_REFUSED = MOST_REFUSING = MOST_BEGUN = 1024
 REFUSED_SECONDS = 300.0
 """Who goes on against a veto starts the guest's shell by then, however much memory it takes first."""
-OVER_OF_A_GUEST = 8
 MOST_EXCLUDED = 16384
 
 SessionT = TypeVar("SessionT", bound=Session)
-ValueT = TypeVar("ValueT")
 Older = SourceSession | tuple[Former, dict[str, Any]]
 """A session with which another one goes on: under way, or what the journal has of it, and its report."""
 
@@ -87,19 +85,6 @@ class _Announced:
     request_id: str
     until: float
     """When this is of interest no more."""
-
-
-@dataclass(slots=True)
-class _Greeting:
-    """A host that calls; it is not known yet who it is, or what it wants."""
-
-    peer: str
-    """Who it says it is."""
-    id: str
-    line: Line
-    until: float
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    session: Session | None = None
 
 
 class Hypervisor(Protocol):
@@ -125,31 +110,27 @@ class Agent:
         """Without `hypervisor` there is nobody to ask, and all has to be told."""
         self.host = host
         self._hypervisor = hypervisor
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
         self._sessions: dict[str, Session] = {}
         self._ended = Ended(host.settings.message_seconds)
-        self._greetings: dict[str, _Greeting] = {}
+        self._callers = Callers(host, self._ended, self._lock)
         self._questions: dict[str, Question] = {}
-        self._announced: OrderedDict[str, _Announced] = OrderedDict()
-        self._excluded: OrderedDict[str, None] = OrderedDict()
+        self._announced = Newest[_Announced](MOST_ANNOUNCED)
+        self._excluded = Newest[None](MOST_EXCLUDED)
         """Guests of flavors for which nothing is to be done."""
-        self._refused: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._refused = Newest[tuple[str, float]](MOST_REFUSED)
         """Guests that were refused, where from, and until when they may come all the same, where nobody stops them."""
-        bounds = host.settings.bounds
-        self._calls = TokenBucket(bounds.handshakes, bounds.handshakes_per_second)
         self._outgoing = OutgoingGuests(host.journal)
-        self._refusing: OrderedDict[str, str] = OrderedDict()
+        self._refusing = Newest[str](MOST_REFUSING)
         """By guest, the destination that said that it stays. If its agent died before its hypervisor heard that, the
         guest comes all the same, and the agent asks for what it left."""
         self._missed: set[str] = set()
         """Guests that were leaving, or had left, when the agent of before ended: they may be here again."""
         self._gone: set[str] = set()
         """Guests that have ended here while a session with them goes on."""
-        self._begun: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._begun = Newest[tuple[str, ...]](MOST_BEGUN)
         """By guest that was to come here, the newest of its sessions, newest last."""
-        self._heard_out: OrderedDict[str, str] = OrderedDict()
-        """By session that another host says is over, and has not called in, that host."""
-        self._lock = threading.RLock()
-        self._idle = threading.Condition(self._lock)
         host.is_here = self._is_here
 
     def start(self) -> None:
@@ -218,7 +199,7 @@ class Agent:
         )
         with self._lock:
             session.after = self._begun.get(guest, ())
-            _remember(self._begun, guest, (*session.after, session.id)[-OVER_OF_A_GUEST:], MOST_OVER)
+            self._begun.put(guest, (*session.after, session.id)[-OVER_OF_A_GUEST:])
         return session
 
     def _again(self, former: DestinationSession) -> DestinationSession:
@@ -277,7 +258,7 @@ class Agent:
         if newest.refusal is not None:
             with self._lock:
                 until = self.host.monotonic() + REFUSED_SECONDS
-                _remember(self._refused, newest.guest, (newest.peer, until), MOST_REFUSED)
+                self._refused.put(newest.guest, (newest.peer, until))
             raise Veto(f"{newest.refusal} (session {newest.id})")
         if not has_spoken:
             LOG.warning("%s: nothing is decided yet; the migration goes on", session.id)
@@ -296,7 +277,7 @@ class Agent:
             for old in [one for one, known in self._announced.items() if known.until <= now]:
                 del self._announced[old]
             until = now + self.host.settings.limits.session_seconds
-            _remember(self._announced, guest, _Announced(source, request_id, until), MOST_ANNOUNCED)
+            self._announced.put(guest, _Announced(source, request_id, until))
 
     def decide(self, session_id: str, *, may_come: bool) -> None:
         """An operator's answer, for a session whose policy asks for one. Its first characters are enough.
@@ -561,91 +542,45 @@ class Agent:
             raise
 
     def _deliver(self, sender: str, session_id: str, packet: Packet) -> None:
-        with self._lock:  # a session is there before its greeting is gone, so one of both is found
-            known: Session | Question | _Greeting | None
+        with self._lock:  # a session is there before its caller is forgotten, so one of both is found
+            known: Session | Question | Caller | None
             known = self._sessions.get(session_id) or self._questions.get(session_id)
             line = self._ended.line(session_id)
-            is_over = session_id in self._ended or self._heard_out.get(session_id) == sender
+            is_over = session_id in self._ended or self._callers.is_overtaken(session_id, sender)
             if known is None and not is_over:
-                known = self._greeting(sender, session_id)
+                known = self._callers.get(sender, session_id)
         if known is None:  # of interest only where the other end needs an answer to hear what was said last
             if line is not None and line.peer == sender:
                 line.take(packet)
             return
         if known.peer != sender:
             raise NotAuthorised("a session is with one host, and no other may speak in it")
-        if isinstance(known, _Greeting):
+        if isinstance(known, Caller):
             self._greet(known, packet)
         else:
             known.deliver(packet)
 
-    def _greet(self, greeting: _Greeting, packet: Packet) -> None:
-        """A host that calls is heard until it has shown who it is, and has said what it wants."""
-        with greeting.lock:
-            if greeting.session is not None:  # another thread had the packet before this one
-                greeting.session.deliver(packet)
+    def _greet(self, caller: Caller, packet: Packet) -> None:
+        with caller.lock:
+            if caller.session is not None:  # another thread had the packet before this one
+                caller.session.deliver(packet)
                 return
-            heard = greeting.line.take(packet)
+            heard = caller.line.take(packet)
             if not heard:
                 return
             try:
                 said = messages.decode(heard[0])
-                answer = self._answer(greeting, said)
+                answer = self._answer(caller, said)
                 if isinstance(said, Open) and answer is None:
-                    greeting.session = self._open(greeting, said, heard)
-                else:
-                    if answer is not None:
-                        greeting.line.say(messages.encode(answer))
-                    self._hang_up(greeting.id)
+                    caller.session = self._open(caller, said, heard)
+                    self._callers.forget(caller)
                     return
             except SamiError as error:  # the caller is told, and not the broker
-                self.host.refusals.note(greeting.peer, error)
-                greeting.line.say(messages.encode(GivesUp(str(error))))
-                self._hang_up(greeting.id)
-                return
-            with self._lock:
-                self._greetings.pop(greeting.id, None)
-
-    def _greeting(self, sender: str, session_id: str) -> _Greeting:
-        """That of this session, a new one if need be."""
-        if not _is_uuid(session_id):
-            raise IllegalMessage("a session is a UUID")
-        with self._lock:
-            now = self.host.monotonic()
-            for old, known in list(self._greetings.items()):
-                if now > known.until and not known.lock.locked():  # else it is being answered, which may take its time
-                    # Not among what has ended: who calls late begins anew, under the same name.
-                    self._greetings.pop(old).line.close()
-            if session_id not in self._greetings:
-                bounds = self.host.settings.bounds
-                self._refuse_crowd(now)
-                line = self.host.line(session_id, caller=sender)
-                self._greetings[session_id] = _Greeting(sender, session_id, line, now + bounds.handshake_seconds)
-            return self._greetings[session_id]
-
-    def _refuse_crowd(self, now: float) -> None:
-        """:raises Crowded: more hosts call than may."""
-        bounds = self.host.settings.bounds
-        if len(self._greetings) >= bounds.handshakes:
-            raise Crowded(f"{bounds.handshakes} hosts call at a time (handshakes)")
-        if not self._calls.take(now):
-            raise Crowded(f"more hosts call than {bounds.handshakes_per_second:g} a second (handshakes_per_second)")
-
-    def _hang_up(self, session_id: str) -> None:
-        """What was said to the caller still reaches it; what it says is heard no more."""
-        with self._lock:
-            greeting = self._greetings.pop(session_id, None)
-            if greeting is not None:
-                greeting.line.finish()
-                self._ended.add(session_id, greeting.line, self.host.monotonic())
-
-    def _hear_no_more(self, over: tuple[str, ...], peer: str) -> None:
-        """Calls of the peer in these sessions that come late are not answered: they would be a newer migration's."""
-        for session_id in filter(_is_uuid, over[-OVER_OF_A_GUEST:]):
-            greeting = self._greetings.get(session_id)
-            if greeting is not None and greeting.peer == peer:
-                self._hang_up(session_id)
-            _remember(self._heard_out, session_id, peer, MOST_OVER)
+                self.host.refusals.note(caller.peer, error)
+                answer = GivesUp(str(error))
+            if answer is not None:
+                caller.line.say(messages.encode(answer))
+            self._callers.hang_up(caller.id)
 
     def sessions(self) -> list[Session]:
         """Those under way, oldest first."""
@@ -732,33 +667,33 @@ class Agent:
                     session.find(source)
             return session
 
-    def _answer(self, greeting: _Greeting, said: Message) -> Message | None:
+    def _answer(self, caller: Caller, said: Message) -> Message | None:
         """What is said to a host that gets no session of its own; None where nothing is, or where it does get one."""
         if isinstance(said, Check):
-            return self._judge(said, greeting.peer)
+            return self._judge(said, caller.peer)
         if isinstance(said, Open):
-            if self._was_opened(greeting):
-                return AskAgain(greeting.id)
+            if self._was_opened(caller):
+                return AskAgain(caller.id)
             # How many there were was said, or noted, before.
-            return Purged(0, 0) if self._has_purged(said, greeting.peer) else None
+            return Purged(0, 0) if self._has_purged(said, caller.peer) else None
         if isinstance(said, AskAgain):
             for session in self.sessions():
                 is_it = isinstance(session, DestinationSession) and session.id == said.session
-                if is_it and session.peer == greeting.peer:
+                if is_it and session.peer == caller.peer:
                     session.hear([messages.encode(said)])
                     return None
-            return self._tell_again(said.session, greeting.peer)
+            return self._tell_again(said.session, caller.peer)
         if isinstance(said, Answer | Room | Complete | Arrived):  # from the middle of a session of an agent before this
-            return AskAgain(greeting.id)
+            return AskAgain(caller.id)
         return GivesUp("there is no such session here")
 
-    def _was_opened(self, greeting: _Greeting) -> bool:
+    def _was_opened(self, caller: Caller) -> bool:
         """Whether an agent before this one had this session already: what it was asked is not asked anew."""
         try:
-            row = self.host.journal.known_as(greeting.id, "source")
+            row = self.host.journal.known_as(caller.id, "source")
         except JournalError:
             return False
-        return row is not None and row["peer"] == greeting.peer
+        return row is not None and row["peer"] == caller.peer
 
     def _has_purged(self, said: Open, peer: str) -> bool:
         """Whether the caller has all, and all is purged here: its former session needs nothing but to hear it."""
@@ -802,7 +737,7 @@ class Agent:
         """By its flavor, as its newest description has it: what is excluded stays so when it has left."""
         with self._lock:
             if is_excluded:
-                _remember(self._excluded, guest, None, MOST_EXCLUDED)
+                self._excluded.put(guest, None)
             else:
                 self._excluded.pop(guest, None)
 
@@ -813,13 +748,13 @@ class Agent:
         why = "guests" if guest in self.host.policies.excluded else "excluded_flavors"
         return f"the operator of {self.host.name} wants nothing done for {guest} ([policy] {why})"
 
-    def _open(self, greeting: _Greeting, said: Open, heard: list[bytes]) -> Session:
+    def _open(self, caller: Caller, said: Open, heard: list[bytes]) -> Session:
         """The session that the caller asks for in the first message that was heard of it."""
-        sender = greeting.peer
-        if not _is_uuid(said.guest):
+        sender = caller.peer
+        if not is_uuid(said.guest):
             raise IllegalMessage("a guest is a UUID")
         guest = str(uuid.UUID(said.guest))
-        if said.continues and (continuing := self._continue(greeting, said, guest, heard)) is not None:
+        if said.continues and (continuing := self._continue(caller, said, guest, heard)) is not None:
             return continuing
         if said.has_all:
             raise NotAuthorised(f"there is no session {said.continues} of {guest} here")
@@ -830,13 +765,13 @@ class Agent:
         has_left = not has_job and self._hypervisor is not None and self._hypervisor.is_here(guest) is False
         scopes = self._ports_of(guest)
         with self._lock:
-            self._refuse_who_was_overtaken(greeting, guest)
+            self._callers.refuse_who_was_overtaken(caller, guest)
             outgoing = self._outgoing.get(guest)
             left = next((one for one in self._sessions_of(guest, SourceSession) if one.has_left), None)
             if left is not None and not left.may_be_fetched_by(sender, said.token):
                 raise NotAuthorised(f"{guest} has left this host already")
             if left is not None:
-                return self._take_over(greeting, said, left, heard)
+                return self._take_over(caller, said, left, heard)
             # It may have left, which will be told, or while no agent was here.
             may_have_left = has_left or guest in self._outgoing.unconfirmed()
             if may_have_left and self._outgoing.is_of(guest, said.token):
@@ -845,47 +780,42 @@ class Agent:
                 self._outgoing.pop(guest)  # its job ended without a word
                 outgoing = None
             self._refuse_who_is_not_the_destination(guest, sender, outgoing, has_token=has_token)
-            self._hear_no_more(said.after, sender)
+            self._callers.overtake(said.after, sender)
             self._make_room(guest)
             if outgoing is not None and scopes:
                 outgoing = replace(outgoing, scopes=scopes)
                 self._outgoing.put(guest, outgoing)
-            session = self._leaving(greeting.id, guest, sender, outgoing, greeting.line)
+            session = self._leaving(caller.id, guest, sender, outgoing, caller.line)
             if session.lacks_ports:  # whoever starts anew when the guest has left finds them nowhere but in the journal
                 session.note_ports(scopes)
             session.hear(heard)  # before another thread finds the session and has it hear what was said later
             self._add(session)
             return session
 
-    def _continue(self, greeting: _Greeting, said: Open, guest: str, heard: list[bytes]) -> Session | None:
+    def _continue(self, caller: Caller, said: Open, guest: str, heard: list[bytes]) -> Session | None:
         """The session that goes on with another one, if that is the caller's and the flows are still to be had."""
         with self._lock:
-            self._refuse_who_was_overtaken(greeting, guest)
+            self._callers.refuse_who_was_overtaken(caller, guest)
             older = [
                 one
                 for one in self._sessions_of(guest, SourceSession)
-                if one.may_be_continued_by(greeting.peer, said.continues)
+                if one.may_be_continued_by(caller.peer, said.continues)
             ]
-            left = None if older else self._left_before(greeting.peer, said.continues, guest)
+            left = None if older else self._left_before(caller.peer, said.continues, guest)
             if not older and left is None:
                 return None
-            return self._take_over(greeting, said, older[0] if older else left, heard)
+            return self._take_over(caller, said, older[0] if older else left, heard)
 
-    def _refuse_who_was_overtaken(self, greeting: _Greeting, guest: str) -> None:
-        """:raises NotAuthorised: the caller has begun another session with the guest since, and was heard in it."""
-        if self._heard_out.get(greeting.id) == greeting.peer:
-            raise NotAuthorised(f"a newer session of {guest} has come before this one")
-
-    def _take_over(self, greeting: _Greeting, said: Open, older: Older | None, heard: list[bytes]) -> Session:
+    def _take_over(self, caller: Caller, said: Open, older: Older | None, heard: list[bytes]) -> Session:
         """The session that goes on with that one, for the caller."""
         session = SourceSession(
             self.host,
-            greeting.id,
+            caller.id,
             str(uuid.UUID(said.guest)),
-            greeting.peer,
+            caller.peer,
             self._forget,
             is_outgoing=True,
-            line=greeting.line,
+            line=caller.line,
             has_all=said.has_all,
         )
         session.hear(heard)
@@ -990,7 +920,7 @@ class Agent:
             if is_last and has_stayed:
                 outgoing = None if leaves_again else self._outgoing.pop(session.guest)
                 if outgoing is not None and outgoing.destination is not None:
-                    _remember(self._refusing, session.guest, outgoing.destination, MOST_REFUSING)
+                    self._refusing.put(session.guest, outgoing.destination)
                 if session.role == "source" and self._hypervisor is not None:
                     self._hypervisor.mark(session.guest)
             has_moved = session.role == "source" and session.report.outcome == Outcome.MOVED.value
@@ -1004,23 +934,7 @@ class Agent:
             self._idle.notify_all()
 
 
-def _remember(known: OrderedDict[str, ValueT], guest: str, value: ValueT, most: int) -> None:
-    """As the newest; the oldest of too many is forgotten."""
-    known.pop(guest, None)
-    known[guest] = value
-    if len(known) > most:
-        known.popitem(last=False)
-
-
 def _newest(session: DestinationSession) -> DestinationSession:
     newest = session.newest
     assert isinstance(newest, DestinationSession)  # nothing else goes on with one
     return newest
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        uuid.UUID(text)
-    except ValueError:
-        return False
-    return True

@@ -21,6 +21,7 @@ import pytest
 from lab.in_clear import ClearChannel
 from sami_plugin import line as line_module
 from sami_plugin.agent import Agent
+from sami_plugin.callers import Callers
 from sami_plugin.channel import tls
 from sami_plugin.channel.identity import Credentials
 from sami_plugin.channel.ordering import Inbox
@@ -489,9 +490,9 @@ def test_flood_of_callers_that_never_show_who_they_are(hosts: Hosts, monkeypatch
         for number in range(Bounds().handshakes + 20):
             with contextlib.suppress(SamiError):
                 agent.deliver(f"host-{number}", str(uuid.uuid4()), Packet(0, 0, BEGINNING))
-        return len(agent._greetings) > 64
+        return len(agent._callers._known) > 64
 
-    both(monkeypatch, attack, lambda: monkeypatch.setattr(Agent, "_refuse_crowd", lambda *_: None))
+    both(monkeypatch, attack, lambda: monkeypatch.setattr(Callers, "_refuse_crowd", lambda *_: None))
 
 
 def test_calls_that_follow_each_other_faster_than_they_can_be_answered(
@@ -507,7 +508,7 @@ def test_calls_that_follow_each_other_faster_than_they_can_be_answered(
             with contextlib.suppress(SamiError):
                 agent.deliver("host-b", session, Packet(0, 0, BEGINNING))
                 heard += 1
-                agent._hang_up(session)
+                agent._callers.hang_up(session)
         bounds = Bounds()
         return heard > bounds.handshakes + (time.monotonic() - began) * bounds.handshakes_per_second + 1
 

@@ -103,14 +103,14 @@ def test_a_call_of_a_migration_that_is_over_comes_too_late_to_end_the_next_one(t
         hosts.say("host-a", Phase.OUTGOING, guest, destination="stranger")
         agent = hosts.agents["host-a"]
         late, later, session = (str(uuid.uuid4()) for _ in range(3))
-        greeting = agent._greeting("stranger", late)
+        caller = agent._callers.get("stranger", late)
         said = Open(guest, "stranger", (1,), (), ("zlib",), None)
         stranger.say("host-a", session, replace(said, after=(late, later)))
         until(lambda: is_given_flows(stranger))
         with pytest.raises(NotAuthorised, match=r"a newer session of .* has come before this one"):
-            agent._open(greeting, said, [])
+            agent._open(caller, said, [])
         agent.deliver("stranger", later, Packet(0, 0, b"a call"))
-        assert not {late, later} & agent._greetings.keys()
+        assert not {late, later} & agent._callers._known.keys()
         assert [one.id for one in agent.sessions()] == [session]
 
 
@@ -122,8 +122,8 @@ def test_host_that_says_what_is_over_silences_no_other_host(tmp_path: Path) -> N
         hosts.say("host-a", Phase.OUTGOING, guest, destination="stranger")
         stranger.say("host-a", str(uuid.uuid4()), said)
         until(lambda: is_given_flows(stranger))
-        assert agent._heard_out == {others: "stranger"}
-        assert agent._greeting("host-b", others).id == others
+        assert agent._callers._overtaken == {others: "stranger"}
+        assert agent._callers.get("host-b", others).id == others
 
 
 def test_a_host_that_the_guest_does_not_move_to_is_refused(tmp_path: Path) -> None:
