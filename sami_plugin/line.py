@@ -40,17 +40,23 @@ class Line:
         self._peers = peers
         self._bounds = settings.bounds
         self._is_server = bool(caller)
-        self._is_finished = self.is_closed = False
+        self._is_finished = self.is_closed = self._lacks_something = False
         self._lock = threading.RLock()
         self._channel: Channel | None = self._new_channel() if caller else None
         self._sender = self._new_sender(settings)
 
-    def say(self, message: bytes) -> None:
-        """Sends a message to `peer`, which has to be known by now."""
+    def say(self, message: bytes, *, is_last_word: bool = False) -> None:
+        """Sends a message to `peer`, which has to be known by now.
+
+        Once there was no room for one, those behind it would say what is not so; but a last word is always said.
+        """
         with self._lock:
             if self._channel is None:
                 self._channel = self._new_channel()
-            self._attempt(lambda channel: channel.say(message))
+            if self._lacks_something and not is_last_word:
+                return
+            said = self._attempt(lambda channel: channel.say(message, is_last_word=is_last_word))
+            self._lacks_something |= not said
 
     def take(self, packet: Packet) -> list[bytes]:
         """The messages that are in order now thanks to this packet.
@@ -127,13 +133,16 @@ class Line:
         with self._lock:
             self._attempt(lambda channel: channel.renew(stream))
 
-    def _attempt(self, act: Callable[[Channel], None]) -> None:
+    def _attempt(self, act: Callable[[Channel], None]) -> bool:
         assert self._channel is not None
+        failure = ""
         try:
             act(self._channel)
         except PeerUnreachable as error:
-            self.lost(str(error))
+            failure = str(error)
+            self.lost(failure)
         self._send(self._channel)
+        return not failure
 
     def _send(self, channel: Channel) -> None:
         for packet in channel.packets():

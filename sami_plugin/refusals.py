@@ -29,6 +29,8 @@ class Refusals:
         self._lock = threading.Lock()
         self._known: set[tuple[str, str]] = set()
         self._unwritten: Counter[tuple[str, str]] = Counter()
+        self._is_due = False
+        """A thread writes them soon."""
 
     def note(self, who: str, error: SamiError) -> None:
         """Counts it. `who` and the error may have words of somebody else in them."""
@@ -39,8 +41,8 @@ class Refusals:
             if len(self._known) >= MOST_KINDS:
                 self._known.clear()
             self._known.add(kind)
-            if not self._unwritten:
-                self._write_soon()
+            if not self._is_due:
+                self._is_due = self._write_soon()
             if kind in self._unwritten or len(self._unwritten) < MOST_KINDS:
                 self._unwritten[kind] += 1
         if is_new:
@@ -49,14 +51,19 @@ class Refusals:
     def write(self) -> None:
         """Puts into the journal what is not there yet."""
         with self._lock:
-            counts, self._unwritten = self._unwritten, Counter()
+            counts, self._unwritten, self._is_due = self._unwritten, Counter(), False
         if counts:
             try:
                 self._journal.count_refusals(counts)
             except JournalError as failure:
                 LOG.error("%s: %s", self._host, failure)
 
-    def _write_soon(self) -> None:
+    def _write_soon(self) -> bool:
+        """Whether there is a thread for it; else the next refusal tries again."""
         timer = threading.Timer(WRITE_SECONDS, self.write)
         timer.name, timer.daemon = "sami-refusals", True
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError:
+            return False
+        return True

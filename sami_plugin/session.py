@@ -63,7 +63,7 @@ from sami_plugin.migration.negotiation import Demand, weigh
 from sami_plugin.migration.places import Look, Places
 from sami_plugin.model.domain import Domain
 from sami_plugin.model.flows import Addresses
-from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome
+from sami_plugin.model.migration import FlowChanges, Flows, GivesUp, Message, MigrationEvent, Outcome, Stays
 from sami_plugin.model.packet import Packet
 from sami_plugin.model.report import Report
 from sami_plugin.model.risk import Risk
@@ -74,6 +74,7 @@ from sami_plugin.peers import Peers
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.refusals import Refusals
 from sami_plugin.scopes.base import ScopeFinder
+from sami_plugin.transport.rpc import MORE_THREADS
 
 LOG = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class Host:
         try:
             thread.start()
         except RuntimeError as error:  # there are as many as the system allows
-            session.fail(f"{error}: raise TasksMax or ulimit -u for the agent")
+            session.fail(f"{error}: {MORE_THREADS}")
         else:
             session.thread = thread
 
@@ -596,11 +597,11 @@ class Session(abc.ABC):
             done = self._act(action)
         except SamiError as error:
             LOG.error("%s: %s: %s", self.id, type(action).__name__, error)
-            self._finished.append(ActionFailed(type(action).__name__, str(error)))
+            self._could_not(action, str(error))
             return False
         except Exception as error:
             LOG.exception("%s: %s failed", self.id, type(action).__name__)
-            self._finished.append(ActionFailed(type(action).__name__, f"{type(error).__name__}: {error}"))
+            self._could_not(action, f"{type(error).__name__}: {error}")
             return False
         if done is not None:
             # Most is decided upon at once. What is only a part of a whole, and what sends much, goes behind what
@@ -614,6 +615,12 @@ class Session(abc.ABC):
             else:
                 self._events.put(done)
         return True
+
+    def _could_not(self, action: Action, reason: str) -> None:
+        if isinstance(action, End):
+            self.fail(reason)
+        else:
+            self._finished.append(ActionFailed(type(action).__name__, reason))
 
     def _act(self, action: Action) -> Done | Negotiated | None:
         match action:
@@ -645,7 +652,7 @@ class Session(abc.ABC):
         if not self.peer:  # nobody was found yet, or nobody asked
             return
         self.line.peer = self.peer
-        self.line.say(messages.encode(message))
+        self.line.say(messages.encode(message), is_last_word=isinstance(message, GivesUp | Stays))
 
     def _end(self, outcome: Outcome, reason: str) -> None:
         self._close()

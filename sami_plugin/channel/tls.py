@@ -229,12 +229,12 @@ class Channel:
         packets, self._packets = self._packets, []
         return packets
 
-    def say(self, message: bytes) -> None:
+    def say(self, message: bytes, *, is_last_word: bool = False) -> None:
         """Sends a message, at once or when there is a stream.
 
-        :raises PeerUnreachable: the other end has acknowledged nothing for too long.
+        :raises PeerUnreachable: the other end has acknowledged nothing for too long. For a last word there is room.
         """
-        if self._kept_octets + len(message) > self._bounds.session_octets:
+        if self._kept_octets + len(message) > self._bounds.session_octets and not is_last_word:
             raise PeerUnreachable(f"{self.peer} has acknowledged nothing of the last {self._kept_octets} octets")
         self._unacknowledged.append((self._next_out, message))
         self._kept_octets += len(message)

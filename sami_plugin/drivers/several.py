@@ -104,8 +104,8 @@ class SeveralDrivers(FlowDriver):
             watches: list[Watch] = [opened.enter_context(self._drivers[0].watch(scope))]
             for position in range(1, len(self._drivers)):
                 watches.append(opened.enter_context(self._watch_of(position, scope)))
-            closing = opened.pop_all()
-        return _Watches(watches, self._names, self._owner, closing)
+            opened.pop_all()  # who watches closes them
+        return _Watches(watches, self._names, self._owner)
 
     def _watch_of(self, position: int, scope: Scope) -> Watch:
         driver = self._drivers[position]
@@ -177,9 +177,8 @@ class _Watches(Watch):
         watches: list[Watch],
         names: list[str],
         owner: Callable[[Template], int | None],
-        closing: contextlib.ExitStack,
     ) -> None:
-        self._watches, self._names, self._owner, self._closing = watches, names, owner, closing
+        self._watches, self._names, self._owner = watches, names, owner
         self._has_firsts_last = False
 
     def collect(self) -> Changes:
@@ -207,7 +206,12 @@ class _Watches(Watch):
             yield Changes(own[0], own[1], changes.is_complete)
 
     def close(self) -> None:
-        self._closing.close()
+        for position, watch in enumerate(self._watches[1:], 1):
+            try:
+                watch.close()
+            except Exception as error:  # noqa: BLE001 - as above
+                _log(self._names[position], error)
+        self._watches[0].close()
 
 
 class ExportingWatch(Watch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
@@ -79,6 +80,8 @@ from sami_plugin.model.verdict import Verdict
 from sami_plugin.notifications import at_risk, started
 from sami_plugin.session import Actions, Host, Session
 
+LOG = logging.getLogger(__name__)
+
 UNADMITTED = "begun by a peer when the guest ran here and its port had no zone yet; the source did not have them"
 UNADMITTED_REMOVED = f"removed: {UNADMITTED}"
 MAY_HAVE_ENDED = "put in again, and may have ended here while no agent was here to be told"
@@ -116,6 +119,8 @@ class DestinationSession(Session):
         self._ports: list[Arriving] = []
         self._unfilled: list[Arriving] = []
         """Of these ports, those for which not all that waits has gone in."""
+        self._moved: list[Arriving] = []
+        """Of these ports, those that changed, and for which not all that was refused before has been tried again."""
         self._waiting: list[tuple[int, bytes]] = []
         """Payloads, by their numbers, that may hold flows of ports that are not known yet, or do of a router that is
         not."""
@@ -176,7 +181,8 @@ class DestinationSession(Session):
             self.host.arrived_guests.add(self.guest)
 
     def _flows_by_port(self) -> tuple[FormerPort, ...]:
-        self._settle()
+        self._look_if_possible()
+        self._believe()
         return tuple(FormerPort(port.scope, port.put_in(), port.unsure) for port in self._ports)
 
     def _made_successor(self) -> Session:
@@ -302,10 +308,11 @@ class DestinationSession(Session):
         changed = [(port, now) for port in self._ports if (now := _now(port.scope, here)) is not None]
         known = {port.scope.port for port in self._ports} | {now.port for _, now in changed}
         found = [scope for scope in here if scope.port not in known]
-        if (found or changed) and not self.host.may_put_in(self.guest):
+        if (found or changed or self._moved) and not self.host.may_put_in(self.guest):
             return Done("FindScope", len(self._ports), is_all=False)
         for port, now in changed:
             self._move(port, now)
+        self._put_in_where_they_moved()
         fresh = [Arriving(scope) for scope in found]
         for port in fresh:
             self.host.driver.attend(port.scope.namespace)
@@ -350,21 +357,31 @@ class DestinationSession(Session):
             report.name_once(why, before["count"], before["flows"])
 
     def _move(self, port: Arriving, now: Scope) -> None:
-        """The port has another zone, or is better known: puts in there what was put in before, and what was refused.
+        """The port has another zone, or is better known: what was put in before, or was refused, is to be put in there.
 
         Another zone: after a migration of which nobody said that it was given up. Better known: a firewall is
         programmed bit by bit, one family of addresses after the other.
         """
         self._settle()
-        again = [batch.take(now.owns(batch)) for batch in self._findings.refused_flows()]
         if place_of(now) != place_of(port.scope):
-            again += port.held.batches()
+            homeless = list(port.held.batches())
             self._empty(port)
+            for batch in homeless:
+                self._findings.refuse(batch, Reason.NO_ZONE)  # until it is there
         port.scope = now
+        if port not in self._moved:
+            self._moved.append(port)
         self.note_knowledge()
-        for one in _masters_first([Carried(batch, batch) for batch in again]):
-            self._findings.forget(one.batch)
-            self._put_in(one.batch, [port], one.came)
+
+    def _put_in_where_they_moved(self) -> None:
+        """What has been refused so far of these ports; it stays so until it is in the device."""
+        while self._moved:
+            self._settle()  # where it failed in the middle, some of it is there
+            port = self._moved[0]
+            again = [batch.take(port.scope.owns(batch)) for batch in self._findings.refused_flows()]
+            for one in _masters_first([Carried(batch, batch) for batch in again]):
+                self._put_in(one.batch, [port], one.came)
+            del self._moved[0]
 
     @property
     def _has_ports(self) -> bool:
@@ -504,7 +521,11 @@ class DestinationSession(Session):
                         self._claim(scope, mine, made)
             finally:
                 self.host.used_places(self.id)
-            look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
+            try:
+                look = self._looker.submit(self.host.driver.read_back, port.scope, mine)
+            except RuntimeError:  # there are as many threads as the system allows
+                port.doubtful.append((scope, mine.take(came_out(made, Outcome.IMPORTED))))
+                raise
             self._unverified.append(Unverified(port, scope, mine, made, look, _left_out(sent, mine)))
         return homeless
 
@@ -651,11 +672,19 @@ class DestinationSession(Session):
             first = self._unverified[0]
             try:
                 self._findings.settle(first)
-            except SamiError:  # who tries again looks again
+            except Exception:  # who tries again looks again
                 look = self._looker.submit(self.host.driver.read_back, first.port.scope, first.batch)
                 self._unverified[0] = replace(first, look=look)
                 raise
             del self._unverified[0]  # only now: what cannot be looked at may have to be discarded all the same
+
+    def _believe(self) -> None:
+        """What the device said it took is there, as far as anybody knows who cannot look."""
+        for part in self._unverified:
+            nameless = part.batch.take(came_out(part.made, Outcome.IMPORTED))
+            nameless.rows["flowId"] = 0
+            part.port.former.put(nameless)
+        self._unverified = []
 
     def _renew(self, action: Renew) -> Done:
         """Gives time to what would run out while the guest runs elsewhere; puts in again what vanished."""
@@ -688,9 +717,7 @@ class DestinationSession(Session):
         """The guest does not come: removes by name what this session put in and no other session claims."""
         self.host.release_places(self.id)
         self._waiting = []
-        for part in self._unverified:  # what became of it the device was not asked yet
-            part.port.former.put(part.batch.take(came_out(part.made, Outcome.IMPORTED)))
-        self._unverified = []
+        self._believe()
         for port in self._ports:
             self._empty(port)
         self.note("discarded")
@@ -824,13 +851,19 @@ class DestinationSession(Session):
 
     def _end(self, outcome: SessionOutcome, reason: str) -> None:
         if self._known.runs_here:
-            with contextlib.suppress(SamiError):  # what cannot be looked at any more is not counted
-                self._settle()
-                self._keep_untold()
+            self._look_if_possible()
         super()._end(outcome, reason)
         for port in self._ports if self._known.runs_here else ():
             for batch in (*port.held.batches(), *port.inherited()):
                 self.host.driver.arrived(port.scope, batch)
+
+    def _look_if_possible(self) -> None:
+        """At the end, what cannot be looked at any more is not counted."""
+        try:
+            self._settle()
+            self._keep_untold()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the session ends
+            LOG.warning("%s: not all that was put in could be looked at: %s", self.id, error)
 
     def _keep_untold(self) -> bool:
         """What another session put in, and has ended at the source, if it did not end here: who can tell.

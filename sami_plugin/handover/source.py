@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -78,6 +79,8 @@ from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Outcome, Reason, cam
 from sami_plugin.model.scope import Scope
 from sami_plugin.notifications import started
 from sami_plugin.session import Actions, Host, Session
+
+LOG = logging.getLogger(__name__)
 
 TOLD_ALL = frozenset((source.State.DRAINED, source.State.PURGING, source.State.WATCHING, source.State.ENDED))
 """States of a session that has told the last changes: what is gone since was deleted in the pause, or by it."""
@@ -692,7 +695,10 @@ class SourceSession(Session):
         self.host.gone.pop(self.id, None)
         self._sweep = None
         for port in self._ports:
-            port.close()
+            try:
+                port.close()
+            except Exception:  # whatever it is, the session ends, and claims nothing any more
+                LOG.exception("%s: %s could not be let go of", self.id, port.scope.port)
             with self.host.deciding(port.scope):
                 self.host.leaving.release(self.id, port.scope)
 

@@ -155,7 +155,7 @@ def continuing(
     """
     return replace(
         new(limits, now, held_since=held_since),
-        state=State.COMPLETE if has_all else State.ASKED,
+        state=State.COMPLETE if has_all else State.ASKED if source else State.LOOKING,
         deadline=now + (limits.session_seconds if has_all else limits.open_seconds),
         source=source,
         renew_at=now if has_some else math.inf,
@@ -557,8 +557,11 @@ def _orphan_goes_on(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _could_not_end(session: Destination, event: Event, now: float) -> Decision:
-    """The action that failed stood before `End`, which was not done therefore."""
+    """The action that failed stood before `End`, which was not done therefore; or nobody goes on."""
     assert isinstance(event, ActionFailed)
+    if event.what == "HandOver":
+        session, actions = _end(session, Outcome.FAILED, f"no other session could go on with it: {event.reason}")
+        return session, actions if session.runs_here else [Discard(), *actions]
     reason = f"what this session put in could not be discarded: {event.reason}"
     return _end(session, Outcome.FAILED, f"{session.reason}; {reason}" if session.reason else reason)
 

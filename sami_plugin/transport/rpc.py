@@ -58,6 +58,9 @@ class Receiver(Protocol):
         """One packet of a session, from who says to be `sender`."""
 
 
+MORE_THREADS = "raise TasksMax or ulimit -u for the agent"
+
+
 class Endpoint:
     """What a peer may call. Nothing else is exposed."""
 
@@ -206,7 +209,11 @@ class Transport:
         if self._is_embedded:
             connecting.set_result("")
         else:
-            threading.Thread(target=self._connect, args=(connecting,), name="sami-connecting", daemon=True).start()
+            thread = threading.Thread(target=self._connect, args=(connecting,), name="sami-connecting", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the next call tries again
+                connecting.set_result(f"{error}: {MORE_THREADS}")
         return connecting
 
     def _connect(self, connecting: futures.Future[str]) -> None:
@@ -314,14 +321,22 @@ class Sender:
         self._waiting_for_room: list[Callable[[], None]] = []
         self._last_try_at = math.inf
         self._pool = futures.ThreadPoolExecutor(window, thread_name_prefix=f"sami-send-{session[:8]}")
+        self._has_thread = self._is_closed = False
 
     def send(self, packet: Packet) -> None:
         with self._lock:
             self._under_way += 1
+        waiting = [packet]
         try:
-            self._pool.submit(self._deliver, packet)
-        except RuntimeError:  # closed meanwhile
-            self._one_less()
+            self._pool.submit(self._deliver, waiting)
+            self._has_thread = True
+        except RuntimeError as error:
+            if self._is_closed:
+                self._one_less()
+            elif not self._has_thread:  # else one of those that there are sends it
+                waiting.clear()
+                self._one_less()
+                self._refused(f"{error}: {MORE_THREADS}")
 
     @property
     def is_idle(self) -> bool:
@@ -346,9 +361,13 @@ class Sender:
     def close(self) -> None:
         """Nothing more will be sent; what is under way goes on. May be repeated."""
         self.finish()
+        self._is_closed = True
         self._pool.shutdown(wait=False)
 
-    def _deliver(self, packet: Packet) -> None:
+    def _deliver(self, waiting: list[Packet]) -> None:
+        if not waiting:
+            return
+        (packet,) = waiting
         try:
             failure = self._try_until_taken(packet)
         except Exception as error:  # of the messaging library: in a pool's thread nobody else would hear of it

@@ -13,6 +13,7 @@ from lab.deadline import wait_until
 from sami_plugin import refusals
 from sami_plugin.errors import JournalError, NotAuthorised
 from sami_plugin.refusals import Refusals
+from tests.unit.threads import no_thread_once
 
 
 class Disk:
@@ -66,6 +67,18 @@ def test_who_is_refused_does_not_wait_for_the_disk(made: Refusals, disk: Disk) -
     writing.join()
     made.write()
     assert disk.written == [{("host-x", "NotAuthorised: no"): 1}] * 2
+
+
+def test_refusal_that_finds_no_thread_to_write_is_written_with_the_next(
+    made: Refusals, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "WRITE_SECONDS", 0.05)
+    with no_thread_once(monkeypatch, "sami-refusals") as refused:
+        made.note("host-x", NotAuthorised("no"))
+        assert refused
+        made.note("host-x", NotAuthorised("no"))
+    wait_until(lambda: disk.written, "the count to be written")
+    assert disk.written == [{("host-x", "NotAuthorised: no"): 2}]
 
 
 def test_disk_that_is_full_is_told(made: Refusals, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:

@@ -65,8 +65,8 @@ def _scope(port: str, guest: str, zone: int, number: int, is_shared: bool) -> Sc
 class QuietRefusals(Refusals):
     """Writes nothing."""
 
-    def _write_soon(self) -> None:
-        pass
+    def _write_soon(self) -> bool:
+        return True
 
 
 class _Seen(Future[Any]):

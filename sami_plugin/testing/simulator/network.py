@@ -327,11 +327,11 @@ class SimulatedLine(Line):
         self._host = host
         super().__init__(host.peers, host.settings, session, caller=caller)
 
-    def say(self, message: bytes) -> None:
+    def say(self, message: bytes, *, is_last_word: bool = False) -> None:
         if self._host.name in self._host.world.old and kind_of(message) == "Open":
             message = as_first_version(message)
         self._host.world.says(self._host.name, self.peer, self._session, message)
-        super().say(message)
+        super().say(message, is_last_word=is_last_word)
 
     def take(self, packet: Packet) -> list[bytes]:
         heard = super().take(packet)

@@ -9,7 +9,7 @@ import pytest
 
 from sami_plugin.drivers.base import FlowDriver
 from sami_plugin.drivers.memory import Faults, MemoryDevice, MemoryDriver
-from sami_plugin.drivers.several import SeveralDrivers
+from sami_plugin.drivers.several import SeveralDrivers, _Watches
 from sami_plugin.errors import DeviceFailed
 from sami_plugin.model.flows import TEMPLATES, Batch, Omitted
 from sami_plugin.model.results import Outcome, Reason
@@ -185,6 +185,25 @@ def test_watch_of_one_that_cannot_tells_what_was_given_time(several: SeveralDriv
         (told,) = watch.collect().upserts
         assert told.rows["sourceTransportPort"].tolist() == longer.rows["sourceTransportPort"].tolist()
         assert not watch.collect().upserts
+
+
+def test_watch_that_cannot_be_closed_costs_nobody_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (
+        MemoryDriver(MemoryDevice(name), templates=own) for name, own in (("first", TCP), ("second", FLOWS))
+    )
+    watch = SeveralDrivers((("first", first), ("second", second))).watch(SCOPE)
+
+    def close(self: object) -> None:
+        closed.append(self)
+        if len(closed) == 1:
+            raise DeviceFailed("it is away")
+
+    closed: list[object] = []
+    assert isinstance(watch, _Watches)
+    for one in watch._watches:
+        monkeypatch.setattr(type(one), "close", close)
+    watch.close()
+    assert closed == watch._watches[::-1]
 
 
 def test_watch_of_one_whose_exports_are_slow_leaves_it_in_peace_until_the_last(

@@ -15,6 +15,7 @@ from sami_plugin.errors import Busy, ConfigurationError, IllegalMessage, PeerUnr
 from sami_plugin.model.packet import Packet
 from sami_plugin.transport import rpc
 from sami_plugin.transport.rpc import LATER, Endpoint, Sender, Transport, refuse_unknown_broker
+from tests.unit.threads import no_thread_once
 
 
 @pytest.mark.parametrize("url", ["fake://", "rabbit://u:p@192.0.2.1:5672,u:p@[2001:db8::1]:5672/sami"])
@@ -195,6 +196,38 @@ def test_who_waits_for_room_is_told_when_fewer_messages_are_under_way_than_the_w
     assert sorted(packet.number for _, _, packet in broker.calls) == [0, 1, 2]
 
 
+def test_packet_for_which_no_thread_begins_is_sent_by_one_that_there_is(
+    refusals: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker("taken")
+    broker.may_answer.clear()
+    made = sender(broker, refusals, window=2)
+    made.send(Packet(0, 0, b""))
+    with no_thread_once(monkeypatch, "sami-send") as refused:
+        made.send(Packet(0, 1, b""))
+    assert refused
+    broker.may_answer.set()
+    wait_until(lambda: made.is_idle, "all to be sent")
+    finish(made)
+    assert [packet.number for _, _, packet in broker.calls] == [0, 1]
+    assert refusals == []
+
+
+def test_packet_that_no_thread_sends_is_refused_once_and_not_sent_later(
+    refusals: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker("taken")
+    made = sender(broker, refusals, window=2)
+    with no_thread_once(monkeypatch, "sami-send"):
+        made.send(Packet(0, 0, b""))
+    assert made.is_idle
+    assert refusals == ["can't start new thread: raise TasksMax or ulimit -u for the agent"]
+    made.send(Packet(0, 1, b""))
+    finish(made)
+    assert made.is_idle
+    assert [packet.number for _, _, packet in broker.calls] == [1]
+
+
 def test_stopped_transport_repeats_nothing(refusals: list[str]) -> None:
     broker = Broker(PeerUnreachable("nobody"))
     made = sender(broker, refusals)
@@ -266,6 +299,16 @@ def test_broker_that_refused_the_login_once_is_tried_again_by_the_next_call(
         with pytest.raises(PeerUnreachable, match="Login was refused"):
             transport.call("host-b", "s", Packet(0, 0, b""), 10)
     assert transport.call("host-b", "s", Packet(0, 0, b""), 10) == "taken"
+
+
+def test_agent_that_had_no_thread_to_connect_does_it_by_the_next_call(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_client", Refusing(0))
+    with no_thread_once(monkeypatch, "sami-connecting"):
+        with pytest.raises(PeerUnreachable, match="can't start new thread: raise TasksMax"):
+            transport.call("host-b", "s", Packet(0, 0, b""), 10)
+        assert transport.call("host-b", "s", Packet(0, 0, b""), 10) == "taken"
 
 
 def test_login_that_is_refused_later_is_no_error_of_the_messaging_library(
