@@ -617,10 +617,12 @@ class Session(abc.ABC):
         return True
 
     def _could_not(self, action: Action, reason: str) -> None:
-        if isinstance(action, End):
-            self.fail(reason)
-        else:
+        if isinstance(action, HandOver) and self._successor is not None:
+            self._leave()  # the other session has all
+        elif not isinstance(action, End):
             self._finished.append(ActionFailed(type(action).__name__, reason))
+        elif not self.is_over:
+            self.fail(reason)
 
     def _act(self, action: Action) -> Done | Negotiated | None:
         match action:

@@ -510,6 +510,11 @@ def _continued(session: Source, event: Event, now: float) -> Decision:
     return replace(session, state=State.ENDED), [HandOver()]
 
 
+def _nobody_goes_on(session: Source, event: Event, now: float) -> Decision:
+    assert isinstance(event, ActionFailed)
+    return session, [End(Outcome.FAILED, f"no other session could go on with it: {event.reason}")]
+
+
 def _ignore(session: Source, event: Event, now: float) -> Decision:
     return session, []
 
@@ -633,6 +638,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Source]]] = {
         Arrived: _ignore,
         GivesUp: _ignore,
         Stays: _ignore,
+        "ActionFailed": _nobody_goes_on,
     },
 }
 """What each state answers to. What is not listed changes nothing; from the peer it is refused."""

@@ -255,6 +255,54 @@ def test_session_whose_end_fails_is_over(tmp_path: Path, monkeypatch: pytest.Mon
         assert (ports(hosts, "host-a"), ports(hosts, "host-b")) == (ALL, set())
 
 
+def test_session_whose_end_fails_behind_the_end_has_told_how_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fragile_hosts(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+
+        def arrived(scope: Scope, batch: Batch) -> None:
+            raise DeviceFailed("it is away")
+
+        monkeypatch.setattr(hosts.drivers["host-b"], "arrived", arrived)
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert [told["outcome"] for told in hosts.reports("host-b", guest)] == ["moved"]
+
+
+@pytest.mark.parametrize(("host", "other"), [("host-a", "host-b"), ("host-b", "host-a")])
+def test_session_with_which_nobody_can_go_on_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, other: str
+) -> None:
+    with fragile_hosts(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        (former,) = hosts.agents[host].sessions()
+        assert former.has_caught_up.wait(10) or host == "host-a"
+
+        def as_former() -> Any:
+            raise OSError(5, "input/output error")
+
+        monkeypatch.setattr(former, "_as_former", as_former)
+        hosts.kill(other)
+        hosts.start(other)
+        if other == "host-a":
+            words(hosts, guest, ("host-a", Phase.OUTGOING))
+        else:
+            words(hosts, guest, ("host-b", Phase.STARTED))
+        until(lambda: former.is_over)
+        hosts.say("host-a", Phase.ROLLBACK, guest)
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        (told,) = [one for one in hosts.reports(host, guest) if one["session"] == former.id]
+        assert (told["outcome"], told["reason"]) == (
+            "failed",
+            "no other session could go on with it: OSError: [Errno 5] input/output error",
+        )
+        assert (ports(hosts, "host-a"), ports(hosts, "host-b")) == (ALL, set())
+
+
 # --- threads
 
 
