@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from sami_plugin import agent as agent_module
 from sami_plugin.agent import Agent
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import OperatorError, Veto
@@ -457,8 +456,8 @@ def test_announcement_for_another_host_is_refused_and_says_what_to_change(hosts:
 def test_announcements_are_forgotten_in_time_and_the_oldest_of_too_many(
     hosts: Hosts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_module, "MOST_ANNOUNCED", 2)
     agent, guests = hosts.agents["host-b"], [new_guest() for _ in range(3)]
+    monkeypatch.setattr(agent._announced, "_most", 2)
     for guest in guests:
         agent.announce(guest, "host-a", "host-b", "")
     assert list(agent._announced) == guests[1:]
