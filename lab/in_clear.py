@@ -21,7 +21,7 @@ class ClearChannel:
         self._waiting: list[Packet] = []
         self._sent = 0
 
-    def say(self, message: bytes) -> None:
+    def say(self, message: bytes, *, is_last_word: bool = False) -> None:
         self._waiting.append(Packet(0, self._sent, message))
         self._sent += 1
 
