@@ -181,7 +181,7 @@ class DestinationSession(Session):
             self.host.arrived_guests.add(self.guest)
 
     def _flows_by_port(self) -> tuple[FormerPort, ...]:
-        self._look_if_possible()
+        self._try_to_look(self._settle)
         self._believe()
         return tuple(FormerPort(port.scope, port.put_in(), port.unsure) for port in self._ports)
 
@@ -367,7 +367,7 @@ class DestinationSession(Session):
             homeless = list(port.held.batches())
             self._empty(port)
             for batch in homeless:
-                self._findings.refuse(batch, Reason.NO_ZONE)  # until it is there
+                self._findings.refuse(batch, Reason.DEVICE_ERROR)  # unless it is there in the end
         port.scope = now
         if port not in self._moved:
             self._moved.append(port)
@@ -851,17 +851,17 @@ class DestinationSession(Session):
 
     def _end(self, outcome: SessionOutcome, reason: str) -> None:
         if self._known.runs_here:
-            self._look_if_possible()
+            self._try_to_look(self._settle, self._keep_untold)
         super()._end(outcome, reason)
         for port in self._ports if self._known.runs_here else ():
             for batch in (*port.held.batches(), *port.inherited()):
                 self.host.driver.arrived(port.scope, batch)
 
-    def _look_if_possible(self) -> None:
-        """At the end, what cannot be looked at any more is not counted."""
+    def _try_to_look(self, *looks: Callable[[], object]) -> None:
+        """At the end: what cannot be looked at any more is not counted."""
         try:
-            self._settle()
-            self._keep_untold()
+            for look in looks:
+                look()
         except Exception as error:  # noqa: BLE001 - whatever it is, the session ends
             LOG.warning("%s: not all that was put in could be looked at: %s", self.id, error)
 
