@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,19 +72,13 @@ class Agent:
 
     def sessions(self, guest: str) -> list[dict[str, Any]]:
         """The journal's rows of the guest's sessions here, newest first."""
-        journal = Journal(self.journal, read_only=True)
-        try:
+        with closing(Journal(self.journal, read_only=True)) as journal:
             return [row for row in journal.sessions() if row["guest"] == guest]
-        finally:
-            journal.close()
 
     def knows_outgoing(self, guest: str) -> bool:
         """Whether the journal says that a job moves the guest away from here."""
-        journal = Journal(self.journal, read_only=True)
-        try:
+        with closing(Journal(self.journal, read_only=True)) as journal:
             return guest in journal.outgoing()
-        finally:
-            journal.close()
 
     def reports(self, guest: str) -> list[dict[str, Any]]:
         """Reports of the guest's ended sessions here, newest first."""

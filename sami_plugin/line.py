@@ -135,14 +135,15 @@ class Line:
 
     def _attempt(self, act: Callable[[Channel], None]) -> bool:
         assert self._channel is not None
-        failure = ""
         try:
             act(self._channel)
         except PeerUnreachable as error:
-            failure = str(error)
-            self.lost(failure)
-        self._send(self._channel)
-        return not failure
+            self.lost(str(error))
+            return False
+        else:
+            return True
+        finally:
+            self._send(self._channel)
 
     def _send(self, channel: Channel) -> None:
         for packet in channel.packets():

@@ -48,20 +48,11 @@ class MemoryJournal(Journal):
         token: str = "",
     ) -> None:
         self._before("beginning")
-        self._enter(session, guest, role, peer, state, ports, destination, token)
+        self._enter(session, guest, role, peer, state)
+        self._sessions[session].update(ports=list(ports), destination=destination, token=token)
         self._disturb("after beginning")
 
-    def _enter(
-        self,
-        session: str,
-        guest: str,
-        role: str,
-        peer: str,
-        state: str,
-        ports: Iterable[dict[str, Any]] = (),
-        destination: str = "",
-        token: str = "",
-    ) -> None:
+    def _enter(self, session: str, guest: str, role: str, peer: str, state: str) -> None:
         self._sessions[session] = {
             "session": session,
             "guest": guest,
@@ -74,9 +65,9 @@ class MemoryJournal(Journal):
             "report": None,
             "known_as": session,
             "heard": [],
-            "ports": list(ports),
-            "destination": destination,
-            "token": token,
+            "ports": [],
+            "destination": "",
+            "token": "",
             "applied": 0,
             "named": {},
         }

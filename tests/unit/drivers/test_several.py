@@ -188,10 +188,7 @@ def test_watch_of_one_that_cannot_tells_what_was_given_time(several: SeveralDriv
 
 
 def test_watch_that_cannot_be_closed_costs_nobody_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (
-        MemoryDriver(MemoryDevice(name), templates=own) for name, own in (("first", TCP), ("second", FLOWS))
-    )
-    watch = SeveralDrivers((("first", first), ("second", second))).watch(SCOPE)
+    watch = SeveralDrivers([(name, MemoryDriver(MemoryDevice(name))) for name in ("first", "second")]).watch(SCOPE)
 
     def close(self: object) -> None:
         closed.append(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from sami_plugin.agent import Hypervisor
 from sami_plugin.codec import compression, ipfix
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import DeviceFailed
@@ -44,14 +45,20 @@ def hosts_in(
     folder: Path,
     settings: Settings = SETTINGS,
     driver: Callable[[str], MemoryDriver] = lambda name: MemoryDriver(MemoryDevice(name)),
+    hypervisors: Mapping[str, Hypervisor] | None = None,
 ) -> Hosts:
     """The three of them."""
-    return Hosts(folder, tuple(ZONES), driver, settings=settings)
+    return Hosts(folder, tuple(ZONES), driver, settings=settings, hypervisors=hypervisors)
 
 
 def limited(**limits: Any) -> Settings:
     """SETTINGS with other limits."""
     return replace(SETTINGS, limits=replace(SETTINGS.limits, **limits))
+
+
+def brief(**limits: Any) -> Settings:
+    """As limited; who calls an agent that is away gives up soon: no thread outlives its test for long."""
+    return replace(limited(**limits), call_seconds=0.3)
 
 
 IMPATIENT = limited(arrival_seconds=0.5)

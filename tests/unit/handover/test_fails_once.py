@@ -28,6 +28,7 @@ from tests.unit.handover.memory import (
     SECOND_ADDRESS,
     ZONES,
     begin,
+    brief,
     finish,
     guest_with_flows,
     held,
@@ -46,7 +47,7 @@ from tests.unit.handover.memory import (
 )
 from tests.unit.threads import no_thread_once
 
-BRIEF = replace(limited(arrival_seconds=3.0), call_seconds=0.3)
+BRIEF = brief(arrival_seconds=3.0)
 
 
 class Fragile(MemoryDriver):
@@ -134,7 +135,7 @@ def test_flows_of_a_port_that_becomes_better_known_are_tried_again(tmp_path: Pat
 @pytest.mark.parametrize("fails", [1, 1000])
 def test_flows_of_a_port_that_has_another_zone_are_there_or_named(tmp_path: Path, fails: int) -> None:
     """And the second port is found all the same."""
-    with fragile_hosts(tmp_path, replace(limited(zone_seconds=1.5, arrival_seconds=1.0), call_seconds=0.3)) as hosts:
+    with fragile_hosts(tmp_path, brief(zone_seconds=1.5, arrival_seconds=1.0)) as hosts:
         guest = new_guest()
         hosts.plug("host-a", guest, 4097, GUEST_ADDRESS)
         hosts.plug("host-a", guest, 4098, SECOND_ADDRESS)
@@ -220,7 +221,7 @@ def test_another_session_goes_on_though_a_look_failed_at_that_moment(tmp_path: P
 
 
 def test_guest_whose_watch_cannot_be_closed_moves_on_later(tmp_path: Path) -> None:
-    settings = replace(limited(arrival_seconds=1.0, watch_seconds=0.3), call_seconds=0.3)
+    settings = brief(arrival_seconds=1.0, watch_seconds=0.3)
     with fragile_hosts(tmp_path, settings) as hosts:
         guest = guest_with_flows(hosts)
         begin(hosts, guest)
@@ -358,14 +359,8 @@ def test_what_comes_behind_changes_that_had_no_room_is_not_said(tmp_path: Path) 
 
 def test_source_that_becomes_known_after_a_new_start_is_asked(tmp_path: Path) -> None:
     hypervisors = {name: Hypervisor(name) for name in ZONES}
-    settings = replace(limited(verdict_seconds=0.3, open_seconds=6.0, arrival_seconds=3.0), call_seconds=0.3)
-    with Hosts(
-        tmp_path,
-        tuple(ZONES),
-        lambda name: MemoryDriver(MemoryDevice(name)),
-        settings=settings,
-        hypervisors=hypervisors,
-    ) as hosts:
+    settings = brief(verdict_seconds=0.3, open_seconds=6.0, arrival_seconds=3.0)
+    with hosts_in(tmp_path, settings, hypervisors=hypervisors) as hosts:
         guest = guest_with_flows(hosts)
         hypervisors["host-a"].leaving.add(guest)
         hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")

@@ -54,13 +54,7 @@ def settings() -> Settings:
 
 @pytest.fixture
 def hosts(tmp_path: Path, hypervisors: dict[str, Hypervisor], settings: Settings) -> Iterator[Hosts]:
-    with Hosts(
-        tmp_path,
-        tuple(ZONES),
-        lambda name: MemoryDriver(MemoryDevice(name)),
-        settings=settings,
-        hypervisors=hypervisors,
-    ) as made:
+    with hosts_in(tmp_path, settings, hypervisors=hypervisors) as made:
         yield made
 
 

@@ -32,6 +32,7 @@ from tests.unit.handover.memory import (
     ZONES,
     HeldUpExport,
     begin,
+    brief,
     finish,
     guest_with_flows,
     held,
@@ -51,11 +52,6 @@ from tests.unit.handover.memory import (
 )
 
 VERDICT_SECONDS = 2.5
-
-
-def brief(**limits: Any) -> Settings:
-    """Who calls an agent that is away gives up soon: no thread outlives its test for long."""
-    return replace(limited(**limits), call_seconds=0.3)
 
 
 # --- verdicts
@@ -240,7 +236,7 @@ def test_guest_that_is_back_keeps_its_flows_where_no_hypervisor_says_so(
     monkeypatch.setattr(agent_module, "HYPERVISOR_SECONDS", 0.3)
     hypervisors = {name: Hypervisor(name) for name in ZONES}
     driver, settings = lambda name: MemoryDriver(MemoryDevice(name)), brief(watch_seconds=1.0)
-    with Hosts(tmp_path, tuple(ZONES), driver, settings=settings, hypervisors=hypervisors) as hosts:
+    with hosts_in(tmp_path, settings, driver, hypervisors) as hosts:
         guest, hypervisor = guest_with_flows(hosts), hypervisors["host-a"]
         hypervisor.leaving.add(guest)
         begin(hosts, guest)
