@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
@@ -690,14 +691,14 @@ class DestinationSession(Session):
         """Gives time to what would run out while the guest runs elsewhere; puts in again what vanished."""
         self._settle()  # what was put in a moment ago and vanished is older in what is held
         hold = self.host.settings.limits.hold_seconds
-        age = self.host.monotonic() - self._began_at
+        # Rows are as they were when they were looked at: no longer ago than the session is old, or nobody knows when.
+        age = self.host.monotonic() - self._began_at if self._former is None else math.inf
         for port in self._ports:
             # The source may tell of it when it is there again.
             for batch in (known for known in port.inherited() if known.template.is_renewed):
-                batch.rows["remainingTimeoutSeconds"] = hold
+                batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
                 self.host.driver.renew(port.scope, batch)
             for batch in (held for held in port.held.batches() if held.template.is_renewed):
-                # The rows are as they were when they were looked at, which is no longer ago than the session is old.
                 # What is no flow is looked after whatever time it has: its device may have begun anew.
                 is_short = batch.rows["remainingTimeoutSeconds"] < age + 2 * hold
                 short = batch.take(is_short | (not batch.template.is_flow))

@@ -17,6 +17,7 @@ import pytest
 from sami_plugin import agent as agent_module
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import PeerUnreachable
+from sami_plugin.handover import DestinationSession
 from sami_plugin.migration import destination as destination_decisions
 from sami_plugin.migration import source as source_decisions
 from sami_plugin.migration.decision import ExportChanges, ExportNext
@@ -48,6 +49,7 @@ from tests.unit.handover.memory import (
     until,
     until_idle,
     wait_for_step,
+    words,
     zone_scope,
 )
 
@@ -223,6 +225,50 @@ def test_a_flow_of_medium_timeout_is_there_when_a_long_copy_ends(tmp_path: Path)
         finish(hosts, guest)
         until_idle(hosts)
         assert len(held(hosts, "host-b")) == 100
+
+
+def test_who_goes_on_knows_that_flows_are_older_than_its_session(tmp_path: Path) -> None:
+    passed = [0.0]
+    driver = lambda name: MemoryDriver(MemoryDevice(name, clock=lambda: passed[0]))  # noqa: E731
+    with hosts_in(tmp_path, limited(hold_seconds=2), driver) as hosts:
+        guest = guest_with_flows(hosts, timeout=6)
+        begin(hosts, guest)
+        words(hosts, guest, ("host-a", Phase.SUSPENDED))
+        wait_for_step(hosts, "host-b", guest, "complete")
+        hosts.kill("host-a")
+        hosts.kill("host-b")
+        passed[0] = 5.0
+        hosts.start("host-b")
+        until_renewed(hosts)
+        assert min(times_left(hosts, "host-b", guest)) == 6
+
+
+def until_renewed(hosts: Hosts) -> None:
+    (session,) = hosts.agents["host-b"].sessions()
+    assert isinstance(session, DestinationSession)
+    until(lambda: session._has_renewed)
+
+
+def times_left(hosts: Hosts, host: str, guest: str) -> list[int]:
+    found, is_there = hosts.drivers[host].read_back(hosts.scope(host, guest), tcp_flows(100))
+    assert is_there.all()
+    return found.rows["remainingTimeoutSeconds"].tolist()
+
+
+@pytest.mark.parametrize("has_all", [True, False])
+def test_who_goes_on_leaves_flows_the_time_that_they_have(tmp_path: Path, has_all: bool) -> None:
+    """A silent guest's connections would run out, and nobody tells of them while the source's agent is away."""
+    with hosts_in(tmp_path, limited(hold_seconds=1)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        if has_all:
+            words(hosts, guest, ("host-a", Phase.SUSPENDED))
+            wait_for_step(hosts, "host-b", guest, "complete")
+        hosts.kill("host-a")
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        until_renewed(hosts)
+        assert min(times_left(hosts, "host-b", guest)) == 432000
 
 
 # --- devices that fail
