@@ -523,16 +523,16 @@ class Session(abc.ABC):
     def _decide(self, event: Event) -> None:
         before = self._state_before = self._state()
         label = _label(event)
+        is_news = isinstance(event, GuestDid) and label not in self._heard_of  # who is started anew has to know it
         if isinstance(event, GuestDid | PeerSaid):
             self._heard_of.add(label)
         actions = self._step(event, self.host.monotonic())
         has_moved = (after := self._state()) != before
         if has_moved:
             LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, after, label)
-        if has_moved or (actions and not _is_routine(event, actions)):
-            self._enact(label, actions)
-        else:
-            self._do(actions)
+        if is_news or has_moved or (actions and not _is_routine(event, actions)):
+            self._record(label, actions)
+        self._do(actions)
         if actions:
             self.note_knowledge()
 
@@ -551,9 +551,8 @@ class Session(abc.ABC):
 
     def _enact(self, label: str, actions: list[Action]) -> None:
         """Records a decision, then does it."""
-        if actions:
-            self._record(label, actions)
-            self._do(actions)
+        self._record(label, actions)
+        self._do(actions)
 
     def _do(self, actions: list[Action]) -> None:
         """All of it, in order, up to what fails."""

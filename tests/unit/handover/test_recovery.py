@@ -206,6 +206,18 @@ def test_guest_that_had_left_while_the_agent_was_away_has_not_come_again_before_
         assert ports(hosts, "host-a") == ALL
 
 
+def test_next_agent_knows_that_the_guest_has_come_before_its_flows_had(tmp_path: Path) -> None:
+    """Of one that leaves again while no agent is there, it would ask as of one that has not come."""
+    with hosts_in(tmp_path) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        hosts.say("host-b", Phase.OUTGOING, guest, destination="host-a")
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        assert hosts.agents["host-b"].underway() == [(guest, "source")]
+
+
 def test_agent_that_died_before_it_went_on_with_a_session_has_what_that_had(tmp_path: Path) -> None:
     with closing(Journal(tmp_path / "journal.sqlite")) as journal:
         journal.begin("one", "a guest", "destination", "host-a", "looking")

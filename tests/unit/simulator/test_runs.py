@@ -124,6 +124,7 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(69268, {"crash": 1}, id="a source that died while it purged forgot for what there was no place"),
         pytest.param(109630, {"crash": 1}, id="a tuple was used again before it was said that the guest runs there"),
         pytest.param(154226, {"crash": 1}, id="what was there already was refused for lack of a place, and removed"),
+        pytest.param(291127, {"crash": 1}, id="a guest that had come and left again was asked about as one that comes"),
         pytest.param(316655, {"crash": 1}, id="a silent flow ran out while nobody was there to tell of it anew"),
         pytest.param(310198, {}, id="what a late packet made at the source replaced what the guest had begun"),
         pytest.param(391135, {}, id="a journal that had failed was believed by the next session"),
