@@ -233,7 +233,7 @@ def _check_presence(world: World, guest: Guest, flow: Flow) -> None:
     told = list(_tellers(world, guest, flow))
     if flow.was_cleaned and (told or world.hindrances):
         return  # it was gone before anybody at the source could see what it was
-    if not told and (flow.is_lost_unseen or was_seen_by_nobody(world, guest) or _ran_out_unseen(world, guest, flow)):
+    if not told and (flow.is_lost_unseen or was_seen_by_nobody(world, guest) or ran_out_unseen(world, guest, flow)):
         return
     if not told:
         world.violated(
@@ -252,7 +252,7 @@ def _is_before_it_is_said_that_it_runs(world: World, guest: Guest, when: float) 
     return came <= when <= said
 
 
-def _ran_out_unseen(world: World, guest: Guest, flow: Flow) -> bool:
+def ran_out_unseen(world: World, guest: Guest, flow: Flow) -> bool:
     """Whether it ran out where the guest came from, and nobody could see it: the guest renewed it elsewhere.
 
     The agent there was down meanwhile; or it was not told that the guest had left, and there was none to ask it.

@@ -119,7 +119,7 @@ class Flow:
     is_cleaned: bool = False
     """The network's own agent took it at the source, in the pause that is now."""
     is_lost_unseen: bool = False
-    """In a move of which nobody was told."""
+    """In a move before the last, of which nobody was told, or where it ran out before anybody could see it."""
     was_cleaned: bool = False
     """The network's own agent took it at the source, in a pause."""
 

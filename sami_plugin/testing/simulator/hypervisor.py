@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sami_plugin.handover import DestinationSession
 from sami_plugin.migration.destination import NO_ANSWER
 from sami_plugin.model.migration import MigrationEvent, Phase
-from sami_plugin.testing.simulator.checks import LATE_ANSWER, MOVED_ON, was_seen_by_nobody
+from sami_plugin.testing.simulator.checks import LATE_ANSWER, MOVED_ON, ran_out_unseen, was_seen_by_nobody
 from sami_plugin.testing.simulator.guests import Guest
 
 if TYPE_CHECKING:
@@ -109,9 +109,8 @@ class Migration:
         world, guest, mix, dice = self._world, self._guest, self._world.mix, self._random.random
         source, destination = self._source, self._destination
         fate = self._fate()
-        if was_seen_by_nobody(world, guest):
-            for flow in guest.flows:
-                flow.is_lost_unseen = True
+        for flow in guest.flows:
+            flow.is_lost_unseen |= was_seen_by_nobody(world, guest) or ran_out_unseen(world, guest, flow)
         guest.moves_since = world.now
         if not world.is_asked and world.told_until(source, guest) > world.now:
             world.hinder("words of the migration before were late, and nobody could be asked")
