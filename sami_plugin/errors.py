@@ -47,6 +47,10 @@ class NotAvailable(OperatorError):
     """The kernel, a tool or a service that is needed is not there."""
 
 
+class HasGone(NotAvailable):
+    """A router or a network namespace is not on this host any more: nothing of what it tracked is."""
+
+
 class RepresentationError(SamiError):
     """Bytes from elsewhere are not what they claim to be; nothing of them was used."""
 

@@ -75,6 +75,8 @@ def _in_thread(move: Callable[[], None], work: Callable[[], T]) -> T:
 def _enter(namespace: str) -> None:
     try:
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise errors.HasGone(f"there is no network namespace at {namespace}") from error
     except OSError as error:
         raise errors.NotAvailable(f"the network namespace {namespace} cannot be opened: {error.strerror}") from error
     try:

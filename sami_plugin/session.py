@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import Capabilities, FlowDriver
-from sami_plugin.errors import Busy, IllegalMessage, JournalError, NotAvailable, RepresentationError, SamiError
+from sami_plugin.errors import Busy, HasGone, IllegalMessage, JournalError, NotAvailable, RepresentationError, SamiError
 from sami_plugin.former import Former, FormerPort
 from sami_plugin.journal.journal import Journal
 from sami_plugin.line import Line
@@ -735,9 +735,9 @@ class Session(abc.ABC):
         """What a router tracked has gone with it, or is emptied by who has it: there is nothing of the guest's left."""
         try:
             yield
-        except NotAvailable as error:
-            has_gone = not Path(scope.namespace).exists() if scope.namespace is not None else not scope.is_port
-            if not has_gone:
+        except NotAvailable as error:  # or nobody can be asked for a moment
+            has_left = scope.namespace is not None and not Path(scope.namespace).exists()
+            if not isinstance(error, HasGone) and not has_left:
                 raise
             self.report.remark(f"{scope.port} is not here any more: {error}")
 

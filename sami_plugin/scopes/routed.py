@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import netaddr
 
-from sami_plugin.errors import NotAvailable, OperatorError
+from sami_plugin.errors import HasGone, OperatorError
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.scope import Scope
 from sami_plugin.scopes.learned import LearnedScopes, again
@@ -105,4 +105,4 @@ class RoutedScopes(LearnedScopes):
         for router in self._routers:  # by its zones: they may be another's by now
             if (router.namespace, dict(router.zones)) == (scope.namespace, dict(scope.zones)):
                 return self._others_in(router.networks, device, scope.addresses)
-        raise NotAvailable(f"router {name} is not on this host any more")
+        raise HasGone(f"router {name} is not on this host any more")

@@ -106,8 +106,10 @@ def identity_of(namespace: str | None) -> tuple[int, int]:
     """
     try:
         found = os.stat(namespace or OWN_NAMESPACE)
+    except FileNotFoundError as error:
+        raise errors.HasGone(f"there is no network namespace at {namespace}") from error
     except OSError as error:
-        raise errors.NotAvailable(f"there is no network namespace at {namespace}: {error.strerror}") from error
+        raise errors.NotAvailable(f"the network namespace {namespace} cannot be looked at: {error.strerror}") from error
     return found.st_dev, found.st_ino
 
 

@@ -11,7 +11,7 @@ import netaddr
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
-from sami_plugin.errors import NotAvailable
+from sami_plugin.errors import HasGone, NotAvailable
 from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.results import WORDS, Outcome, Reason, Results
@@ -180,7 +180,7 @@ class GoneDriver(MemoryDriver):
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
         if not scope.is_port:
-            raise NotAvailable("there is no network namespace at /run/netns/qrouter-1")
+            raise HasGone("there is no network namespace at /run/netns/qrouter-1")
         return super().remove(scope, identities)
 
 
@@ -197,6 +197,44 @@ def test_router_that_ends_when_the_guest_has_left_takes_its_flows_along(tmp_path
             assert (report["outcome"], report["reason"]) == ("moved", "")
         (report,) = hosts.reports("host-a", guest)
         assert any("is not here any more: there is no network namespace" in one for one in report["remarks"])
+
+
+class UnaskedDriver(MemoryDriver):
+    """Of a host on which nobody can be asked about routers for a moment."""
+
+    fails = 0
+
+    def remove(self, scope: Scope, identities: Batch) -> Results:
+        if self.fails and not scope.is_port:
+            self.fails -= 1
+            raise NotAvailable("Open_vSwitch has no connection; is its server running?")
+        return super().remove(scope, identities)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_router_of_which_nobody_can_be_asked_has_not_gone(tmp_path: Path, moves: bool) -> None:
+    with hosts_in(tmp_path, driver=lambda name: UnaskedDriver(MemoryDevice(name))) as hosts:
+        guest, routed = routed_guest(hosts)
+        hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
+        begin(hosts, guest)
+        until(lambda: held(hosts, "host-b", ROUTERS["host-b"]) == routed)
+        emptied = "host-a" if moves else "host-b"
+        driver = hosts.drivers[emptied]
+        assert isinstance(driver, UnaskedDriver)
+        driver.fails = 2
+        if moves:
+            finish(hosts, guest)
+        else:
+            hosts.say("host-a", Phase.ROLLBACK, guest)
+            hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        (report,) = hosts.reports(emptied, guest)
+        if moves:
+            assert held(hosts, "host-a", ROUTERS["host-a"]) == set()
+            assert report["outcome"] == "moved"
+        else:
+            assert report["outcome"] == "failed"
+            assert "could not be discarded: Open_vSwitch has no connection" in report["reason"]
 
 
 @pytest.mark.parametrize("is_router_first", [False, True])
