@@ -106,6 +106,7 @@ class Source:
     comes_back: bool = False
     """The guest is on its way here again."""
     failed_purges: int = 0
+    """In a row: of what was exported, then of what late packets have made."""
     asks_again: bool = False
     """The destination is asked to ask again, behind the purge."""
     outcome: Outcome = Outcome.MOVED
@@ -407,7 +408,7 @@ def _purged(session: Source, event: Event, now: float) -> Decision:
     said = Say(Purged(event.count, event.refused), is_durable=True)
     if session.comes_back:  # what comes with it must not be taken for late
         return replace(session, state=State.ENDED), [said, End(outcome, session.reason)]
-    session = replace(session, state=State.WATCHING, outcome=outcome)
+    session = replace(session, state=State.WATCHING, outcome=outcome, failed_purges=0)
     return session, [said, WakeAt(now + session.limits.watch_seconds)]
 
 
@@ -422,6 +423,9 @@ def _watched(session: Source, event: Event, now: float) -> Decision:
 def _watched_in_vain(session: Source, event: Event, now: float) -> Decision:
     """All that was exported is gone: how the migration went does not change by it."""
     assert isinstance(event, ActionFailed)
+    failed = session.failed_purges + 1
+    if failed < PURGE_TRIES:
+        return replace(session, failed_purges=failed), [WakeAt(now + PURGE_AGAIN_SECONDS)]
     reason = _joined(f"what late packets have made here was not looked for: {event.reason}", session.reason)
     return replace(session, state=State.ENDED), [End(session.outcome, reason)]
 

@@ -179,10 +179,18 @@ def test_guest_on_its_way_back_ends_the_watch_and_nothing_is_removed() -> None:
         assert shell(*IN_STATE[State.WATCHING], event).kinds()[-2:] == ["Purged", "end: moved"]
 
 
-def test_a_late_look_that_fails_does_not_change_how_the_migration_went() -> None:
+def test_a_late_look_that_fails_is_tried_again() -> None:
     made = shell(*IN_STATE[State.WATCHING])
     made.choices = iter(["fails"])
-    made.wait_until(LIMITS.watch_seconds)
+    made.wait_until(LIMITS.watch_seconds + source.PURGE_AGAIN_SECONDS)
+    assert made.kinds()[-3:] == ["PurgeLate", "PurgeLate", "end: moved"]
+    assert made.done[-1][1] == End(Outcome.MOVED, "")
+
+
+def test_late_looks_that_fail_do_not_change_how_the_migration_went() -> None:
+    made = shell(*IN_STATE[State.WATCHING])
+    made.choices = iter(["fails"] * source.PURGE_TRIES)
+    made.wait_until(LIMITS.watch_seconds + source.PURGE_TRIES * source.PURGE_AGAIN_SECONDS)
     assert made.done[-1][1] == End(Outcome.MOVED, "what late packets have made here was not looked for: pretended")
 
 
