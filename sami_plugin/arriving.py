@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
+from sami_plugin.former import FormerPort
 from sami_plugin.model.flows import Batch, has_end_in, names
 from sami_plugin.model.keys import FlowTable, KeyIndex
 from sami_plugin.model.report import Report
@@ -39,7 +39,8 @@ class Arriving:
     former: FlowTable = field(default_factory=FlowTable)
     """What another session, with which this one goes on, has put in, and the source has not told of anew."""
     unsure: FlowTable = field(default_factory=FlowTable)
-    """What it was about to put in, or to take out, when its agent ended, and the source has not told of anew."""
+    """What it was about to put in, or to take out, when its agent ended or its device failed, and the source has not
+    told of anew."""
     unadmitted: list[Batch] = field(default_factory=list)
     """What peers had begun when the port's zone was known and its guest ran already."""
     doubtful: list[tuple[Scope, Batch]] = field(default_factory=list)
@@ -81,13 +82,17 @@ class Arriving:
             is_theirs_too = has_end_in(batch, scope.neighbours)
             yield batch.take(~is_theirs_too), batch.take(is_theirs_too)
 
-    def put_in(self) -> FlowTable:
-        """All that may be in the device thanks to this session, and to the one with which it goes on; without ids."""
-        for batch in chain(self.held.batches(), (ours for ours, _ in self.doubtful_parts())):
-            nameless = batch.rows.copy()
-            nameless["flowId"] = 0
-            self.former.put(Batch(batch.template, nameless))
-        return self.former
+    def handed_over(self) -> FormerPort:
+        """What is in the device thanks to this session, and to the one with which it goes on, and what may be."""
+        for batch in self.held.batches():
+            self.former.put(_nameless(batch))
+        for ours, _ in self.doubtful_parts():
+            self.doubt(ours)
+        return FormerPort(self.scope, self.former, self.unsure)
+
+    def doubt(self, batch: Batch) -> None:
+        """Of these flows it is not known whether the device has taken them."""
+        self.unsure.put(_nameless(batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +221,12 @@ class Findings:
         for element, table in self._degraded.items():
             for batch in table.batches():
                 report.name(f"{DEGRADED}{element} was not kept", len(batch), names(batch))
+
+
+def _nameless(batch: Batch) -> Batch:
+    rows = batch.rows.copy()
+    rows["flowId"] = 0
+    return Batch(batch.template, rows)
 
 
 def _distinct(tables: Iterable[FlowTable]) -> int:

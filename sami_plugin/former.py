@@ -6,6 +6,7 @@ What the journal has of a guest's flows are the payloads that were sent or that 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,8 @@ class Former:
     ports: tuple[FormerPort, ...] = ()
     named: Mapping[str, Any] = field(default_factory=dict)
     """What its report says of flows that were not carried as they were sent."""
+    unattended_since: float = math.inf
+    """Seconds since 1970; from then on, at the latest, flows may have run out for want of an agent."""
 
     def has(self, *words: str) -> bool:
         """Whether any of these has happened."""
@@ -92,6 +95,7 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
         frozenset(heard),
         ports,
         json.loads(row["named"]),
+        row["started_at"],
     )
 
 

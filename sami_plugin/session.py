@@ -531,8 +531,9 @@ class Session(abc.ABC):
         if has_moved:
             LOG.info("%s: guest %s: %s -> %s (%s)", self.id, self.guest, before, after, label)
         if is_news or has_moved or (actions and not _is_routine(event, actions)):
-            self._record(label, actions)
-        self._do(actions)
+            self._enact(label, actions)
+        else:
+            self._do(actions)
         if actions:
             self.note_knowledge()
 
@@ -678,6 +679,8 @@ class Session(abc.ABC):
         successor = self._next = self._next or self._made_successor()
         self.note("ended")
         self.report.outcome, self.report.reason = self._continued_as().value, f"session {successor.id} goes on with it"
+        if why := self._why_given_up():
+            self.report.reason += f", which was given up: {why}"
         former = self._as_former()
         LOG.info("%s: guest %s: %s", self.id, self.guest, self.report.reason)
         go_on(successor, former, self.report.as_dict())
@@ -763,6 +766,10 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def _state(self) -> str:
         """The state's name, for the journal and the log."""
+
+    @abc.abstractmethod
+    def _why_given_up(self) -> str:
+        """Why nothing is carried, or not any more; empty where something is."""
 
     @abc.abstractmethod
     def _begin(self) -> None:

@@ -175,7 +175,10 @@ class DestinationSession(Session):
             if self._has_all:
                 port.held = known.flows
             else:
-                port.former = known.flows
+                for batch in known.flows.batches():
+                    may_have_run_out = self._time_of(batch) < self.host.wall() - former.unattended_since
+                    port.former.put(batch.take(~may_have_run_out))
+                    port.doubt(batch.take(may_have_run_out))
             self._ports.append(port)
         if self._known.runs_here:
             self.host.arriving_guests.pop(self.id, None)
@@ -183,8 +186,8 @@ class DestinationSession(Session):
 
     def _flows_by_port(self) -> tuple[FormerPort, ...]:
         self._try_to_look(self._settle)
-        self._believe()
-        return tuple(FormerPort(port.scope, port.put_in(), port.unsure) for port in self._ports)
+        self._doubt_unverified()
+        return tuple(port.handed_over() for port in self._ports)
 
     def _made_successor(self) -> Session:
         assert self._again is not None
@@ -490,16 +493,23 @@ class DestinationSession(Session):
             for table in port.tables():
                 table.discard(here)
 
+    def _time_of(self, batch: Batch) -> npt.NDArray[Any]:
+        """Seconds that each flow is given here.
+
+        Nothing tells this host that traffic renews the source's timeout: what is held here must not run out before the
+        guest comes. What the source lets expire arrives as a removal.
+        """
+        if not batch.template.is_renewed:
+            return np.full(len(batch), math.inf)
+        return np.maximum(batch.rows["remainingTimeoutSeconds"], self.host.settings.limits.hold_seconds)
+
     def _put_in(self, batch: Batch, ports: list[Arriving], came: Batch) -> npt.NDArray[np.bool_]:
         """`came` are the same flows as the source calls them.
 
         :returns: which of the flows are none of these ports'.
         """
-        # Nothing tells this host that traffic renews the source's timeout: what is held here must not run out before
-        # the guest comes. What the source lets expire arrives as a removal.
-        hold = self.host.settings.limits.hold_seconds
         if batch.template.is_renewed:
-            batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
+            batch.rows["remainingTimeoutSeconds"] = self._time_of(batch)
         sent, batch = batch, batch.under(batch.template.taken_by(self._declared))
         homeless = np.ones(len(batch), bool)
         for port in ports:
@@ -679,12 +689,10 @@ class DestinationSession(Session):
                 raise
             del self._unverified[0]  # only now: what cannot be looked at may have to be discarded all the same
 
-    def _believe(self) -> None:
-        """What the device said it took is there, as far as anybody knows who cannot look."""
+    def _doubt_unverified(self) -> None:
+        """What the device said it took: who cannot look does not know it."""
         for part in self._unverified:
-            nameless = part.batch.take(came_out(part.made, Outcome.IMPORTED))
-            nameless.rows["flowId"] = 0
-            part.port.former.put(nameless)
+            part.port.doubt(part.batch.take(came_out(part.made, Outcome.IMPORTED)))
         self._unverified = []
 
     def _renew(self, action: Renew) -> Done:
@@ -696,13 +704,13 @@ class DestinationSession(Session):
         for port in self._ports:
             # The source may tell of it when it is there again.
             for batch in (known for known in port.inherited() if known.template.is_renewed):
-                batch.rows["remainingTimeoutSeconds"] = np.maximum(batch.rows["remainingTimeoutSeconds"], hold)
+                batch.rows["remainingTimeoutSeconds"] = self._time_of(batch)
                 self.host.driver.renew(port.scope, batch)
             for batch in (held for held in port.held.batches() if held.template.is_renewed):
                 # What is no flow is looked after whatever time it has: its device may have begun anew.
                 is_short = batch.rows["remainingTimeoutSeconds"] < age + 2 * hold
                 short = batch.take(is_short | (not batch.template.is_flow))
-                short.rows["remainingTimeoutSeconds"] = np.maximum(short.rows["remainingTimeoutSeconds"], hold)
+                short.rows["remainingTimeoutSeconds"] = self._time_of(short)
                 made = self.host.driver.renew(port.scope, short)
                 for reason in sorted({*made["reason"][came_out(made, Outcome.REFUSED)].tolist()}):
                     self.report.remark(f"more time was refused before the guest came: {WORDS[Reason(reason)]}")
@@ -718,7 +726,7 @@ class DestinationSession(Session):
         """The guest does not come: removes by name what this session put in and no other session claims."""
         self.host.release_places(self.id)
         self._waiting = []
-        self._believe()
+        self._doubt_unverified()
         for port in self._ports:
             self._empty(port)
         self.note("discarded")
@@ -790,6 +798,9 @@ class DestinationSession(Session):
 
     def _state(self) -> str:
         return self._known.state
+
+    def _why_given_up(self) -> str:
+        return self._known.reason
 
     def _step(self, event: Event, now: float) -> list[Action]:
         with self._deciding:

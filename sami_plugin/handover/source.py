@@ -619,6 +619,9 @@ class SourceSession(Session):
     def _state(self) -> str:
         return self._known.state
 
+    def _why_given_up(self) -> str:
+        return self._known.reason
+
     def _begin(self) -> None:
         """All but what goes on begins with the destination's Open, which is in the queue."""
         if self._begins_with:

@@ -255,16 +255,23 @@ def _is_before_it_is_said_that_it_runs(world: World, guest: Guest, when: float) 
 def ran_out_unseen(world: World, guest: Guest, flow: Flow) -> bool:
     """Whether it ran out where the guest came from, and nobody could see it: the guest renewed it elsewhere.
 
-    The agent there was down meanwhile; or it was not told that the guest had left, and there was none to ask it.
+    The agent there was down meanwhile, or its session had given up; or it was not told that the guest had left, and
+    there was none to ask it.
     """
     for name, device in world.devices.items():
         for at in device.ran_out.get(flow.conversation.original, ()) if name != guest.place else ():
             is_told = any(guest.moves_since <= said <= at for said in world.stopped.get((name, guest.id), ()))
             is_asked = not any(since <= at <= until for since, until in world.away.get(guest.place or "", ()))
             was_down = any(guest.moves_since <= until and since <= at for since, until in world.away[name])
-            if was_down or (guest.moves_since <= at and not is_told and not is_asked):
+            has_given_up = any(_was_given_up(one) for one in world.sessions_of(name, guest.id))
+            if was_down or (guest.moves_since <= at and (has_given_up or not (is_told or is_asked))):
                 return True
     return False
+
+
+def _was_given_up(session: Session) -> bool:
+    """Whether another one goes on with it that had given up, as its report says."""
+    return session.is_over and "which was given up" in session.report.reason
 
 
 def was_seen_by_nobody(world: World, guest: Guest) -> bool:
@@ -358,6 +365,7 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     says_so = any(_says_that_it_failed(world, host, one) for host, one in sessions)
     newest = {one.role: one for _, one in sessions}.values()
     says_so |= any(not one._journal_works for one in newest)  # the log does, from that moment on
+    says_so |= any("was not looked for" in one.report.reason for _, one in sessions)
     if says_so and (is_hindered or len(sessions) > 1):
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from sami_plugin.drivers.memory import Entry, MemoryDevice, MemoryDriver, Place, Tuple
+from sami_plugin.errors import DeviceFailed
 from sami_plugin.model.flows import Batch, Omitted
 from sami_plugin.model.results import Outcome, Results, came_out
 from sami_plugin.model.scope import Scope
@@ -66,13 +68,31 @@ class SimulatedDriver(MemoryDriver):
         self._host = host
         self.guarded = device
 
+    def _may_fail(self) -> None:
+        """:raises DeviceFailed: this once."""
+        world = self._world
+        if world.mix.hiccups and world.random.random() < world.mix.hiccups:
+            world.hinder("a firewall failed")
+            world.tell(self._host, "the firewall fails this once")
+            raise DeviceFailed(f"{self._host}: no buffer space available")
+
+    def renew(self, scope: Scope, batch: Batch) -> Results:
+        self._may_fail()
+        return super().renew(scope, batch)
+
+    def read_back(self, scope: Scope, batch: Batch) -> tuple[Batch, npt.NDArray[np.bool_]]:
+        self._may_fail()
+        return super().read_back(scope, batch)
+
     def export(self, scope: Scope) -> Iterator[Batch | Omitted]:
+        self._may_fail()
         for piece in super().export(scope):
             yield piece
             self._world.meanwhile(scope.guest)
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
         self._world.may_crash(self._host, "before an insert")
+        self._may_fail()
         made = super().insert(scope, batch)
         mix = self._world.mix
         if mix.forgetful_device and self._world.random.random() < mix.forgetful_device:
@@ -96,6 +116,7 @@ class SimulatedDriver(MemoryDriver):
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
         self._world.may_crash(self._host, "before a removal")
+        self._may_fail()
         made = super().remove(scope, identities)
         self._world.may_crash(self._host, "after a removal")
         return made

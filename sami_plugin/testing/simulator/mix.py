@@ -72,6 +72,8 @@ class Mix:
     late_packets: float = 0.15
     capacity: int | None = None
     failing_device: float = 0.0
+    hiccups: float = 0.0
+    """Of a call of a driver, that it fails, and the next one does not."""
     forgetful_device: float = 0.0
     """Of an insert, that the device forgets a flow that it took."""
     lost_events: float = 0.0
@@ -132,7 +134,7 @@ def drawn(random: Random, **fixed: Any) -> Mix:
     if dice() < 0.06:
         mix.capacity = random.choice((6, 10, 14))
     if dice() < 0.04:
-        mix.failing_device = 0.3
+        mix.failing_device, mix.hiccups = 0.3, 0.05
     if dice() < 0.06:
         mix.forgetful_device = 0.5
     if dice() < 0.06:

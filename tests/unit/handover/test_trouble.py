@@ -27,6 +27,7 @@ from sami_plugin.model.results import Outcome, Results, results
 from sami_plugin.model.scope import Scope
 from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
+    ALL,
     GUEST_ADDRESS,
     IMPATIENT,
     SECOND_ADDRESS,
@@ -40,6 +41,7 @@ from tests.unit.handover.memory import (
     held,
     hosts_in,
     is_orphaned,
+    leave,
     leaving_session,
     limited,
     ports,
@@ -241,6 +243,22 @@ def test_who_goes_on_knows_that_flows_are_older_than_its_session(tmp_path: Path)
         hosts.start("host-b")
         until_renewed(hosts)
         assert min(times_left(hosts, "host-b", guest)) == 6
+
+
+def test_what_ran_out_while_nobody_renewed_it_is_not_taken_for_what_the_guest_ended(tmp_path: Path) -> None:
+    clocks = {"host-b": time.monotonic}  # where the guest is it renews its flows
+    driver = lambda name: MemoryDriver(MemoryDevice(name, clock=clocks.get(name, lambda: 0.0)))  # noqa: E731
+    with hosts_in(tmp_path, limited(hold_seconds=1), driver) as hosts:
+        guest = guest_with_flows(hosts, timeout=1)
+        begin(hosts, guest)
+        hosts.kill("host-b")
+        until(lambda: held(hosts, "host-b") == set())
+        leave(hosts, guest)
+        hosts.start("host-b")
+        words(hosts, guest, ("host-b", Phase.RESUMED))
+        until_idle(hosts)
+        assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
+        assert any("may have ended here" in reason for reason in report(hosts, "host-b", guest)["named"])
 
 
 def until_renewed(hosts: Hosts) -> None:

@@ -105,6 +105,7 @@ def test_wrong_arguments_are_refused(wrong: list[str], capsys: pytest.CaptureFix
     assert ended.value.code == 2
 
 
+HICCUPS = {"crash": 1.0, "hiccups": 0.1}
 RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
 
 
@@ -126,6 +127,9 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(154226, {"crash": 1}, id="what was there already was refused for lack of a place, and removed"),
         pytest.param(291127, {"crash": 1}, id="a guest that had come and left again was asked about as one that comes"),
         pytest.param(316655, {"crash": 1}, id="a silent flow ran out while nobody was there to tell of it anew"),
+        pytest.param(37525, HICCUPS, id="what could not be looked at was taken for put in by the next session"),
+        pytest.param(503974, {**HICCUPS, "failing_device": 0.3}, id="so was what a device that failed may have taken"),
+        pytest.param(532624, HICCUPS, id="what ran out while no agent was there was taken for what the guest ended"),
         pytest.param(310198, {}, id="what a late packet made at the source replaced what the guest had begun"),
         pytest.param(391135, {}, id="a journal that had failed was believed by the next session"),
         pytest.param(864652, {}, id="what has no zone was filed with another port's flows"),
