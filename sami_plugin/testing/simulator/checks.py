@@ -354,10 +354,11 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if entry.flow_id in device.by_packets and _nobody_looks_any_more(world, device, entry, sessions):
         return
     is_unheard = any((name, guest.id) in world.unheard for guest in guests)
-    if is_unheard and not any(_is_told_of(world, name, one, device.born[entry.flow_id], sessions) for one in guests):
+    born = device.born[entry.flow_id]
+    if is_unheard and not any(_is_told_of(world, name, one, born, sessions) for one in guests):
         return  # the agent was down when the guest left
     is_hindered = bool(world.hindrances) or any(guest.died_at for guest in guests)
-    if is_hindered and not sessions:
+    if is_hindered and all(_was_over_when_it_left(world, name, born, one) for _, one in sessions):
         return
     came = all(one.role == "destination" and one.report.outcome == MOVED for _, one in sessions)
     if came and {UNSAID, CRASHED} & world.hindrances.keys():
@@ -378,6 +379,12 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
 def _same(world: World, session: Session) -> list[Session]:
     """It, those that it goes on with, and those that went on with it."""
     return [one for _, one in world.sessions if (one.role, one.known_as) == (session.role, session.known_as)]
+
+
+def _was_over_when_it_left(world: World, name: str, born: float, session: Session) -> bool:
+    """Whether its guest ran on the host when this was made, and left it when this session of the host was over."""
+    came, left, _ = world.guests[session.guest].round_of(name, born)
+    return came <= born and world.ends.get((name, session.id), math.inf) < left < math.inf
 
 
 def _is_told_of(
