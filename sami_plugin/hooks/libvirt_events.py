@@ -13,6 +13,7 @@ is used: it has to be built against the host's libvirt, and not every host has o
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import queue
 import threading
@@ -137,7 +138,10 @@ class LibvirtHost:
 
     def _answers(self) -> bool:
         connection = self._connection
-        return connection is not None and connection.isAlive() == 1
+        try:
+            return connection is not None and connection.isAlive() == 1
+        except self._libvirt.libvirtError:  # it was closed in that moment
+            return False
 
     def description(self, guest: str) -> str | None:
         """The guest's XML, as it was last while libvirt cannot be asked; None where it is not here."""
@@ -184,6 +188,7 @@ class LibvirtHost:
                     self._mark_again()
             except Exception:  # as in `_say`
                 LOG.exception("libvirt %s is connected to anew", self._uri)
+                self._is_stopping.wait(RECONNECT_SECONDS)
             self._disconnect()
 
     def _connect(self) -> None:
@@ -193,15 +198,13 @@ class LibvirtHost:
         try:
             connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
             connection.registerCloseCallback(lambda *_: self._is_lost.set(), None)
-            self._callbacks = [
-                connection.domainEventRegisterAny(None, kind, callback, None)
-                for kind, callback in (
-                    (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._heard),
-                    (libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._copies),
-                )
-            ]
+            for kind, callback in (
+                (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._heard),
+                (libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._copies),
+            ):
+                self._callbacks.append(connection.domainEventRegisterAny(None, kind, callback, None))
         except libvirt.libvirtError:
-            connection.close()
+            self._close(connection)
             raise
         self._connection = connection
         if self._is_stopping.is_set():
@@ -211,12 +214,17 @@ class LibvirtHost:
         connection, self._connection = self._connection, None
         if not self._is_stopping.is_set():
             LOG.warning("libvirt %s ended the connection", self._uri)
-        try:
-            for callback in self._callbacks:  # a connection with one is not closed by close()
-                connection.domainEventDeregisterAny(callback)
-            connection.close()
-        except self._libvirt.libvirtError:
-            LOG.debug("libvirt %s was gone already", self._uri)
+        self._close(connection)
+
+    def _close(self, connection: Any) -> None:
+        """Whether it has ended already or not: as long as it has a callback, its descriptors stay open."""
+        callbacks, self._callbacks = self._callbacks, []
+        forget = [functools.partial(connection.domainEventDeregisterAny, callback) for callback in callbacks]
+        for step in (*forget, connection.unregisterCloseCallback, connection.close):
+            try:
+                step()
+            except self._libvirt.libvirtError as error:
+                LOG.debug("libvirt %s was gone already: %s", self._uri, error)
 
     def _poll(self) -> None:
         """Tells what no event says: a job of the source that began or is over."""
@@ -243,18 +251,19 @@ class LibvirtHost:
         """Of a guest that moves, or has come, when the connection is made, what would have been said of it by then."""
         libvirt, guest = self._libvirt, domain.UUIDString()
         try:
-            is_paused = domain.state(0) == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+            state, reason = domain.state(0)
             origin = self._origin(domain.XMLDesc(0))
         except libvirt.libvirtError as error:
             LOG.info("guest %s: libvirt does not say how it is: %s", guest, error)
             return
         if origin is not None and origin.host != self._host:  # it has not been marked since it came
             self._say(MigrationEvent(guest, Phase.STARTED, role=DESTINATION, is_incoming=True))
-            if not is_paused:
+            if not self._comes(state, reason):
                 self._say(MigrationEvent(guest, Phase.RESUMED, role=DESTINATION))
-        elif is_paused and self._job(guest) is Phase.OUTGOING:
-            self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
-            self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))
+        elif (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION):
+            if self._job(guest) is Phase.OUTGOING:
+                self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
+                self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))
 
     def _job(self, guest: str) -> Phase | None:
         """What becomes of a guest of this source: OUTGOING, ROLLBACK, STOPPED, or None where that is not certain."""
@@ -289,9 +298,16 @@ class LibvirtHost:
             state, reason = connection.lookupByUUIDString(guest).state(0)
         except libvirt.libvirtError as error:
             return self._absence(error)
-        if state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
+        if self._comes(state, reason):
             return None
         return Phase.RESUMED if state in (*self._lives, libvirt.VIR_DOMAIN_PAUSED) else Phase.STOPPED
+
+    def _comes(self, state: int, reason: int) -> bool:
+        """Whether a guest in this state that moves here is still on its way."""
+        libvirt = self._libvirt
+        # The second is its QEMU's until that has answered, which takes long where it has much memory to prepare.
+        is_coming = reason in (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP)
+        return state == libvirt.VIR_DOMAIN_PAUSED and is_coming
 
     def _absence(self, error: Any) -> Phase | None:
         if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:

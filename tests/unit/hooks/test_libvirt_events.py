@@ -47,6 +47,7 @@ NAMES = [
     "VIR_DOMAIN_PMSUSPENDED",
     "VIR_DOMAIN_PAUSED_USER",
     "VIR_DOMAIN_PAUSED_MIGRATION",
+    "VIR_DOMAIN_PAUSED_STARTING_UP",
     "VIR_DOMAIN_PAUSED_POSTCOPY",
     "VIR_DOMAIN_PAUSED_POSTCOPY_FAILED",
     "VIR_DOMAIN_JOB_UNBOUNDED",
@@ -121,6 +122,10 @@ class Libvirt(SimpleNamespace):
         self.heard: dict[int, Callable[..., None]] = {}
         self.closed: Callable[..., None] | None = None
         self.connections = 0
+        self.fails = ""
+        """The function that does."""
+        self.left_open = 0
+        """Connections that are not closed, or have a callback yet."""
 
     def virEventRegisterDefaultImpl(self) -> None: ...  # noqa: N802
 
@@ -133,6 +138,7 @@ class Libvirt(SimpleNamespace):
         if not self.is_up:
             raise LibvirtError(self.VIR_ERR_NO_CONNECT)
         self.connections += 1
+        self.left_open += 1
         return self
 
     def isAlive(self) -> int:  # noqa: N802
@@ -143,12 +149,21 @@ class Libvirt(SimpleNamespace):
     def registerCloseCallback(self, callback: Callable[..., None], opaque: object) -> None:  # noqa: N802
         self.closed = callback
 
+    def unregisterCloseCallback(self) -> None:  # noqa: N802
+        self.closed = None
+        if not self.is_up:
+            raise LibvirtError(self.VIR_ERR_NO_CONNECT)
+
     def domainEventRegisterAny(self, domain: object, kind: int, callback: Callable[..., None], _: object) -> int:  # noqa: N802
+        if self.fails == "domainEventRegisterAny" and self.heard:  # the second one
+            raise LibvirtError(self.VIR_ERR_OPERATION_DENIED)
         self.heard[kind] = callback
         return kind
 
     def domainEventDeregisterAny(self, callback: int) -> None:  # noqa: N802
         del self.heard[callback]
+        if not self.is_up:
+            raise LibvirtError(self.VIR_ERR_NO_CONNECT)
 
     def lookupByUUIDString(self, uuid: str) -> Domain:  # noqa: N802
         if self.domain.now is None:
@@ -156,9 +171,13 @@ class Libvirt(SimpleNamespace):
         return self.domain
 
     def listAllDomains(self, flags: int) -> list[Domain]:  # noqa: N802
+        if self.fails == "listAllDomains":
+            raise LibvirtError(self.VIR_ERR_OPERATION_DENIED)
         return [] if self.domain.now is None else [self.domain]
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        if not self.heard and self.closed is None:
+            self.left_open -= 1
 
     def say(self, event: str, detail: str) -> None:
         number = NUMBERS[f"VIR_DOMAIN_EVENT_{event}"], NUMBERS[f"VIR_DOMAIN_EVENT_{event}_{detail}"]
@@ -353,7 +372,17 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     expected = [(word, "destination")] + ([("stopped", "source")] if now is None else [])
     wait_until(lambda: len(heard.events) == len(expected), "what had been missed")
     assert heard.words() == expected
-    assert libvirt.connections == 2
+    assert (libvirt.connections, libvirt.left_open) == (2, 1)
+
+
+@pytest.mark.parametrize("fails", ["domainEventRegisterAny", "listAllDomains"])
+def test_connection_that_is_given_up_is_closed(libvirt: Libvirt, host: LibvirtHost, fails: str) -> None:
+    libvirt.fails = fails
+    assert libvirt.closed is not None
+    libvirt.closed(libvirt, 1, None)
+    wait_until(lambda: libvirt.connections > 5, "some tries to connect anew")
+    libvirt.fails = ""
+    wait_until(lambda: host._connection is not None and libvirt.left_open == 1, "all others to be closed")
 
 
 def test_agent_that_starts_while_the_daemon_is_away_knows_the_guests_of_the_one_before(
@@ -439,10 +468,13 @@ def test_description_that_is_too_large_to_be_read_is_not_kept(descriptions: Desc
     assert descriptions.get(GUEST) is None
 
 
+@pytest.mark.parametrize("underway", [[], [(GUEST, "destination")]])
+@pytest.mark.parametrize("reason", ["MIGRATION", "STARTING_UP"])
 def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(
-    libvirt: Libvirt, heard: Heard, descriptions: Descriptions
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions, reason: str, underway: list[tuple[str, str]]
 ) -> None:
-    libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+    heard.underway = underway
+    libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, NUMBERS[f"VIR_DOMAIN_PAUSED_{reason}"])
     libvirt.domain.setMetadata(
         NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-z"), domain_xml.ORIGIN_PREFIX,
         domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
