@@ -80,6 +80,8 @@ CREATE TABLE IF NOT EXISTS refusals (
 """
 
 _DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+_PRIMARY = 0xFF
+"""Of a result code; the rest says more."""
 
 _SINCE_FORMAT_2 = """
 ALTER TABLE sessions ADD COLUMN known_as TEXT NOT NULL DEFAULT '';
@@ -105,7 +107,13 @@ def opened(path: str | Path, keep: Retention) -> Journal:
     :raises JournalError: it cannot be read or written; who mends that loses nothing.
     """
     try:
-        return Journal(path, keep=keep)
+        journal = Journal(path, keep=keep)
+        try:
+            journal.check()
+        except JournalError:
+            journal.close()
+            raise
+        return journal
     except JournalDamaged as error:
         aside = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
         for ending in ("", "-wal", "-shm"):
@@ -149,9 +157,25 @@ class Journal:
                 later += _ADDED if version and "applied" not in columns else ""
                 self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}{later}PRAGMA user_version={FORMAT_VERSION};COMMIT")
         except (OSError, sqlite3.Error) as error:
-            is_damaged = getattr(error, "sqlite_errorcode", None) in _DAMAGED
-            kind = JournalDamaged if is_damaged else JournalError
-            raise kind(f"cannot use the journal {self.path}: {error}") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> JournalError:
+        is_damaged = getattr(error, "sqlite_errorcode", 0) & _PRIMARY in _DAMAGED
+        kind = JournalDamaged if is_damaged else JournalError
+        return kind(f"cannot use the journal {self.path}: {error}")
+
+    def check(self) -> None:
+        """Reads all of the file.
+
+        :raises JournalDamaged: a part of it is not what was written there.
+        """
+        try:
+            with self._lock:
+                (said,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+        if said != "ok":
+            raise JournalDamaged(f"cannot use the journal {self.path}: {said}")
 
     def close(self) -> None:
         with self._lock:

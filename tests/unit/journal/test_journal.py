@@ -94,6 +94,23 @@ def test_damaged_file_is_put_aside_and_the_agent_works(path: Path, caplog: pytes
     assert "a new one begins" in caplog.text
 
 
+def test_file_of_which_a_page_is_damaged_is_put_aside(path: Path) -> None:
+    """Its first page is whole, so it opens: each session would find out anew that it cannot be written."""
+    journal = Journal(path)
+    begin(journal)
+    journal.close()
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        (page,) = other.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sessions'").fetchone()
+        (octets,) = other.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * octets)
+        file.write(b"\xff" * octets)
+    with contextlib.closing(journal_module.opened(path, Retention())) as journal:
+        begin(journal)
+        assert [row["session"] for row in journal.unfinished()] == [ONE]
+    assert len([*path.parent.glob("*.damaged-*")]) == 1
+
+
 def test_file_that_may_not_be_opened_is_left_alone(path: Path) -> None:
     path.mkdir(parents=True)
     with pytest.raises(JournalError) as caught:
