@@ -180,6 +180,8 @@ class _Watches(Watch):
     ) -> None:
         self._watches, self._names, self._owner = watches, names, owner
         self._has_firsts_last = False
+        self._failed: set[int] = set()
+        """Who may have lost changes since they were told."""
 
     def collect(self) -> Changes:
         return _joined([self._watches[0].collect(), *self._others(lambda watch: watch.collect())])
@@ -198,7 +200,11 @@ class _Watches(Watch):
                 changes = how(watch)
             except Exception as error:  # noqa: BLE001 - as in all that others than the first do
                 _log(self._names[position], error)
+                self._failed.add(position)
                 continue
+            if position in self._failed:
+                self._failed.discard(position)
+                changes = replace(changes, is_complete=False)
             own = [
                 tuple(batch for batch in batches if self._owner(batch.template) == position)
                 for batches in (changes.removals, changes.upserts)
@@ -232,8 +238,10 @@ class ExportingWatch(Watch):
         try:
             for batch in self._exported().batches():
                 self._told.put(batch)
-        except SamiError as error:
-            LOG.warning("what there is will be told when it can be read: %s", error)
+        except Exception as error:
+            LOG.warning(
+                "what there is will be told when it can be read: %s", error, exc_info=not isinstance(error, SamiError)
+            )
         watches.append(self)
 
     def note(self, driver: FlowDriver, scope: Scope, batch: Batch) -> None:
@@ -249,6 +257,16 @@ class ExportingWatch(Watch):
         there = self._exported()
         with self._lock:
             seen, self._seen = self._seen, FlowTable()
+        try:
+            return self._changes(there, seen)
+        except Exception:
+            with self._lock:  # what was seen meanwhile is newer
+                for batch in self._seen.batches():
+                    seen.put(batch)
+                self._seen = seen
+            raise
+
+    def _changes(self, there: FlowTable, seen: FlowTable) -> Changes:
         for batch in self._told.batches():
             seen.put(batch)
         missing = [batch.take(~there.find(batch)[0]) for batch in seen.batches()]

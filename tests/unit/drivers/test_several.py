@@ -38,6 +38,8 @@ class Failing(MemoryDriver):
     """Fails as a device does that is away."""
 
     is_away = False
+    fails_to_read_back = False
+    """Once."""
 
     def capabilities(self, scope=None):
         self._look()
@@ -50,6 +52,9 @@ class Failing(MemoryDriver):
 
     def read_back(self, scope, batch):
         self._look()
+        if self.fails_to_read_back:
+            self.fails_to_read_back = False
+            raise DeviceFailed("no buffer space available")
         return super().read_back(scope, batch)
 
     def renew(self, scope, batch):
@@ -185,6 +190,33 @@ def test_watch_of_one_that_cannot_tells_what_was_given_time(several: SeveralDriv
         (told,) = watch.collect().upserts
         assert told.rows["sourceTransportPort"].tolist() == longer.rows["sourceTransportPort"].tolist()
         assert not watch.collect().upserts
+
+
+def test_what_ended_while_its_driver_failed_is_told_afterwards(several: SeveralDrivers, other: Failing) -> None:
+    several.capabilities()
+    with several.watch(SCOPE) as watch:
+        other.insert(SCOPE, UDP_FLOWS)
+        assert counts(several) == {"udp-ipv4": 3}
+        ended = UDP_FLOWS.identities
+        ended.rows["flowId"] = 0
+        other.remove(SCOPE, ended)
+        assert other.device.count == 0
+        other.fails_to_read_back = True
+        assert not watch.collect().removals
+        told = watch.collect()
+        assert [len(batch) for batch in told.removals] == [3]
+        assert not told.is_complete, "what else was lost is not known"
+        assert watch.collect().is_complete
+
+
+def test_watch_of_one_that_fails_as_no_driver_should_costs_its_own_kinds_alone(
+    several: SeveralDrivers, other: Failing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several.capabilities()
+    monkeypatch.setattr(other, "export", lambda scope: (_ for _ in ()).throw(OSError("No buffer space available")))
+    with several.watch(SCOPE) as watch:
+        several.insert(SCOPE, TCP_FLOWS)
+        assert sum(map(len, watch.collect().upserts)) == 2
 
 
 def test_watch_that_cannot_be_closed_costs_nobody_anything(monkeypatch: pytest.MonkeyPatch) -> None:
