@@ -260,10 +260,11 @@ class LibvirtHost:
             self._say(MigrationEvent(guest, Phase.STARTED, role=DESTINATION, is_incoming=True))
             if not self._comes(state, reason):
                 self._say(MigrationEvent(guest, Phase.RESUMED, role=DESTINATION))
-        elif (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION):
-            if self._job(guest) is Phase.OUTGOING:
-                self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
-                self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))
+            return
+        is_paused = (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+        if is_paused and self._job(guest) is Phase.OUTGOING:
+            self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
+            self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))
 
     def _job(self, guest: str) -> Phase | None:
         """What becomes of a guest of this source: OUTGOING, ROLLBACK, STOPPED, or None where that is not certain."""

@@ -43,6 +43,8 @@ LOG = logging.getLogger(__name__)
 MOST_OCTETS = 4096
 """A longer line is no event, unless it carries a domain."""
 MOST_OCTETS_WITH_DOMAIN = 1 << 20
+ACCEPT_AGAIN_SECONDS = 0.1
+"""Where the process has no descriptor left for a caller."""
 ROLES = ("source", "destination")
 
 Tell = Callable[[MigrationEvent], object]
@@ -328,6 +330,13 @@ class _Server(socketserver.ThreadingUnixStreamServer):
         self._refused = refused
         self._free = threading.BoundedSemaphore(bounds.hooks)
         super().__init__(path, handler)
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(ACCEPT_AGAIN_SECONDS)  # who waits to be let in is reported again at once
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import grp
 import json
 import os
 import socket
+import socketserver
 import stat
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lab.deadline import wait_until
 from sami_plugin.errors import ConfigurationError, OperatorError, Veto
 from sami_plugin.hooks import local_socket
 from sami_plugin.hooks.local_socket import (
@@ -291,6 +294,26 @@ def test_connections_are_bounded_and_the_one_too_many_is_told(path: Path, told: 
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert len(told) == 2
+
+
+def test_caller_for_whom_there_is_no_descriptor_waits_and_costs_no_processor(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[float] = []
+
+    def refuse(_: object) -> None:
+        tries.append(time.monotonic())
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as short, socket.socket(socket.AF_UNIX) as line:
+        short.setattr(socketserver.TCPServer, "get_request", refuse)
+        line.settimeout(10)
+        line.connect(str(path))
+        line.sendall(said() + b"\n")
+        wait_until(lambda: len(tries) > 3, "some tries")
+        short.undo()
+        assert json.loads(line.makefile().readline()) == {"answer": "ok"}
+    assert tries[3] - tries[0] >= 0.3
 
 
 def test_socket_s_mode_and_group_are_as_asked_for(tmp_path: Path) -> None:
