@@ -65,7 +65,10 @@ def _in_thread(move: Callable[[], None], work: Callable[[], T]) -> T:
             failed.append(error)
 
     thread = threading.Thread(target=run, name="sami-namespace", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise errors.NotAvailable(f"no network namespace can be entered for now: {error}") from error
     thread.join()
     if failed:
         raise failed[0]
@@ -86,7 +89,8 @@ def _enter(namespace: str) -> None:
             raise errors.NotPermitted(
                 f"the network namespace {namespace} cannot be entered; the agent needs CAP_SYS_ADMIN for that"
             ) from error
-        raise errors.NotAvailable(f"{namespace} is no network namespace: {error.strerror}") from error
+        kind = errors.HasGone if error.errno == errno.EINVAL else errors.NotAvailable  # a file that it has left behind
+        raise kind(f"{namespace} is no network namespace: {error.strerror}") from error
     finally:
         os.close(fd)
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sami_plugin import privileged
-from sami_plugin.errors import NotAvailable
+from sami_plugin.errors import HasGone, NotAvailable
 from sami_plugin.model.flows import ZoneRole
 from sami_plugin.scopes.bridge_iptables import PACKAGE
 from sami_plugin.scopes.command import output_of
@@ -60,7 +60,7 @@ class NeutronDvrScopes(RoutedScopes, OvsScopes):
     def _routers_now(self) -> Iterator[Router]:
         interfaces = self._integration.look().interfaces
         for path in sorted(self._namespaces.glob(ROUTERS)):
-            with contextlib.suppress(NotAvailable):  # it has gone meanwhile
+            with contextlib.suppress(HasGone):  # meanwhile
                 devices = privileged.in_namespace(str(path), socket.if_nameindex)
                 tags = (interfaces[name].tag for _, name in devices if name in interfaces)
                 networks = frozenset(tag for tag in tags if tag is not None)

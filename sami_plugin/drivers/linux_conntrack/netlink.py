@@ -177,21 +177,30 @@ class Connection:
     """
 
     def __init__(self, namespace: str | None, receive_octets: int = 8 << 20) -> None:
-        """:raises NotAvailable, NotPermitted: the namespace cannot be entered, or the kernel has no nfnetlink."""
+        """:raises NotAvailable, NotPermitted: the namespace cannot be entered, or the kernel has no nfnetlink.
+
+        :raises DeviceFailed: the kernel has no socket to give for now.
+        """
         try:
             self._socket = privileged.open_socket(
                 namespace, socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, nl.NETLINK_NETFILTER
             )
         except OSError as error:
+            if error.errno not in (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT):
+                raise _no_socket(error) from error
             raise errors.NotAvailable(
                 f"the kernel gives no netfilter netlink socket ({error.strerror}); load the module nfnetlink"
             ) from error
-        self._socket.bind((0, 0))
-        self._port = self._socket.getsockname()[0]
-        _set_buffer(self._socket, nl.SO_RCVBUFFORCE, socket.SO_RCVBUF, receive_octets)
-        _set_buffer(self._socket, nl.SO_SNDBUFFORCE, socket.SO_SNDBUF, 2 * _CHUNK)
-        for option in (nl.NETLINK_CAP_ACK, nl.NETLINK_EXT_ACK):
-            self._socket.setsockopt(nl.SOL_NETLINK, option, 1)
+        try:
+            self._socket.bind((0, 0))
+            self._port = self._socket.getsockname()[0]
+            _set_buffer(self._socket, nl.SO_RCVBUFFORCE, socket.SO_RCVBUF, receive_octets)
+            _set_buffer(self._socket, nl.SO_SNDBUFFORCE, socket.SO_SNDBUF, 2 * _CHUNK)
+            for option in (nl.NETLINK_CAP_ACK, nl.NETLINK_EXT_ACK):
+                self._socket.setsockopt(nl.SOL_NETLINK, option, 1)
+        except OSError as error:
+            self._socket.close()
+            raise _no_socket(error) from error
         self._socket.setblocking(False)
         self._poll = select.poll()  # not select(), which knows no file descriptor above 1023
         self._poll.register(self._socket, select.POLLIN)
@@ -424,6 +433,10 @@ class Overrun(errors.DeviceFailed):
 
     def __init__(self, what: str) -> None:
         super().__init__(what, errno.ENOBUFS)
+
+
+def _no_socket(error: OSError) -> errors.DeviceFailed:
+    return errors.DeviceFailed(f"the kernel gives no netfilter netlink socket ({error.strerror})", error.errno)
 
 
 def failure(code: int, what: str) -> errors.SamiError:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import struct
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sami_plugin import errors
-from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, probe
+from sami_plugin.drivers.linux_conntrack import LinuxConntrackDriver, netlink, probe
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder, Timeouts
 from sami_plugin.drivers.linux_conntrack.encode import Request, extras_of, requests
@@ -402,3 +404,29 @@ def passes(program: bytes, event: bytes) -> bool:
 def test_filter_lets_its_own_zones_through(zones: list[int], zone: int) -> None:
     event = requests(Request.INSERT, flows(TEMPLATES["tcp-ipv4"], 1), np.array([zone], np.uint16))[0].tobytes()
     assert passes(zone_filter(zones), event) == (zone in zones)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.EMFILE, errors.DeviceFailed),
+        (errno.ENOBUFS, errors.DeviceFailed),
+        (errno.EPROTONOSUPPORT, errors.NotAvailable),
+    ],
+)
+def test_socket_that_there_is_not_for_now_is_told_from_one_that_there_never_is(
+    monkeypatch: pytest.MonkeyPatch, code: int, kind: type[errors.SamiError]
+) -> None:
+    monkeypatch.setattr(netlink.privileged, "open_socket", mock.Mock(side_effect=OSError(code, os.strerror(code))))
+    with pytest.raises(errors.SamiError, match=os.strerror(code)) as caught:
+        netlink.Connection(None)
+    assert type(caught.value) is kind
+
+
+def test_socket_that_cannot_be_bound_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mock.Mock()
+    made.bind.side_effect = OSError(errno.ENOMEM, "Cannot allocate memory")
+    monkeypatch.setattr(netlink.privileged, "open_socket", mock.Mock(return_value=made))
+    with pytest.raises(errors.DeviceFailed, match="Cannot allocate memory"):
+        netlink.Connection(None)
+    made.close.assert_called_once_with()

@@ -10,7 +10,7 @@ from typing import Any
 import netaddr
 import pytest
 
-from sami_plugin.errors import NotAvailable
+from sami_plugin.errors import HasGone, NotAvailable
 from sami_plugin.model.flows import Addresses
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.scopes import command, neutron_dvr
@@ -89,7 +89,7 @@ def finder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NeutronDvrScopes:
 
     def in_namespace(path: str, work: Callable[[], Any]) -> Any:
         if not Path(path).exists():
-            raise NotAvailable(f"the network namespace {path} cannot be opened")
+            raise HasGone(f"there is no network namespace at {path}")
         return [(2, "qr-1")] if work is neutron_dvr.socket.if_nameindex else work()
 
     monkeypatch.setattr(neutron_dvr.privileged, "in_namespace", in_namespace)
@@ -139,6 +139,17 @@ def test_router_that_goes_meanwhile_is_passed_over(finder: NeutronDvrScopes, tmp
     finder._knowledge()
     (tmp_path / "netns" / ROUTER).unlink()
     assert [scope.port for scope in finder.find("g")] == [FIRST]
+
+
+def test_router_that_cannot_be_entered_is_not_passed_over(
+    finder: NeutronDvrScopes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_namespace(path: str, work: Callable[[], Any]) -> Any:
+        raise NotAvailable(f"the network namespace {path} cannot be opened: Too many open files")
+
+    monkeypatch.setattr(neutron_dvr.privileged, "in_namespace", in_namespace)
+    with pytest.raises(NotAvailable, match="Too many open files"):
+        finder.find("g")
 
 
 def test_missing_tool_is_told_at_the_start_although_there_is_no_router_yet(
