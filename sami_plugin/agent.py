@@ -17,6 +17,7 @@ from sami_plugin.callers import OVER_OF_A_GUEST, Caller, Callers, is_uuid
 from sami_plugin.codec import messages
 from sami_plugin.errors import (
     Crowded,
+    DeviceFailed,
     IllegalMessage,
     JournalError,
     NotAuthorised,
@@ -139,7 +140,10 @@ class Agent:
         for namespace in self.host.scopes.namespaces():
             try:
                 self.host.driver.attend(namespace)
-            except NotAvailable as error:  # of one that comes later, the first guest to leave is told by exports
+            except (
+                NotAvailable,
+                DeviceFailed,
+            ) as error:  # of one that comes later, the first guest to leave is told by exports
                 LOG.warning("%s: %s", self.host.name, error)
         self._recover()
         self.host.peers.start(self)
@@ -578,6 +582,9 @@ class Agent:
             except SamiError as error:  # the caller is told, and not the broker
                 self.host.refusals.note(caller.peer, error)
                 answer = GivesUp(str(error))
+            except Exception as error:  # what was taken from the line is said again by nobody
+                LOG.exception("%s calls, and nobody could answer", caller.peer)
+                answer = GivesUp(f"{type(error).__name__}: {error}")
             if answer is not None:
                 caller.line.say(messages.encode(answer))
             self._callers.hang_up(caller.id)

@@ -5,6 +5,7 @@ SamiError
 │   ├── ConfigurationError        an option, a file or an argument is wrong
 │   ├── NotPermitted              a capability or a permission is missing
 │   └── NotAvailable              the kernel, a tool or a service is missing
+│       └── HasGone                   what a router tracked is gone with it
 ├── RepresentationError       the sender's move: these bytes are no flow state
 │   ├── Malformed                 a length, type or structure is wrong; `place` says where
 │   └── NotUnderstood             well-formed, but marked as must-understand and unknown here

@@ -32,7 +32,7 @@ class FormerPort:
     flows: FlowTable = field(default_factory=FlowTable)
     """Which flows the destination was told of (of a source), or has put in (of a destination)."""
     unsure: FlowTable = field(default_factory=FlowTable)
-    """Which flows a destination was about to put in, or to take out, when its agent ended: it may have done so."""
+    """Which flows a destination may have put in, or taken out: its agent ended, its device failed, or nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def read(journal: Journal, row: Mapping[str, Any], settings: Settings, domain: D
         frozenset(heard),
         ports,
         json.loads(row["named"]),
-        row["started_at"],
+        row["begun_at"],
     )
 
 

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import Capabilities, FlowDriver
@@ -77,6 +77,8 @@ from sami_plugin.scopes.base import ScopeFinder
 from sami_plugin.transport.rpc import MORE_THREADS
 
 LOG = logging.getLogger(__name__)
+
+PortT = TypeVar("PortT")
 
 BULK = (ExportNext, ExportChanges, Resync)
 """Actions that send much: the next of them waits until the sender has room."""
@@ -732,6 +734,20 @@ class Session(abc.ABC):
         self._ended(self)
         if abandoned is not None:
             abandoned.fail(f"session {self.id} has ended before another one could go on with it")
+
+    def _of_each(self, ports: Iterable[PortT], act: Callable[[PortT], object]) -> None:
+        """For each of them, also where it fails for one.
+
+        :raises SamiError: the first failure.
+        """
+        failures = []
+        for port in ports:
+            try:
+                act(port)
+            except SamiError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     @contextmanager
     def _unless_gone(self, scope: Scope) -> Iterator[None]:

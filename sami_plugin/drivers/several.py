@@ -180,8 +180,6 @@ class _Watches(Watch):
     ) -> None:
         self._watches, self._names, self._owner = watches, names, owner
         self._has_firsts_last = False
-        self._failed: set[int] = set()
-        """Who may have lost changes since they were told."""
 
     def collect(self) -> Changes:
         return _joined([self._watches[0].collect(), *self._others(lambda watch: watch.collect())])
@@ -200,11 +198,7 @@ class _Watches(Watch):
                 changes = how(watch)
             except Exception as error:  # noqa: BLE001 - as in all that others than the first do
                 _log(self._names[position], error)
-                self._failed.add(position)
                 continue
-            if position in self._failed:
-                self._failed.discard(position)
-                changes = replace(changes, is_complete=False)
             own = [
                 tuple(batch for batch in batches if self._owner(batch.template) == position)
                 for batches in (changes.removals, changes.upserts)

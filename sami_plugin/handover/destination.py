@@ -113,7 +113,7 @@ class DestinationSession(Session):
         """
         super().__init__(host, session, guest, peer, ended)
         self._again, self._held_since = again, held_since
-        self._began_at = host.monotonic()
+        self._began_at = self._times_noted_at = host.monotonic()
         self._known = destination.new(host.settings.limits, self._began_at, held_since=held_since)
         self._deciding = threading.Lock()
         """Held for each decision: none is between a verdict and the end of the wait for it."""
@@ -698,19 +698,14 @@ class DestinationSession(Session):
     def _renew(self, action: Renew) -> Done:
         """Gives time to what would run out while the guest runs elsewhere; puts in again what vanished."""
         self._settle()  # what was put in a moment ago and vanished is older in what is held
-        hold = self.host.settings.limits.hold_seconds
-        # Rows are as they were when they were looked at: no longer ago than the session is old, or nobody knows when.
-        age = self.host.monotonic() - self._began_at if self._former is None else math.inf
+        if self._former is not None and not self._has_renewed:
+            self._note_times()
         for port in self._ports:
             # The source may tell of it when it is there again.
             for batch in (known for known in port.inherited() if known.template.is_renewed):
-                batch.rows["remainingTimeoutSeconds"] = self._time_of(batch)
-                self.host.driver.renew(port.scope, batch)
+                self.host.driver.renew(port.scope, self._short(batch))
             for batch in (held for held in port.held.batches() if held.template.is_renewed):
-                # What is no flow is looked after whatever time it has: its device may have begun anew.
-                is_short = batch.rows["remainingTimeoutSeconds"] < age + 2 * hold
-                short = batch.take(is_short | (not batch.template.is_flow))
-                short.rows["remainingTimeoutSeconds"] = self._time_of(short)
+                short = self._short(batch)
                 made = self.host.driver.renew(port.scope, short)
                 for reason in sorted({*made["reason"][came_out(made, Outcome.REFUSED)].tolist()}):
                     self.report.remark(f"more time was refused before the guest came: {WORDS[Reason(reason)]}")
@@ -722,13 +717,34 @@ class DestinationSession(Session):
         self._has_renewed = True
         return Done("Renew")
 
+    def _note_times(self) -> None:
+        """How much time is left to what another session has put in: it is older than this one, and may have changed."""
+        now = self.host.monotonic()
+        for port in self._ports:
+            for table in port.tables():
+                for batch in (known for known in table.batches() if known.template.is_renewed):
+                    found, is_there = self.host.driver.read_back(port.scope, batch)
+                    noted = batch.take(is_there)
+                    noted.rows["remainingTimeoutSeconds"] = found.rows["remainingTimeoutSeconds"][is_there]
+                    table.put(noted)
+        self._times_noted_at = now
+
+    def _short(self, batch: Batch) -> Batch:
+        """What would run out before the time after next, with the time that it is to have."""
+        # Rows are as they were when they were looked at, which is no longer ago than this.
+        age = self.host.monotonic() - self._times_noted_at
+        is_short = batch.rows["remainingTimeoutSeconds"] < age + 2 * self.host.settings.limits.hold_seconds
+        # What is no flow is looked after whatever time it has: its device may have begun anew.
+        short = batch.take(is_short | (not batch.template.is_flow))
+        short.rows["remainingTimeoutSeconds"] = self._time_of(short)
+        return short
+
     def _discard(self, action: Discard) -> Done:
         """The guest does not come: removes by name what this session put in and no other session claims."""
         self.host.release_places(self.id)
         self._waiting = []
         self._doubt_unverified()
-        for port in self._ports:
-            self._empty(port)
+        self._of_each(self._ports, self._empty)
         self.note("discarded")
         return Done("Discard", self._discarded)
 
@@ -800,7 +816,7 @@ class DestinationSession(Session):
         return self._known.state
 
     def _why_given_up(self) -> str:
-        return self._known.reason
+        return self._known.reason if self._state_before == destination.State.ORPHANED else ""
 
     def _step(self, event: Event, now: float) -> list[Action]:
         with self._deciding:

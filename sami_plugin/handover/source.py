@@ -529,14 +529,16 @@ class SourceSession(Session):
             self._left = self._kept_for_others = 0  # of a purge that failed half-way
             self.report.named.pop(KEPT, None)
             self._note_unsent(self._unsent)
-            for port in self._ports:
-                with self._unless_gone(port.scope):
-                    self._purge_port(port)
+            self._of_each(self._ports, self._purge_port)
             self.host.gone[self.id] = tuple(address for port in self._ports for address in port.scope.addresses)
         self.note("proved")
         return Done("Purge", self._removed, refused=self._left)
 
     def _purge_port(self, port: Leaving) -> None:
+        with self._unless_gone(port.scope):
+            self._purge_told(port)
+
+    def _purge_told(self, port: Leaving) -> None:
         told = chain(*(table.batches() for table in (port.exported, *port.untold())))
         if port.scope.is_shared:
             told = chain(*split(told, REMOVED_AT_A_TIME))
@@ -570,13 +572,15 @@ class SourceSession(Session):
             if not is_allowed:
                 self.report.remark("the guest is back, or may be; what late packets made here was not looked for")
                 return Done("PurgeLate")
-            for port in self._ports:
-                with self._unless_gone(port.scope):
-                    remaining = self._remaining(port)  # a whole firewall, while nobody waits for it
-                    with self.host.deciding(port.scope):
-                        self._purge_remaining(port, remaining)
+            self._of_each(self._ports, self._purge_late_of)
         self.note("watched")
         return Done("PurgeLate", self._late)
+
+    def _purge_late_of(self, port: Leaving) -> None:
+        with self._unless_gone(port.scope):
+            remaining = self._remaining(port)  # a whole firewall, while nobody waits for it
+            with self.host.deciding(port.scope):
+                self._purge_remaining(port, remaining)
 
     def _purge_remaining(self, port: Leaving, remaining: list[Batch]) -> None:
         stay = self._neighbours(port.scope)
@@ -620,7 +624,8 @@ class SourceSession(Session):
         return self._known.state
 
     def _why_given_up(self) -> str:
-        return self._known.reason
+        is_given_up = self._state_before == source.State.ABANDONED and self._known.reason != source.STARTED_ANEW
+        return self._known.reason if is_given_up else ""
 
     def _begin(self) -> None:
         """All but what goes on begins with the destination's Open, which is in the queue."""

@@ -44,7 +44,8 @@ CREATE TABLE IF NOT EXISTS sessions (
     destination TEXT NOT NULL DEFAULT '',
     token       TEXT NOT NULL DEFAULT '',
     applied     INTEGER NOT NULL DEFAULT 0,
-    named       TEXT NOT NULL DEFAULT '{}'
+    named       TEXT NOT NULL DEFAULT '{}',
+    begun_at    REAL NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS decisions (
     session     TEXT NOT NULL,
@@ -94,6 +95,9 @@ ALTER TABLE sessions ADD COLUMN token TEXT NOT NULL DEFAULT '';
 _ADDED = """
 ALTER TABLE sessions ADD COLUMN applied INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE sessions ADD COLUMN named TEXT NOT NULL DEFAULT '{}';
+"""
+_ADDED_LATER = """
+ALTER TABLE sessions ADD COLUMN begun_at REAL NOT NULL DEFAULT 0;
 """
 """What the first agents of format 2 did not write; they can do with it."""
 
@@ -155,6 +159,7 @@ class Journal:
                 columns = [row[1] for row in self._db.execute("PRAGMA table_info(sessions)")]
                 later = _SINCE_FORMAT_2 if version == 1 else ""
                 later += _ADDED if version and "applied" not in columns else ""
+                later += _ADDED_LATER if version and "begun_at" not in columns else ""
                 self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}{later}PRAGMA user_version={FORMAT_VERSION};COMMIT")
         except (OSError, sqlite3.Error) as error:
             raise self._failure(error) from error
@@ -168,6 +173,7 @@ class Journal:
         """Reads all of the file.
 
         :raises JournalDamaged: a part of it is not what was written there.
+        :raises JournalError: it cannot be read now.
         """
         try:
             with self._lock:
@@ -175,7 +181,8 @@ class Journal:
         except sqlite3.Error as error:
             raise self._failure(error) from error
         if said != "ok":
-            raise JournalDamaged(f"cannot use the journal {self.path}: {said}")
+            kind = JournalError if "unable to get" in said or "failed to get" in said else JournalDamaged
+            raise kind(f"cannot use the journal {self.path}: {said}")
 
     def close(self) -> None:
         with self._lock:
@@ -197,10 +204,12 @@ class Journal:
 
         `ports` as in `know`.
         """
+        now = time.time()
         self._write(
-            "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, ports, destination, token) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (session, guest, role, peer, state, time.time(), session, json.dumps(list(ports)), destination, token),
+            "INSERT INTO sessions "
+            "(session, guest, role, peer, state, started_at, begun_at, known_as, ports, destination, token) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (session, guest, role, peer, state, now, now, session, json.dumps(list(ports)), destination, token),
         )
 
     def go_on(
@@ -217,8 +226,8 @@ class Journal:
             with self._db:  # commits, or rolls back
                 self._db.execute(
                     "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, heard, ports, "
-                    "destination, token, applied, named) "
-                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports, destination, token, applied, named "
+                    "destination, token, applied, named, begun_at) "
+                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports, destination, token, applied, named, begun_at "
                     "FROM sessions WHERE session = ?",
                     (session, state, now, known_as, json.dumps(sorted(heard)), former),
                 )

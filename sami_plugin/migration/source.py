@@ -68,6 +68,7 @@ TOO_LONG = "the migration took longer than session_seconds"
 PURGE_TRIES = 3
 """In all; what is left behind in the last of them stays."""
 PURGE_AGAIN_SECONDS = 1.0
+STARTED_ANEW = "this host's agent was started anew"
 UNWANTED = "the guest has left, and the destination took no more of its flows within arrival_limit"
 
 
@@ -136,7 +137,7 @@ def recovered(
         is_gone=is_gone,
         purge_at=now + limits.arrival_seconds if is_gone else math.inf,
         has_arrived=has_arrived,
-        reason="this host's agent was started anew",
+        reason=STARTED_ANEW,
     )
     if state == State.PURGING.value:
         session = replace(session, state=State.PURGING, asks_again=True)

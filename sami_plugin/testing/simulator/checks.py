@@ -263,7 +263,9 @@ def ran_out_unseen(world: World, guest: Guest, flow: Flow) -> bool:
             is_told = any(guest.moves_since <= said <= at for said in world.stopped.get((name, guest.id), ()))
             is_asked = not any(since <= at <= until for since, until in world.away.get(guest.place or "", ()))
             was_down = any(guest.moves_since <= until and since <= at for since, until in world.away[name])
-            has_given_up = any(_was_given_up(one) for one in world.sessions_of(name, guest.id))
+            since = WALL + guest.moves_since
+            moves = [one for one in world.sessions_of(name, guest.id) if one.report.began_at >= since]
+            has_given_up = any(_was_given_up(one) for one in moves)
             if was_down or (guest.moves_since <= at and (has_given_up or not (is_told or is_asked))):
                 return True
     return False
@@ -355,18 +357,23 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
         return
     is_unheard = any((name, guest.id) in world.unheard for guest in guests)
     born = device.born[entry.flow_id]
-    if is_unheard and not any(_is_told_of(world, name, one, born, sessions) for one in guests):
+    was_told = any(_is_told_of(world, name, one, born, sessions) for one in guests)
+    if is_unheard and not was_told:
         return  # the agent was down when the guest left
     is_hindered = bool(world.hindrances) or any(guest.died_at for guest in guests)
-    if is_hindered and all(_was_over_when_it_left(world, name, born, one) for _, one in sessions):
+    if is_hindered and not sessions:
         return
+    was_unsaid = bool({UNSAID, CRASHED} & world.hindrances.keys())
+    if was_unsaid and not was_told and all(_was_over_when_it_left(world, name, born, one) for _, one in sessions):
+        return  # and nobody asked
     came = all(one.role == "destination" and one.report.outcome == MOVED for _, one in sessions)
-    if came and {UNSAID, CRASHED} & world.hindrances.keys():
+    if came and was_unsaid:
         return  # nobody here knew that it left again
     says_so = any(_says_that_it_failed(world, host, one) for host, one in sessions)
     newest = {one.role: one for _, one in sessions}.values()
     says_so |= any(not one._journal_works for one in newest)  # the log does, from that moment on
-    says_so |= any("was not looked for" in one.report.reason for _, one in sessions)
+    if entry.flow_id in device.by_packets:
+        says_so |= any("was not looked for" in one.report.reason for _, one in sessions)
     if says_so and (is_hindered or len(sessions) > 1):
         return
     if any(one.report.flows.get("left_behind") for _, one in sessions):

@@ -60,6 +60,7 @@ class MemoryJournal(Journal):
             "peer": peer,
             "state": state,
             "started_at": self._clock(),
+            "begun_at": self._clock(),
             "ended_at": None,
             "outcome": None,
             "report": None,

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -103,6 +104,20 @@ def driver_of(hosts: Hosts, host: str) -> Fragile:
     driver = hosts.drivers[host]
     assert isinstance(driver, Fragile)
     return driver
+
+
+# --- a host that calls
+
+
+def test_caller_to_whom_nobody_could_answer_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has said is taken from the line, so it is said by nobody again."""
+    with fragile_hosts(tmp_path, brief(open_seconds=30.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        monkeypatch.setattr(hosts.agents["host-a"], "_open", mock.Mock(side_effect=OSError(24, "Too many open files")))
+        prepare(hosts, guest)
+        (session,) = hosts.agents["host-b"].sessions()
+        until(lambda: session._state() == "orphaned")
+        assert "OSError: [Errno 24] Too many open files" in session._known.reason  # type: ignore[attr-defined]
 
 
 # --- ports that change

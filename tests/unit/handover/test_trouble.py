@@ -242,10 +242,13 @@ def test_who_goes_on_knows_that_flows_are_older_than_its_session(tmp_path: Path)
         passed[0] = 5.0
         hosts.start("host-b")
         until_renewed(hosts)
-        assert min(times_left(hosts, "host-b", guest)) == 6
+        assert min(times_left(hosts, "host-b", guest)) == 2
 
 
-def test_what_ran_out_while_nobody_renewed_it_is_not_taken_for_what_the_guest_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("starts", [1, 2])
+def test_what_ran_out_while_nobody_renewed_it_is_not_taken_for_what_the_guest_ended(
+    tmp_path: Path, starts: int
+) -> None:
     clocks = {"host-b": time.monotonic}  # where the guest is it renews its flows
     driver = lambda name: MemoryDriver(MemoryDevice(name, clock=clocks.get(name, lambda: 0.0)))  # noqa: E731
     with hosts_in(tmp_path, limited(hold_seconds=1), driver) as hosts:
@@ -254,8 +257,12 @@ def test_what_ran_out_while_nobody_renewed_it_is_not_taken_for_what_the_guest_en
         hosts.kill("host-b")
         until(lambda: held(hosts, "host-b") == set())
         leave(hosts, guest)
-        hosts.start("host-b")
-        words(hosts, guest, ("host-b", Phase.RESUMED))
+        hosts.kill("host-a")  # which tells nothing anew until the last start
+        for _ in range(starts):
+            hosts.kill("host-b")
+            hosts.start("host-b")
+        hosts.start("host-a")
+        words(hosts, guest, ("host-a", Phase.STOPPED), ("host-b", Phase.RESUMED))
         until_idle(hosts)
         assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
         assert any("may have ended here" in reason for reason in report(hosts, "host-b", guest)["named"])
@@ -271,6 +278,23 @@ def times_left(hosts: Hosts, host: str, guest: str) -> list[int]:
     found, is_there = hosts.drivers[host].read_back(hosts.scope(host, guest), tcp_flows(100))
     assert is_there.all()
     return found.rows["remainingTimeoutSeconds"].tolist()
+
+
+def test_who_goes_on_gives_no_time_back_that_the_guest_has_taken(tmp_path: Path) -> None:
+    """It has closed its connections since it came; that it did come is told a little later."""
+    with hosts_in(tmp_path, limited(hold_seconds=1)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        words(hosts, guest, ("host-a", Phase.SUSPENDED))
+        wait_for_step(hosts, "host-b", guest, "complete")
+        hosts.kill("host-a")
+        hosts.kill("host-b")
+        closed = tcp_flows(100)
+        closed.rows["remainingTimeoutSeconds"] = 120
+        hosts.drivers["host-b"].renew(hosts.scope("host-b", guest), closed)
+        hosts.start("host-b")
+        until_renewed(hosts)
+        assert set(times_left(hosts, "host-b", guest)) == {120}
 
 
 @pytest.mark.parametrize("has_all", [True, False])

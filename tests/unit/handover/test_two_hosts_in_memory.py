@@ -12,6 +12,7 @@ import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import HasGone, NotAvailable
+from sami_plugin.handover import DestinationSession
 from sami_plugin.model.flows import TEMPLATES, Batch, ZoneRole
 from sami_plugin.model.migration import Phase
 from sami_plugin.model.results import WORDS, Outcome, Reason, Results
@@ -235,6 +236,26 @@ def test_router_of_which_nobody_can_be_asked_has_not_gone(tmp_path: Path, moves:
         else:
             assert report["outcome"] == "failed"
             assert "could not be discarded: Open_vSwitch has no connection" in report["reason"]
+
+
+@pytest.mark.parametrize("is_router_first", [False, True])
+def test_port_is_emptied_where_its_router_cannot_be(tmp_path: Path, is_router_first: bool) -> None:
+    with hosts_in(tmp_path, driver=lambda name: UnaskedDriver(MemoryDevice(name))) as hosts:
+        guest, routed = routed_guest(hosts)
+        begin(hosts, guest)
+        hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
+        until(lambda: held(hosts, "host-b", ROUTERS["host-b"]) == routed)
+        (session,) = hosts.agents["host-b"].sessions()
+        assert isinstance(session, DestinationSession)
+        if is_router_first:
+            session._ports.reverse()
+        driver = hosts.drivers["host-b"]
+        assert isinstance(driver, UnaskedDriver)
+        driver.fails = 10
+        hosts.say("host-a", Phase.ROLLBACK, guest)
+        hosts.say("host-b", Phase.STOPPED, guest)
+        until_idle(hosts)
+        assert held(hosts, "host-b") == set()
 
 
 @pytest.mark.parametrize("is_router_first", [False, True])
