@@ -132,6 +132,7 @@ def _rule(words: list[str], tool: str, table: str) -> Rule:
         is_of_other_sources=is_of_other_sources,
         destinations=destinations,
         is_conditional=is_conditional,
+        versions=frozenset((6 if tool.startswith("ip6") else 4,)),
         verdict=verdict,
         jumps=(Jump(_chain(tool, table, target)),) if verdict is None and zone is None else (),
         assignments=(Assignment(zone),) if zone is not None else (),

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Self
 
-from sami_plugin.errors import ConfigurationError, OperatorError
+from sami_plugin.errors import ConfigurationError, NotAvailable, OperatorError
 from sami_plugin.model.flows import Addresses, ZoneRole
 from sami_plugin.model.guest_port import GuestPort
 from sami_plugin.model.scope import DEFAULT_ZONE, Scope
 from sami_plugin.scopes.base import ScopeFinder
-from sami_plugin.scopes.rules import Knowledge
+from sami_plugin.scopes.rules import ANY_DEVICE, BOTH, Knowledge
 
 if TYPE_CHECKING:
     from oslo_config import cfg
@@ -96,9 +96,13 @@ class LearnedScopes(ScopeFinder):
             for port in ports:
                 claims.setdefault(port.device, []).append(port)
         users = frozenset[str]().union(*(known.users.get(zone, frozenset()) for zone in zones))
+        if ANY_DEVICE in users:
+            users |= claims.keys()
         found: dict[object, None] = {}
         for other in sorted(_others(users, device) & known.present):
-            found |= dict.fromkeys(known.own.get(other, ()))
+            # The way to a guest that has left is by a device that is no guest's.
+            is_guest = other in claims
+            found |= dict.fromkeys(address for address in known.own.get(other, ()) if is_guest or address not in own)
             # Nobody gains by a claim here, it only keeps entries from being touched; but not the port's own.
             claimed = (address for port in claims.get(other, ()) for address in port.claimed)
             found |= dict.fromkeys(address for address in claimed if address not in own)
@@ -120,6 +124,8 @@ class LearnedScopes(ScopeFinder):
                     self._known, self._failure = self._look(), None
                 except OperatorError as error:
                     self._failure = error
+                except OSError as error:
+                    self._failure = NotAvailable(f"this host's devices and rules cannot be read: {error}")
                 ended = self._clock()
                 self._known_until = ended + max(FRESH_SECONDS, ended - began)
             if self._failure is not None:
@@ -151,7 +157,12 @@ class LearnedScopes(ScopeFinder):
             return None
         (zone,) = zones
         is_shared = zone == DEFAULT_ZONE or bool(_others(known.users.get(zone, frozenset()), device))
-        addresses = self._addresses(port, zone, is_shared, known)
+        every, versions = self._addresses(port, zone, is_shared, known), known.versions.get(device, BOTH)
+        addresses = tuple(address for address in every if address.version in versions)
+        if len(addresses) < len(every):
+            (version,) = BOTH - versions
+            why = f"no rule gives its IPv{version} packets a zone, so these flows stay behind"
+            self._say(guest, device, why, what="is known in part")
         if not addresses:
             self._say(guest, device, f"its zone is {zone}, and nothing that counts here says an address of it")
             return None
@@ -173,12 +184,12 @@ class LearnedScopes(ScopeFinder):
             sources.append(port.claimed)
         return tuple(_best(sources))
 
-    def _say(self, guest: str, device: str, why: str) -> None:
+    def _say(self, guest: str, device: str, why: str, what: str = "is not known here") -> None:
         with self._ports_lock:
             is_new = (guest, device, why) not in self._said
             self._said.add((guest, device, why))
         if is_new:
-            LOG.info("%s: port %s is not known here: %s", guest, device, why)
+            LOG.info("%s: port %s %s: %s", guest, device, what, why)
 
 
 def again(error: OperatorError) -> OperatorError:

@@ -29,16 +29,18 @@ from sami_plugin.errors import NotAvailable
 from sami_plugin.model.flows import Addresses
 from sami_plugin.scopes.command import output_of
 from sami_plugin.scopes.learned import LearnedScopes
-from sami_plugin.scopes.rules import Assignment, Devices, Jump, Knowledge, Rule, Verdict, host_address
+from sami_plugin.scopes.rules import BOTH, Assignment, Devices, Jump, Knowledge, Rule, Verdict, host_address
 
 PACKAGE = "nftables"
 TOOL = ("nft", "-j", "-t", "list", "ruleset")
 """Without the elements of named sets, of which there may be very many: what a rule needs is asked for by name."""
 FAMILIES = ("inet", "ip", "ip6")
+VERSIONS = {"ip": frozenset((4,)), "ip6": frozenset((6,))}
 
 # The calling thread's: /proc/net is that of the process's first thread.
 ROUTES = (Path("/proc/thread-self/net/route"), Path("/proc/thread-self/net/ipv6_route"))
-_RTF_UP, _RTF_REJECT, _RTF_ANYCAST, _RTF_LOCAL = 0x1, 0x200, 0x100000, 0x80000000  # include/uapi/linux/{,ipv6_}route.h
+# include/uapi/linux/{,ipv6_}route.h; behind a gateway are other hosts' guests
+_RTF_UP, _RTF_GATEWAY, _RTF_REJECT, _RTF_ANYCAST, _RTF_LOCAL = 0x1, 0x2, 0x200, 0x100000, 0x80000000
 
 _NAME = re.compile(r"[A-Za-z][\w./\\-]*", re.ASCII)
 """As nft's own language has them, of which its arguments are a text."""
@@ -90,7 +92,7 @@ def _is_hex(text: str, length: int) -> bool:
 def _is_used(flags: str) -> bool:
     if not _is_hex(flags, len(flags)) or not flags:
         return False
-    return int(flags, 16) & (_RTF_UP | _RTF_REJECT | _RTF_ANYCAST | _RTF_LOCAL) == _RTF_UP
+    return int(flags, 16) & (_RTF_UP | _RTF_GATEWAY | _RTF_REJECT | _RTF_ANYCAST | _RTF_LOCAL) == _RTF_UP
 
 
 def ruleset_of(text: str, tool: Sequence[str] = TOOL) -> list[Any]:
@@ -218,6 +220,7 @@ class _Reader:
             is_of_other_sources=self._is_of_other_sources,
             destinations=self._destinations,
             is_conditional=self._is_conditional,
+            versions=VERSIONS.get(self._thing["family"], BOTH),
             verdict=self._verdict,
             jumps=tuple(self._jumps),
             assignments=tuple(self._assignments),

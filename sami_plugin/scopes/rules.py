@@ -22,6 +22,9 @@ Devices = frozenset[str] | None
 ANY_DEVICE = "*"
 """Among the users of a zone: packets of whatever device."""
 
+BOTH = frozenset((4, 6))
+"""Versions of IP."""
+
 BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
 
@@ -64,6 +67,8 @@ class Rule:
     destinations: Addresses | None = None
     is_conditional: bool = False
     """It asks for more than that."""
+    versions: frozenset[int] = BOTH
+    """Of the packets that get to it."""
     verdict: Verdict | None = None
     jumps: tuple[Jump, ...] = ()
     assignments: tuple[Assignment, ...] = ()
@@ -77,6 +82,8 @@ class Knowledge:
     """By device, the zones that all its packets get. Rules that disagree give several."""
     users: Mapping[int, frozenset[str]] = field(default_factory=dict)
     """By zone, the devices of which some packets get it, whatever else they have to be."""
+    versions: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """By device, of which IP versions its packets get a zone; of a device that is not named, of both."""
     destinations: Mapping[int, Addresses] = field(default_factory=dict)
     """By zone, the addresses to which packets get it."""
     own: Mapping[str, Addresses] = field(default_factory=dict)
@@ -99,6 +106,7 @@ class Knowledge:
         for rule in rules:
             by_chain[rule.chain].append(rule)
         zones, users = defaultdict[str, set[int]](set), defaultdict[int, set[str]](set)
+        versions = defaultdict[str, set[int]](set)
         destinations, own = (
             defaultdict[int, list[netaddr.IPAddress]](list),
             defaultdict[str, list[netaddr.IPAddress]](list),
@@ -122,8 +130,10 @@ class Knowledge:
                     if got_by is not None and not is_conditional and not rule.is_of_other_sources:
                         for device in got_by:
                             zones[device].add(one.zone)
+                            versions[device] |= rule.versions & _versions_of(rule.sources)
         return cls(
             zones={device: frozenset(some) for device, some in zones.items()},
+            versions={device: frozenset(some) for device, some in versions.items() if some},
             users={zone: frozenset(some) for zone, some in users.items()},
             destinations={zone: tuple(dict.fromkeys(some)) for zone, some in destinations.items()},
             own={device: tuple(dict.fromkeys(some)) for device, some in own.items()},
@@ -150,6 +160,10 @@ def _reach(by_chain: Mapping[str, Sequence[Rule]], begins: Iterable[str]) -> dic
                     reached[jump.chain] = None if devices is None else before | devices
                 to_follow[jump.chain] = None
     return reached
+
+
+def _versions_of(addresses: Addresses | None) -> frozenset[int]:
+    return BOTH if addresses is None else frozenset(address.version for address in addresses)
 
 
 def _both(one: Devices, other: Devices) -> Devices:

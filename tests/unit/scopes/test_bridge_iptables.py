@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from unittest import mock
 
 import netaddr
 import pytest
@@ -253,6 +254,32 @@ def test_port_without_any_address_is_not_here_yet(caplog: pytest.LogCaptureFixtu
     ]
 
 
+def test_addresses_of_a_family_without_a_zone_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """What the guest says by them is in zone 0."""
+    caplog.set_level(logging.INFO)
+    finder = Told(OWN)
+    finder.learn(*own("g", "tap-g", "192.0.2.7", "2001:db8::7"))
+    assert finder.find("g")[0].addresses == addresses("192.0.2.7")
+    assert "tap-g is known in part: no rule gives its IPv6 packets a zone" in caplog.text
+
+
+def test_devices_that_cannot_be_listed_for_now_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    finder = Told(OWN)
+    finder.learn(*own())
+    monkeypatch.setattr(finder, "_look", mock.Mock(side_effect=OSError(24, "Too many open files")))
+    with pytest.raises(NotAvailable, match="Too many open files"):
+        finder.find("g")
+
+
+def test_guests_in_a_zone_of_all_devices_are_neighbours() -> None:
+    finder = Told(raw("-A PREROUTING -i tap-g -j CT --zone 7", "-A PREROUTING -j CT --zone 7"), trust_guest_xml=True)
+    finder.learn(*own("g", "tap-g", "192.0.2.7"))
+    finder.learn(*own("h", "tap-h", "192.0.2.8"))
+    (scope,) = finder.find("g")
+    assert scope.is_shared
+    assert finder.neighbours(scope) == addresses("192.0.2.8")
+
+
 def test_guest_that_nobody_spoke_of_is_not_here_and_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge_iptables, "output_of", None)
     finder = BridgeIptablesScopes()
@@ -274,7 +301,7 @@ def test_newest_word_counts_and_none_forgets() -> None:
 
 
 def test_claims_fill_a_family_that_nothing_else_says_in_a_zone_of_ones_own() -> None:
-    finder = Told(OWN)
+    finder = Told(OWN, raw("-A PREROUTING -i tap-g -j CT --zone 7"))
     finder.learn(*own("g", "tap-g", "192.0.2.66", "2001:db8::7"))
     assert finder.find("g")[0].addresses == addresses("192.0.2.7", "2001:db8::7")
 

@@ -176,6 +176,32 @@ def test_routes_to_hosts_are_those_that_are_used_and_not_the_hosts_own() -> None
     }
 
 
+def test_ways_to_guests_of_other_hosts_are_no_neighbours() -> None:
+    """In a routed network each of them has a host route, and so has a guest that has left."""
+    set_by = '"tap-h"}}, {"mangle"', '{"set": ["tap-h", "uplink"]}}}, {"mangle"'
+    shared = RECORDED.replace("4098", "4097").replace(*set_by)
+    left = IPV4_ROUTES.replace("tap-g\t0B005C0A\t00000000\t0005", "uplink\t0B005C0A\t0102FEA9\t0007")
+    elsewhere = "uplink\t32005C0A\t0102FEA9\t0007\t0\t0\t0\tFFFFFFFF\t0\t0\t0\n"
+    scope = Told(shared, IPV4_ROUTES + elsewhere, IPV6_ROUTES).find("g")[0]
+    assert Told(shared, IPV4_ROUTES + elsewhere, IPV6_ROUTES).neighbours(scope) == addresses("10.92.0.12")
+    assert Told(shared, left + elsewhere, "").neighbours(scope) == addresses("10.92.0.12")
+    flat = left.replace("0102FEA9\t0007", "00000000\t0005")  # the way to it is the link itself
+    assert Told(shared, flat, "").neighbours(scope) == addresses("10.92.0.12")
+
+
+@pytest.mark.parametrize(
+    ("rule", "family", "versions"),
+    [
+        ([by("tap-g"), sets_zone(7)], "inet", {4, 6}),
+        ([by("tap-g"), sets_zone(7)], "ip", {4}),
+        ([by("tap-g"), sets_zone(7)], "ip6", {6}),
+        ([by("tap-g"), end("saddr", "192.0.2.7"), sets_zone(7)], "inet", {4}),
+    ],
+)
+def test_family_of_which_packets_get_a_zone(rule: list[Any], family: str, versions: set[int]) -> None:
+    assert known(rule, family=family).versions == {"tap-g": versions}
+
+
 def test_addresses_by_destination_where_there_are_no_routes() -> None:
     assert Told(RECORDED).find("g")[0].addresses == addresses("10.92.0.11", "fd92::b")
 
