@@ -130,7 +130,9 @@ class DepositDriver(FlowDriver):
                 return {name: kept[name] for name in kept.files}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except OSError as error:
+            raise DeviceFailed(f"{self._path(scope)} cannot be read: {error.strerror or error}") from error
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DeviceFailed(f"{self._path(scope)} is no deposit any more: {error}; remove it") from error
 
     def _write(self, scope: Scope, table: FlowTable) -> None:

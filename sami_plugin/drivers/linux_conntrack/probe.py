@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from sami_plugin import errors, privileged
 from sami_plugin.drivers.linux_conntrack import attributes as nl
 from sami_plugin.drivers.linux_conntrack.decode import Decoded, Decoder
 from sami_plugin.drivers.linux_conntrack.encode import Request, dump_request, extras_of, requests
-from sami_plugin.drivers.linux_conntrack.netlink import Connection
+from sami_plugin.drivers.linux_conntrack.netlink import Connection, Octets, failure
 from sami_plugin.model.flows import TEMPLATES, Batch, FlowStatus, Template, ZoneRole, helper_octets
 from sami_plugin.model.keys import KeyIndex
 from sami_plugin.model.results import lost_fields
 from sami_plugin.model.risk import FUNCTION_OF, FUNCTIONS, HELPERS, LABELS, MASTERS, functions_of
 
+_SHORTAGES = (errno.ENOMEM, errno.ENOBUFS)
 _LOCK = threading.Lock()
 _FOUND: list[Features] = []
 
@@ -55,7 +58,7 @@ def _try() -> Features:
     connection = privileged.in_new_namespace(lambda: Connection(None))
     try:
         batch = Batch(TEMPLATES["udp-ipv4"], rows)
-        codes, _ = connection.ask(requests(Request.INSERT, batch, np.array([7, 8], np.uint16)))
+        codes = _tried(connection, requests(Request.INSERT, batch, np.array([7, 8], np.uint16)))
         if codes.any():
             # Without zones the kernel refuses the attribute; there is no more to learn of zones then.
             return Features(
@@ -86,7 +89,7 @@ def _functions(connection: Connection) -> frozenset[str]:
     sent = Batch.joined(template, [_flow(template).rows] * len(tried))
     sent.rows["flowMark"] = 0
     sent.rows["sourceTransportPort"] += np.arange(1, 1 + len(sent), dtype=np.uint16)
-    connection.ask(requests(Request.INSERT, master, np.zeros(1, np.uint16)))
+    _tried(connection, requests(Request.INSERT, master, np.zeros(1, np.uint16)))
     for position, function in enumerate(tried):
         one = Batch(template, sent.rows[position : position + 1])
         for name in (name for name, needs in FUNCTION_OF.items() if needs == function):
@@ -96,7 +99,7 @@ def _functions(connection: Connection) -> frozenset[str]:
                 field = f"master{name[0].upper()}{name[1:]}"
                 if field in (template.dtype.names or ()):
                     one.rows[field] = master.rows[name]
-        connection.ask(requests(Request.INSERT, one, np.zeros(1, np.uint16), int(extras_of(one)[0])))
+        _tried(connection, requests(Request.INSERT, one, np.zeros(1, np.uint16), int(extras_of(one)[0])))
     kept = {LABELS}
     decoder = Decoder({ZoneRole.PORT: 0})
     for messages in connection.dump(dump_request(None)):
@@ -116,7 +119,7 @@ def _optional(connection: Connection) -> frozenset[str]:
         if each.is_flow and (each.is_translated or each.protocol in nl.OPTIONAL) and not each.is_extended
     ]
     for template in templates:
-        connection.ask(requests(Request.INSERT, _flow(template), np.zeros(1, np.uint16)))
+        _tried(connection, requests(Request.INSERT, _flow(template), np.zeros(1, np.uint16)))
     kept = set()
     decoder = Decoder({ZoneRole.PORT: 0})
     for messages in connection.dump(dump_request(None)):
@@ -128,6 +131,18 @@ def _optional(connection: Connection) -> frozenset[str]:
                     kept.add(part.batch.template.name)
     missing = {each.name for each in templates if each.name not in kept}
     return frozenset(name for name in kept if TEMPLATES[name].plain.name not in missing)
+
+
+def _tried(connection: Connection, octets: Octets) -> npt.NDArray[np.int32]:
+    """What the kernel answers to each.
+
+    :raises DeviceFailed: it lacks something now that it may have later, and what it can is not known by that.
+    """
+    codes, _ = connection.ask(octets)
+    lacking = codes[np.isin(codes, _SHORTAGES)]
+    if len(lacking):
+        raise failure(int(lacking[0]), "flow that is tried")
+    return codes
 
 
 def _lost(sent: Batch, kept: Batch) -> set[str]:

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -130,6 +131,16 @@ def test_spoiled_file_is_told_and_left(tmp_path: Path, records: Batch) -> None:
             with pytest.raises(DeviceFailed, match=r"is no deposit any more.*remove it"):
                 work()
         assert path.read_bytes() == octets
+
+
+def test_file_that_cannot_be_read_for_now_is_not_to_be_removed(
+    tmp_path: Path, records: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = DepositDriver(str(tmp_path))
+    driver.insert(SCOPE, records)
+    monkeypatch.setattr(np, "load", mock.Mock(side_effect=OSError(24, "Too many open files")))
+    with pytest.raises(DeviceFailed, match="cannot be read: Too many open files$"):
+        list(driver.export(SCOPE))
 
 
 def test_full_disk_is_told_and_leaves_what_was_there(

@@ -430,3 +430,12 @@ def test_socket_that_cannot_be_bound_is_closed(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(errors.DeviceFailed, match="Cannot allocate memory"):
         netlink.Connection(None)
     made.close.assert_called_once_with()
+
+
+def test_what_the_kernel_could_not_try_for_lack_of_memory_is_tried_again() -> None:
+    connection = mock.Mock()
+    connection.ask.return_value = np.array([0, errno.EINVAL], np.int32), []
+    assert probe._tried(connection, np.zeros((2, 8), np.uint8)).tolist() == [0, errno.EINVAL]
+    connection.ask.return_value = np.array([0, errno.ENOMEM], np.int32), []
+    with pytest.raises(errors.DeviceFailed, match="ENOMEM"):
+        probe._tried(connection, np.zeros((2, 8), np.uint8))
