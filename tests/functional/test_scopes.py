@@ -180,7 +180,7 @@ def test_routes_of_the_host_say_whose_an_address_is_in_a_shared_zone(zones: str)
         many = f"set blocked {{ type ipv4_addr; elements = {{ {blocked} }} }}"
         rules = [f"ct zone set iifname map {zones}", "ip saddr @blocked drop"]
         chain = ["chain c {", "type filter hook prerouting priority raw", *rules, "}"]
-        host.run(["nft", "-f", "-"], "\n".join(["table ip z {", named, many, *chain, "}", ""]))
+        host.run(["nft", "-f", "-"], "\n".join(["table inet z {", named, many, *chain, "}", ""]))
         for guest, other in (guests, guests[::-1]):
             finders.learn(guest)
             scope = finders["a"].scope(guest)

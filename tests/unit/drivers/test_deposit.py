@@ -139,7 +139,7 @@ def test_file_that_cannot_be_read_for_now_is_not_to_be_removed(
     driver = DepositDriver(str(tmp_path))
     driver.insert(SCOPE, records)
     monkeypatch.setattr(np, "load", mock.Mock(side_effect=OSError(24, "Too many open files")))
-    with pytest.raises(DeviceFailed, match="cannot be read: Too many open files$"):
+    with pytest.raises(DeviceFailed, match=r"cannot be read: Too many open files$"):
         list(driver.export(SCOPE))
 
 
