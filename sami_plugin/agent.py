@@ -140,10 +140,8 @@ class Agent:
         for namespace in self.host.scopes.namespaces():
             try:
                 self.host.driver.attend(namespace)
-            except (
-                NotAvailable,
-                DeviceFailed,
-            ) as error:  # of one that comes later, the first guest to leave is told by exports
+            except (NotAvailable, DeviceFailed) as error:
+                # Of one that comes later, the first guest to leave is told by exports.
                 LOG.warning("%s: %s", self.host.name, error)
         self._recover()
         self.host.peers.start(self)
