@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from sami_plugin.codec import messages
 from sami_plugin.drivers.base import Capabilities, FlowDriver
@@ -78,7 +78,16 @@ from sami_plugin.transport.rpc import MORE_THREADS
 
 LOG = logging.getLogger(__name__)
 
-PortT = TypeVar("PortT")
+
+class Port(Protocol):
+    """What a session keeps of one port of its guest."""
+
+    @property
+    def scope(self) -> Scope:
+        """Where the port has its state here."""
+
+
+PortT = TypeVar("PortT", bound=Port)
 
 BULK = (ExportNext, ExportChanges, Resync)
 """Actions that send much: the next of them waits until the sender has room."""
@@ -736,14 +745,15 @@ class Session(abc.ABC):
             abandoned.fail(f"session {self.id} has ended before another one could go on with it")
 
     def _of_each(self, ports: Iterable[PortT], act: Callable[[PortT], object]) -> None:
-        """For each of them, also where it fails for one.
+        """For each of them that is still here, also where it fails for one.
 
         :raises SamiError: the first failure.
         """
         failures = []
         for port in ports:
             try:
-                act(port)
+                with self._unless_gone(port.scope):
+                    act(port)
             except SamiError as error:
                 failures.append(error)
         if failures:

@@ -535,10 +535,6 @@ class SourceSession(Session):
         return Done("Purge", self._removed, refused=self._left)
 
     def _purge_port(self, port: Leaving) -> None:
-        with self._unless_gone(port.scope):
-            self._purge_told(port)
-
-    def _purge_told(self, port: Leaving) -> None:
         told = chain(*(table.batches() for table in (port.exported, *port.untold())))
         if port.scope.is_shared:
             told = chain(*split(told, REMOVED_AT_A_TIME))
@@ -577,10 +573,9 @@ class SourceSession(Session):
         return Done("PurgeLate", self._late)
 
     def _purge_late_of(self, port: Leaving) -> None:
-        with self._unless_gone(port.scope):
-            remaining = self._remaining(port)  # a whole firewall, while nobody waits for it
-            with self.host.deciding(port.scope):
-                self._purge_remaining(port, remaining)
+        remaining = self._remaining(port)  # a whole firewall, while nobody waits for it
+        with self.host.deciding(port.scope):
+            self._purge_remaining(port, remaining)
 
     def _purge_remaining(self, port: Leaving, remaining: list[Batch]) -> None:
         stay = self._neighbours(port.scope)

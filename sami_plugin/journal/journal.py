@@ -84,22 +84,18 @@ _DAMAGED = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 _PRIMARY = 0xFF
 """Of a result code; the rest says more."""
 
-_SINCE_FORMAT_2 = """
-ALTER TABLE sessions ADD COLUMN known_as TEXT NOT NULL DEFAULT '';
-ALTER TABLE sessions ADD COLUMN heard TEXT NOT NULL DEFAULT '[]';
-ALTER TABLE sessions ADD COLUMN ports TEXT NOT NULL DEFAULT '[]';
-ALTER TABLE sessions ADD COLUMN flows_until REAL NOT NULL DEFAULT 0;
-ALTER TABLE sessions ADD COLUMN destination TEXT NOT NULL DEFAULT '';
-ALTER TABLE sessions ADD COLUMN token TEXT NOT NULL DEFAULT '';
-"""
-_ADDED = """
-ALTER TABLE sessions ADD COLUMN applied INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE sessions ADD COLUMN named TEXT NOT NULL DEFAULT '{}';
-"""
-_ADDED_LATER = """
-ALTER TABLE sessions ADD COLUMN begun_at REAL NOT NULL DEFAULT 0;
-"""
-"""What the first agents of format 2 did not write; they can do with it."""
+_ADDED = {
+    "known_as": "TEXT NOT NULL DEFAULT ''",
+    "heard": "TEXT NOT NULL DEFAULT '[]'",
+    "ports": "TEXT NOT NULL DEFAULT '[]'",
+    "flows_until": "REAL NOT NULL DEFAULT 0",
+    "destination": "TEXT NOT NULL DEFAULT ''",
+    "token": "TEXT NOT NULL DEFAULT ''",
+    "applied": "INTEGER NOT NULL DEFAULT 0",
+    "named": "TEXT NOT NULL DEFAULT '{}'",
+    "begun_at": "REAL NOT NULL DEFAULT 0",
+}
+"""Columns of sessions that agents before this one did not write; they can do with them."""
 
 MOST_REFUSALS = 1000
 """Rows; those that were not seen for longest give way."""
@@ -111,12 +107,11 @@ def opened(path: str | Path, keep: Retention) -> Journal:
     :raises JournalError: it cannot be read or written; who mends that loses nothing.
     """
     try:
-        journal = Journal(path, keep=keep)
-        try:
+        with contextlib.ExitStack() as unless_whole:
+            journal = Journal(path, keep=keep)
+            unless_whole.callback(journal.close)
             journal.check()
-        except JournalError:
-            journal.close()
-            raise
+            unless_whole.pop_all()
         return journal
     except JournalDamaged as error:
         aside = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -157,9 +152,8 @@ class Journal:
                 raise JournalError(f"{self.path} is no journal of format {FORMAT_VERSION} (it says {version})")
             if not read_only:
                 columns = [row[1] for row in self._db.execute("PRAGMA table_info(sessions)")]
-                later = _SINCE_FORMAT_2 if version == 1 else ""
-                later += _ADDED if version and "applied" not in columns else ""
-                later += _ADDED_LATER if version and "begun_at" not in columns else ""
+                missing = [column for column in _ADDED if columns and column not in columns]
+                later = "".join(f"ALTER TABLE sessions ADD COLUMN {one} {_ADDED[one]};" for one in missing)
                 self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}{later}PRAGMA user_version={FORMAT_VERSION};COMMIT")
         except (OSError, sqlite3.Error) as error:
             raise self._failure(error) from error
