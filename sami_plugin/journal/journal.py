@@ -176,7 +176,7 @@ class Journal:
             raise self._failure(error) from error
         if said != "ok":
             kind = JournalError if "unable to get" in said or "failed to get" in said else JournalDamaged
-            raise kind(f"cannot use the journal {self.path}: {said}")
+            raise kind(f"cannot use the journal {self.path}: {' '.join(said.split())}")
 
     def close(self) -> None:
         with self._lock:

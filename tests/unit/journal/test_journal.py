@@ -94,7 +94,7 @@ def test_damaged_file_is_put_aside_and_the_agent_works(path: Path, caplog: pytes
     assert "a new one begins" in caplog.text
 
 
-def test_file_of_which_a_page_is_damaged_is_put_aside(path: Path) -> None:
+def test_file_of_which_a_page_is_damaged_is_put_aside(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its first page is whole, so it opens: each session would find out anew that it cannot be written."""
     journal = Journal(path)
     begin(journal)
@@ -109,6 +109,8 @@ def test_file_of_which_a_page_is_damaged_is_put_aside(path: Path) -> None:
         begin(journal)
         assert [row["session"] for row in journal.unfinished()] == [ONE]
     assert len([*path.parent.glob("*.damaged-*")]) == 1
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "\n" not in told
 
 
 def test_file_that_may_not_be_opened_is_left_alone(path: Path) -> None:
