@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WHERE_THE_GUEST_IS = "each flow is where its guest is, or named as not carried"
 NOWHERE_ELSE = "each flow is nowhere else, or the report says so"
+NO_LONGER = "a firewall keeps what was closed no longer than it would have without"
 NOTHING_FOREIGN = "no foreign flow is touched"
 NOT_WHILE_IT_MAY_RUN = "nothing is purged at the source while the guest may run there"
 NOT_BEFORE_ARRIVED = "nothing is purged before COMPLETE and ARRIVED, but after the arrival limit, which is reported"
@@ -338,9 +339,11 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     if not flow.owners:
         return
     if any(port.guest.place == name and port.zones.get(name) == zone for port in flow.owners):
+        owner = next(port.guest for port in flow.owners if port.guest.place == name)
+        if entry.expires > flow.closes_at + LONG_SECONDS and not list(_tellers(world, owner, flow)):
+            world.violated(NO_LONGER, f"{flow.conversation.name} was closed, and stays until {entry.expires:.0f} s")
         if flow.is_live or not entry.row["flowMark"]:
             return  # nobody but a late packet makes an entry without a mark
-        owner = next(port.guest for port in flow.owners if port.guest.place == name)
         if _is_before_it_is_said_that_it_runs(world, owner, flow.ended_at):
             return  # and was put in again
         # Where nobody says that the guest is paused, what ends just before is not told from what ends in the pause.

@@ -116,6 +116,8 @@ class Flow:
     """When it is forgotten if nothing more is said in it."""
     changed_at: float = -math.inf
     ended_at: float = math.inf
+    closes_at: float = math.inf
+    """When one is forgotten that its ends have closed."""
     is_cleaned: bool = False
     """The network's own agent took it at the source, in the pause that is now."""
     is_lost_unseen: bool = False
@@ -126,6 +128,10 @@ class Flow:
     @property
     def is_between_guests(self) -> bool:
         return len(self.owners) > 1
+
+    @property
+    def is_closed(self) -> bool:
+        return self.closes_at < math.inf
 
     def belongs_to(self, guest: str) -> bool:
         return any(port.guest.id == guest for port in self.owners)

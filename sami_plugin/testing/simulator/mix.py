@@ -79,7 +79,9 @@ class Mix:
     lost_events: float = 0.0
     full_journal: float = 0.0
     crash: float = 0.0
-    """Of a host, that its agent crashes once, at any record, insertion or removal, and is started anew."""
+    """Of a host, that its agent crashes, at any record, insertion or removal, and is started anew."""
+    crash_again: float = 0.3
+    """Of an agent that was started anew, that it crashes as well, soon."""
     slow_sessions: float = 0.0
     """Seconds until a session handles what happened, at most."""
 

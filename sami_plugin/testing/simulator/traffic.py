@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sami_plugin.testing.simulator.world import World
 
 KEEPALIVE_SECONDS = 1.6
+CLOSED_SECONDS = 120
+"""As the kernel has it for TIME_WAIT."""
 
 
 class Traffic:
@@ -106,8 +108,20 @@ class Traffic:
                 self._world.tell(host, f"{flow.conversation.name} begins again")
                 again = Flow(flow.conversation, flow.owners, flow.mark + 1, changed_at=flow.ended_at)
                 self._enter(again, host, flow.owners[0].zones[host])
-        elif not flow.conversation.name.startswith("tcp"):
+        else:
             flow.is_renewed = False
+            if flow.conversation.name.startswith("tcp"):
+                self._close(flow, host, entry)
+
+    def _close(self, flow: Flow, host: str, entry: Entry) -> None:
+        """Both ends have said all: the firewall keeps it only for what may still be under way."""
+        self._world.tell(host, f"{flow.conversation.name} closes")
+        flow.expires_at = flow.closes_at = entry.expires = self._world.now + CLOSED_SECONDS
+        protocol = entry.template.protocol
+        assert protocol.states is not None
+        assert protocol.state_field is not None
+        entry.row[protocol.state_field] = protocol.states["TIME_WAIT"]
+        self._device(host).changed(self._place(flow, host), entry)
 
     def first_packets(self, guest: Guest) -> None:
         """Of a guest that has just come: what its firewall does not know yet gets an entry without a past."""
@@ -134,7 +148,8 @@ class Traffic:
             self._meet(guest, host, port)
 
     def _meet(self, guest: Guest, host: str, port: Port) -> None:
-        flows = [one for one in guest.flows if one.is_live and one.owners[0] is port and not one.is_between_guests]
+        flows = [one for one in guest.flows if one.owners[0] is port and not one.is_between_guests]
+        flows = [one for one in flows if one.is_live and not one.is_closed]
         if not flows:
             return
         flow = self._random.choice(flows)

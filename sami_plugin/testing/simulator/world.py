@@ -249,7 +249,7 @@ class World:
     def _start(self, name: str) -> None:
         host = self.hosts[name] = SimulatedHost(self, name, self.devices[name], self.journals[name])
         self.started.append(host)
-        host.agent.start()
+        self.guarded(name, host.agent.start)
 
     def _spoil(self) -> Script:
         """Devices and disks that fail for a while."""
@@ -575,7 +575,10 @@ class World:
         self.tell(host.name, f"the agent crashes {where}")
         self.hinder(checks.CRASHED)
         host.is_down = True
-        self.away[host.name].append((self.now, math.inf))
+        since = self.now
+        if self.away[host.name] and self.away[host.name][-1][1] == since:  # it came no further than its start
+            since, _ = self.away[host.name].pop()
+        self.away[host.name].append((since, math.inf))
         host.live.clear()
         self.hosts.pop(host.name, None)
         self.network.endpoints.pop(host.name, None)
@@ -586,8 +589,11 @@ class World:
         self._scripts -= 1
         self.tell(name, "the agent starts again")
         self.away[name][-1] = self.away[name][-1][0], self.now
+        if self.random.random() < self.mix.crash_again:
+            self._crash_in[name] = self.random.randint(1, 15)
         self._start(name)
-        settle(self, name)
+        if name in self.hosts:
+            settle(self, name)
 
 
 def _nothing() -> None:

@@ -196,6 +196,16 @@ def held_flows_run_out_of_time() -> Any:
     return mock.patch.object(DestinationSession, "_renew", return_value=Done("Renew"))
 
 
+@fault(200, copy_seconds=14.0, flows=5, traffic=8)
+def closed_flows_are_given_as_much_time_as_open_ones() -> Any:
+    def long(self: DestinationSession, batch: Batch) -> Batch:
+        batch = batch.take(np.ones(len(batch), bool))
+        batch.rows["remainingTimeoutSeconds"] = 432000
+        return batch
+
+    return mock.patch.object(DestinationSession, "_short", long)
+
+
 @fault(50, abort=1.0)
 def what_was_put_in_stays_after_a_roll_back() -> Any:
     return mock.patch.object(DestinationSession, "_discard", return_value=Done("Discard"))
