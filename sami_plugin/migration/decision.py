@@ -314,6 +314,11 @@ def replace(session: SessionT, **changes: Any) -> SessionT:
     return made
 
 
+def joined(*reasons: str) -> str:
+    """One reason of several, of which some may be empty."""
+    return "; ".join(filter(None, reasons))
+
+
 StateT = TypeVar("StateT")
 Cause = type[Message] | Phase | str | type[TimePassed]
 """What a table lists: a kind of message, a word of the hypervisor, the name of a finished action, the clock."""

@@ -7,6 +7,7 @@ RECEIVING    flows come; they go into the device as soon as the port's scope is 
 COMPLETE     all of it is in the device, read back and journaled; the guest is not here yet
 ARRIVED      the guest runs here and the source has been told; it purges now
 ORPHANED     no more flows come; what there is is kept until it is known whether the guest comes
+DISCARDING   the guest does not come, and not all that was put in could be removed; it is tried again
 ENDED
 
 What was put in is discarded when it is known that the guest does not come: the source has it all. That nobody has said
@@ -68,6 +69,9 @@ NO_ANSWER = "the source did not answer; is its agent running?"
 ZONE_POLL_SECONDS = 0.02
 REFUSED_SECONDS, REFUSED_POLL_SECONDS = 2.0, 0.2
 """So long, and so often, it is looked again where a guest's ports are after something of it was refused."""
+DISCARD_TRIES, DISCARD_AGAIN_SECONDS = 3, 1.0
+"""So often, and after so long, it is tried to remove what was put in for a guest that did not come."""
+COULD_NOT_DISCARD = "what this session put in could not be discarded"
 MOST_TIMES_ASKED = 32
 """Each new start of the source's agent takes one; more than that is no accident."""
 
@@ -82,7 +86,11 @@ class State(enum.StrEnum):
     COMPLETE = "complete"
     ARRIVED = "arrived"
     ORPHANED = "orphaned"
+    DISCARDING = "discarding"
     ENDED = "ended"
+
+
+_OPEN = (State.LOOKING, State.ASKED, State.NEGOTIATING, State.RECEIVING)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,9 @@ class Destination:
     imported: int = 0
     refused: int = 0
     reason: str = ""
+    outcome: Outcome = Outcome.STAYED
+    """Of the session, when what it has put in is discarded."""
+    failed_discards: int = 0
     times_asked: int = 1
     """This session and those with which it goes on."""
 
@@ -205,13 +216,12 @@ def let_go(session: Destination) -> Destination:
 
 def is_open(session: Destination) -> bool:
     """Whether the flows are still on their way: what is told of a migration now may be told of this one."""
-    is_open = session.state in (State.LOOKING, State.ASKED, State.NEGOTIATING, State.RECEIVING)
-    return is_open and not session.runs_here
+    return session.state in _OPEN and not session.runs_here
 
 
 def has_caught_up(session: Destination) -> bool:
     """Whether all that the source had at first is in the device, and was looked at; or nothing more is waited for."""
-    return session.has_caught_up or session.state in (State.COMPLETE, State.ARRIVED, State.ORPHANED, State.ENDED)
+    return session.has_caught_up or session.state not in _OPEN
 
 
 def step(session: Destination, event: Event, now: float) -> Decision:
@@ -300,8 +310,7 @@ def _go_on(session: Destination, now: float) -> Decision:
 
 def _refuse(session: Destination, reason: str) -> Decision:
     """The guest may not come."""
-    session = replace(session, state=State.ENDED, verdict=Verdict.VETO, reason=reason)
-    return session, [Say(Stays(reason)), Discard(), End(Outcome.STAYED, reason)]
+    return _undo(replace(session, verdict=Verdict.VETO), Outcome.STAYED, reason, Say(Stays(reason)))
 
 
 def _started(session: Destination, event: Event, now: float) -> Decision:
@@ -441,7 +450,7 @@ def _never_came(session: Destination, event: Event, now: float) -> Decision:
     if session.runs_here:  # it came, ran, and is gone again: another story than this session's
         return replace(session, state=State.ENDED), [End(Outcome.UNCLEAR, "the guest came and ended")]
     reason = "the guest did not come"
-    return replace(session, state=State.ENDED), [Say(Stays(reason)), Discard(), End(Outcome.STAYED, reason)]
+    return _undo(session, Outcome.STAYED, reason, Say(Stays(reason)))
 
 
 def _moves_on(session: Destination, event: Event, now: float) -> Decision:
@@ -456,7 +465,7 @@ def _source_says_it_stays(session: Destination, event: Event, now: float) -> Dec
     assert isinstance(event.message, Stays)
     if session.runs_here:
         return replace(session, state=State.ENDED), [End(Outcome.UNCLEAR, "both hosts say that the guest runs there")]
-    return replace(session, state=State.ENDED), [Discard(), End(Outcome.STAYED, event.message.reason)]
+    return _undo(session, Outcome.STAYED, event.message.reason)
 
 
 def _purged(session: Destination, event: Event, now: float) -> Decision:
@@ -480,6 +489,12 @@ def _purge_unheard(session: Destination, event: Event, now: float) -> Decision:
 
 def _end(session: Destination, outcome: Outcome, reason: str) -> Decision:
     return replace(session, state=State.ENDED), [End(outcome, reason)]
+
+
+def _undo(session: Destination, outcome: Outcome, reason: str, *said: Action) -> Decision:
+    """The guest does not come."""
+    session = replace(session, state=State.ENDED, outcome=outcome, reason=reason)
+    return session, [*said, Discard(), End(outcome, reason)]
 
 
 def _failed(session: Destination, event: Event, now: float) -> Decision:
@@ -535,8 +550,8 @@ def _came_without(session: Destination, event: Event, now: float) -> Decision:
 
 
 def _stayed_without(session: Destination, event: Event, now: float) -> Decision:
-    said: list[Action] = [Say(Stays("the guest did not come"))] if isinstance(event, GuestDid) else []
-    return replace(session, state=State.ENDED), [*said, Discard(), End(Outcome.STAYED, session.reason)]
+    said = [Say(Stays("the guest did not come"))] if isinstance(event, GuestDid) else []
+    return _undo(session, Outcome.STAYED, session.reason, *said)
 
 
 def _orphan_ends(session: Destination, event: Event, now: float) -> Decision:
@@ -560,10 +575,30 @@ def _could_not_end(session: Destination, event: Event, now: float) -> Decision:
     """The action that failed stood before `End`, which was not done therefore; or nobody goes on."""
     assert isinstance(event, ActionFailed)
     if event.what == "HandOver":
-        session, actions = _end(session, Outcome.FAILED, f"no other session could go on with it: {event.reason}")
-        return session, actions if session.runs_here else [Discard(), *actions]
-    reason = f"what this session put in could not be discarded: {event.reason}"
-    return _end(session, Outcome.FAILED, f"{session.reason}; {reason}" if session.reason else reason)
+        ends = _end if session.runs_here else _undo
+        return ends(session, Outcome.FAILED, f"no other session could go on with it: {event.reason}")
+    failed = session.failed_discards + 1
+    if failed < DISCARD_TRIES:
+        if failed == 1:
+            tried = f"to discard what it put in was tried again; it failed first: {event.reason}"
+            session = replace(session, reason=decision.joined(session.reason, tried))
+        again_at = now + DISCARD_AGAIN_SECONDS
+        return replace(session, state=State.DISCARDING, failed_discards=failed), [WakeAt(again_at)]
+    return _end(session, Outcome.FAILED, decision.joined(session.reason, f"{COULD_NOT_DISCARD}: {event.reason}"))
+
+
+def _discard_again(session: Destination, event: Event, now: float) -> Decision:
+    return _undo(session, session.outcome, session.reason)
+
+
+def _discard_at_last(session: Destination, event: Event, now: float) -> Decision:
+    return _discard_again(replace(session, failed_discards=DISCARD_TRIES - 1), event, now)
+
+
+def _came_undiscarded(session: Destination, event: Event, now: float) -> Decision:
+    """What runs here keeps its flows."""
+    reason = decision.joined(session.reason, f"{COULD_NOT_DISCARD}: the guest runs here after all")
+    return _end(replace(session, runs_here=True), Outcome.FAILED, reason)
 
 
 def _ask_again(session: Destination, event: Event, now: float) -> Decision:
@@ -575,8 +610,9 @@ def _ask_again(session: Destination, event: Event, now: float) -> Decision:
 
 def _superseded(session: Destination, event: Event, now: float) -> Decision:
     reason = session.reason or "another migration of the guest to here began"
-    actions: list[Action] = [Say(GivesUp(reason))] if session.runs_here else [Say(GivesUp(reason)), Discard()]
-    return replace(session, state=State.ENDED), [*actions, End(Outcome.UNCLEAR, reason)]
+    if not session.runs_here:
+        return _undo(session, Outcome.UNCLEAR, reason, Say(GivesUp(reason)))
+    return replace(session, state=State.ENDED), [Say(GivesUp(reason)), End(Outcome.UNCLEAR, reason)]
 
 
 def _ignore(session: Destination, event: Event, now: float) -> Decision:
@@ -599,6 +635,10 @@ _VERDICT: dict[decision.Cause, decision.Handler[Destination]] = {
     "OperatorSaid": _operator_said,
     "LetGo": _was_let_go,
 }
+
+_NOT_HEARD_ANY_MORE: dict[decision.Cause, decision.Handler[Destination]] = dict.fromkeys(
+    (AskAgain, Flows, InSync, FlowChanges, Purged, GivesUp, Stays), _ignore
+)
 
 TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
     State.LOOKING: {
@@ -675,14 +715,14 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         "ActionFailed": _orphan_goes_on,
         "Superseded": _superseded,
     },
+    State.DISCARDING: {
+        **_NOT_HEARD_ANY_MORE,
+        TimePassed: _discard_again,
+        Phase.RESUMED: _came_undiscarded,
+        "Superseded": _discard_at_last,
+    },
     State.ENDED: {
-        AskAgain: _ignore,
-        Flows: _ignore,
-        InSync: _ignore,
-        FlowChanges: _ignore,
-        Purged: _ignore,
-        GivesUp: _ignore,
-        Stays: _ignore,
+        **_NOT_HEARD_ANY_MORE,
         "ActionFailed": _could_not_end,
     },
 }

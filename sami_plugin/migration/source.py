@@ -427,7 +427,7 @@ def _watched_in_vain(session: Source, event: Event, now: float) -> Decision:
     failed = session.failed_purges + 1
     if failed < PURGE_TRIES:
         return replace(session, failed_purges=failed), [WakeAt(now + PURGE_AGAIN_SECONDS)]
-    reason = _joined(f"what late packets have made here was not looked for: {event.reason}", session.reason)
+    reason = decision.joined(f"what late packets have made here was not looked for: {event.reason}", session.reason)
     return replace(session, state=State.ENDED), [End(session.outcome, reason)]
 
 
@@ -436,9 +436,9 @@ def _purge_failed(session: Source, event: Event, now: float) -> Decision:
     assert isinstance(event, ActionFailed)
     failed = session.failed_purges + 1
     if failed == PURGE_TRIES:
-        return replace(session, state=State.ENDED), [End(Outcome.FAILED, _joined(event.reason, session.reason))]
+        return replace(session, state=State.ENDED), [End(Outcome.FAILED, decision.joined(event.reason, session.reason))]
     if failed == 1:
-        reason = _joined(session.reason, f"the purge was tried again; it failed first: {event.reason}")
+        reason = decision.joined(session.reason, f"the purge was tried again; it failed first: {event.reason}")
         session = replace(session, reason=reason)
     again_at = now + PURGE_AGAIN_SECONDS
     return replace(session, failed_purges=failed, purge_at=again_at), [WakeAt(again_at)]
@@ -458,12 +458,8 @@ def _comes_here_unpurged(session: Source, event: Event, now: float) -> Decision:
 
 
 def _is_here_unpurged(session: Source, event: Event, now: float) -> Decision:
-    reason = _joined("the guest is here again; what it left here before was not all removed", session.reason)
+    reason = decision.joined("the guest is here again; what it left here before was not all removed", session.reason)
     return replace(session, state=State.ENDED), [End(Outcome.FAILED, reason)]
-
-
-def _joined(*reasons: str) -> str:
-    return "; ".join(filter(None, reasons))
 
 
 def _failed(session: Source, event: Event, now: float) -> Decision:

@@ -91,6 +91,7 @@ HEARD: dict[State, set[type[Message]]] = {
     State.COMPLETE: {AskAgain, GivesUp, Purged, Stays},
     State.ARRIVED: {AskAgain, Purged, GivesUp},
     State.ORPHANED: {Offer, Flows, InSync, FlowChanges, Purged, GivesUp, Stays},
+    State.DISCARDING: {AskAgain, Flows, InSync, FlowChanges, Purged, GivesUp, Stays},
     State.ENDED: {AskAgain, Flows, InSync, FlowChanges, Purged, GivesUp, Stays},
 }
 BEFORE_THE_GUEST = [State.ASKED, State.RECEIVING, State.COMPLETE]
@@ -297,13 +298,42 @@ def test_purge_that_nobody_told_of_is_said_so() -> None:
     assert made.done[-1][1] == End(Outcome.MOVED, "the source did not say that it purged")
 
 
-@pytest.mark.parametrize("cause", [STOPPED, STAYS, Superseded()])
-def test_session_of_which_the_discarding_fails_ends_and_says_so(cause: Event) -> None:
+def shell_that_cannot_discard(cause: Event, times: int) -> Shell:
     made = shell(*IN_STATE[State.RECEIVING])
-    made.choices = iter(["fails"])
+    made.choices = iter(["fails"] * times)
     made.tell(cause)
-    assert made.done[-1][1] == End(Outcome.FAILED, "what this session put in could not be discarded: pretended")
-    assert ("Stays" in made.kinds()) == (cause == STOPPED)
+    assert made.session.state is State.DISCARDING
+    return made
+
+
+@pytest.mark.parametrize("times", range(1, destination.DISCARD_TRIES + 1))
+@pytest.mark.parametrize("cause", [STOPPED, STAYS, Superseded()])
+def test_what_could_not_be_discarded_is_tried_again_and_else_said(cause: Event, times: int) -> None:
+    made = shell_that_cannot_discard(cause, times)
+    made.wait_until(20)
+    end = made.done[-1][1]
+    assert isinstance(end, End)
+    assert made.kinds().count("Discard") == min(times + 1, destination.DISCARD_TRIES)
+    outcome = Outcome.UNCLEAR if cause == Superseded() else Outcome.STAYED
+    assert end.outcome is (Outcome.FAILED if times == destination.DISCARD_TRIES else outcome)
+    assert "it failed first: pretended" in end.reason
+    assert made.kinds().count("Stays") == (cause == STOPPED)
+
+
+def test_what_could_not_be_discarded_is_kept_for_a_guest_that_runs_here_after_all() -> None:
+    made = shell_that_cannot_discard(STOPPED, 1)
+    made.tell(RESUMED)
+    made.wait_until(20)
+    assert made.kinds().count("Discard") == 1
+    assert made.kinds()[-1] == "end: failed"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_could_not_be_discarded_is_before_another_session_begins(times: int) -> None:
+    made = shell_that_cannot_discard(STOPPED, times)
+    made.tell(Superseded())
+    assert made.kinds().count("Discard") == 2
+    assert made.kinds()[-1] == ("end: stayed" if times == 1 else "end: failed")
 
 
 LOST = [PeerLost("lost"), GIVES_UP, ActionFailed("Import", "pretended")]
