@@ -440,6 +440,8 @@ class Agent:
             if destination is not None or guest not in self._outgoing:
                 # Its pause may have been told before; that it is paused still shows when it is gone.
                 known = replace(known, destination=destination, is_suspended=False)
+            elif guest in self._outgoing.unconfirmed():  # the pause of then may be over; one of now is told as well
+                known = replace(known, is_suspended=False)
             token = origin.token if origin is not None and origin.host == self.host.name else known.token
             self._outgoing.put(guest, replace(known, token=token, scopes=scopes or known.scopes))
 

@@ -261,7 +261,8 @@ class LibvirtHost:
             if not self._comes(state, reason):
                 self._say(MigrationEvent(guest, Phase.RESUMED, role=DESTINATION))
             return
-        is_paused = (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+        for_a_job = (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY)
+        is_paused = state == libvirt.VIR_DOMAIN_PAUSED and reason in for_a_job
         if is_paused and self._job(guest) is Phase.OUTGOING:
             self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
             self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))

@@ -32,6 +32,7 @@ from tests.unit.handover.memory import (
     hosts_in,
     limited,
     ports,
+    states,
     tcp_flows,
     until,
     until_idle,
@@ -158,6 +159,24 @@ def test_guest_that_has_left_before_its_hypervisor_says_so_is_asked_for_like_any
     until_idle(hosts)
     assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
     assert outcome(hosts, "host-b", guest)[0] == "moved"
+
+
+def test_pause_of_a_job_that_ended_while_no_agent_was_there_is_not_that_of_the_next_one(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    guest = marked(hosts, hypervisors)
+    hypervisors["host-a"].leaving.add(guest)
+    for phase in (Phase.OUTGOING, Phase.SUSPENDED):
+        hosts.say("host-a", phase, guest)
+    hosts.kill("host-a")
+    hosts.start("host-a")
+    hosts.agents["host-a"].tell(MigrationEvent(guest, Phase.OUTGOING))  # as who asks libvirt says it
+    comes(hosts, guest, hypervisors["host-a"].description(guest))
+    wait_for_step(hosts, "host-b", guest, "in sync")
+    assert states(hosts, "host-a") == ["following"]
+    finish(hosts, guest)
+    until_idle(hosts)
+    assert (len(held(hosts, "host-a")), len(held(hosts, "host-b"))) == (0, 100)
 
 
 def test_guest_of_an_excluded_flavor_whose_pause_is_the_first_word_is_left_alone(

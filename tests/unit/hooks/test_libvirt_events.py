@@ -504,10 +504,11 @@ def test_guest_that_arrived_while_the_daemon_was_away_is_told_once(
     assert heard.words() == [("resumed", "destination")]
 
 
+@pytest.mark.parametrize("why", ["MIGRATION", "POSTCOPY"])
 def test_leaving_guest_that_is_paused_when_the_agent_starts_is_told(
-    libvirt: Libvirt, heard: Heard, descriptions: Descriptions
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions, why: str
 ) -> None:
-    libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+    libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, NUMBERS[f"VIR_DOMAIN_PAUSED_{why}"])
     libvirt.domain.job = {
         "type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
     }  # fmt: skip
