@@ -375,7 +375,7 @@ class Agent:
             case Phase.STARTED:
                 # Without a hook this is the first word. It may also be a late one, of a session that is well under way.
                 coming = self._sessions_of(event.guest, DestinationSession)
-                if all(one.refusal is not None or one.has_stopped for one in coming):
+                if all(one.refusal is not None or one.has_stopped or one.is_discarding for one in coming):
                     refused_from, until = self._refused.pop(event.guest, ("", 0.0))
                     if until < self.host.monotonic() or (origin is not None and origin.host == self.host.name):
                         refused_from = ""  # it starts here

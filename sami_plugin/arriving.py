@@ -50,6 +50,11 @@ class Arriving:
         """All that is known of flows of the port in the device."""
         return self.held, self.former, self.unsure
 
+    @property
+    def has_put_in(self) -> bool:
+        """Whether something may be in the device that was put in for the port."""
+        return bool(self.doubtful) or any(len(table) for table in self.tables())
+
     def inherited(self) -> Iterator[Batch]:
         """What another session has done, or was about to do, and the source has not told of anew."""
         yield from (*self.former.batches(), *self.unsure.batches())

@@ -129,8 +129,10 @@ class Host:
     lock: threading.RLock = field(default_factory=threading.RLock)
     _turns: threading.Lock = field(default_factory=threading.Lock)
     _promising: threading.Condition = field(default_factory=threading.Condition)
-    _purging: set[str] = field(default_factory=set)
-    _received: set[str] = field(default_factory=set)
+    _removing: list[str] = field(default_factory=list)
+    """Guests of which something is being removed: nothing of them is put in."""
+    _received: dict[str, str] = field(default_factory=dict)
+    """By guest that is received, the session that puts in its flows; empty when it has come."""
     _places: Places = field(init=False)
 
     def __post_init__(self) -> None:
@@ -261,8 +263,9 @@ class Host:
         """Held from deciding whose an entry of the scope is to removing it. In a zone of its own nobody else asks."""
         return self.lock if scope.is_shared else nullcontext()
 
-    # A guest may come back while what it left here is being purged. A kernel gives ids again, so that even by id the
-    # purge could hit what comes with it: either the purge is over before anything is put in, or it does not begin.
+    # A guest may come, or come back, while what it left here is being purged, or what was put in for it when it did not
+    # come is being discarded. A kernel gives ids again, so that even by id the removal could hit what comes with it:
+    # either it is over before anything is put in, or it does not begin.
 
     @contextmanager
     def purging(self, guest: str, *, has_names: bool) -> Iterator[bool]:
@@ -270,28 +273,48 @@ class Host:
 
         `has_names`: only those that were exported. For others it has to be known that the guest is not here.
         """
-        with self._turns:
-            is_allowed = guest not in self._received
-            if is_allowed:
-                self._purging.add(guest)
-        try:
+        with self._removing_unless(guest, lambda: guest in self._received) as is_allowed:
             yield is_allowed and self.is_here(guest) in ((False, None) if has_names else (False,))
-        finally:
-            with self._turns:
-                self._purging.discard(guest)
 
-    def may_put_in(self, guest: str) -> bool:
-        """Whether no purge of the guest's old flows is under way. Then none begins until the guest leaves again."""
+    def discarding(self, guest: str, session: str) -> AbstractContextManager[bool]:
+        """Whether what this session put in may be removed: the guest is not here, and no other session puts it in."""
+        return self._removing_unless(guest, lambda: self._received.get(guest, session) != session)
+
+    @contextmanager
+    def _removing_unless(self, guest: str, is_forbidden: Callable[[], bool]) -> Iterator[bool]:
         with self._turns:
-            if guest in self._purging:
+            if is_allowed := not is_forbidden():
+                self._removing.append(guest)
+        try:
+            yield is_allowed
+        finally:
+            if is_allowed:
+                with self._turns:
+                    self._removing.remove(guest)
+
+    def may_put_in(self, guest: str, session: str) -> bool:
+        """Whether no old flows of the guest are being removed. Then no purge begins until the guest leaves again."""
+        with self._turns:
+            if guest in self._removing:
                 return False
-            self._received.add(guest)
+            self._received[guest] = session
             return True
+
+    def take_over(self, guest: str, former: str, session: str) -> None:
+        """What one session may put in, and discard, another one may from now on."""
+        with self._turns:
+            if self._received.get(guest) == former:
+                self._received[guest] = session
+
+    def has_come(self, guest: str) -> None:
+        """What the guest has here now is its own, and no more what it left here before, or what was put in for it."""
+        with self._turns:
+            self._received[guest] = ""
 
     def leaves(self, guest: str) -> None:
         """What the guest has here now is what it leaves, and is purged when it has left."""
         with self._turns:
-            self._received.discard(guest)
+            self._received.pop(guest, None)
 
 
 class Session(abc.ABC):

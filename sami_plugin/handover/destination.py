@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sami_plugin.arriving import FOUND_ANEW, Arriving, Carried, Findings, Unverified
 from sami_plugin.codec import compression, ipfix
-from sami_plugin.errors import SamiError
+from sami_plugin.errors import NotAvailable, SamiError
 from sami_plugin.former import WAS_HERE, Former, FormerPort
 from sami_plugin.migration import destination
 from sami_plugin.migration.claims import place_of
@@ -151,6 +151,7 @@ class DestinationSession(Session):
     def take_over(self, former: Former) -> None:
         """What the former session put in is here, and is this one's to discard."""
         super().take_over(former)
+        self.host.take_over(self.guest, former.session, self.id)
         self._has_all = former.state in ("complete", "arrived")
         self._known = destination.continuing(
             self.host.settings.limits,
@@ -312,7 +313,7 @@ class DestinationSession(Session):
         changed = [(port, now) for port in self._ports if (now := _now(port.scope, here)) is not None]
         known = {port.scope.port for port in self._ports} | {now.port for _, now in changed}
         found = [scope for scope in here if scope.port not in known]
-        if (found or changed or self._moved) and not self.host.may_put_in(self.guest):
+        if (found or changed or self._moved) and not self.host.may_put_in(self.guest, self.id):
             return Done("FindScope", len(self._ports), is_all=False)
         for port, now in changed:
             self._move(port, now)
@@ -744,7 +745,10 @@ class DestinationSession(Session):
         self.host.release_places(self.id)
         self._waiting = []
         self._doubt_unverified()
-        self._of_each(self._ports, self._empty)
+        with self.host.discarding(self.guest, self.id) as is_allowed:
+            if not is_allowed and any(port.has_put_in for port in self._ports):
+                raise NotAvailable("the guest is here, or another migration brings it")
+            self._of_each(self._ports, self._empty)
         self.note("discarded")
         return Done("Discard", self._discarded)
 
@@ -755,13 +759,14 @@ class DestinationSession(Session):
             now = self._with_arrived(port.scope)
             for batch in port.held.batches():
                 self._discarded += self._removed(now, batch, by_id=not port.scope.is_shared)
-            for ours, theirs_too in port.doubtful_parts():
+            for ours, _ in port.doubtful_parts():
                 self._discarded += self._removed(now, ours, by_id=False)
-                if len(theirs_too):
-                    self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
             for batch in port.inherited():
                 self._discarded += self._removed(now, batch, by_id=False)
             self.host.arriving.release(self.id, port.scope)
+        for _, theirs_too in port.doubtful_parts():
+            if len(theirs_too):
+                self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
         port.held, port.former, port.unsure, port.doubtful = FlowTable(), FlowTable(), FlowTable(), []
 
     def _removed(self, scope: Scope, batch: Batch, *, by_id: bool) -> int:
@@ -779,6 +784,11 @@ class DestinationSession(Session):
         """
         is_open = destination.is_open(self._known) and not self.has_stopped
         return is_open and (source == self.peer or not source or not self.peer)
+
+    @property
+    def is_discarding(self) -> bool:
+        """Whether the guest does not come, and what was put in for it could not be removed yet."""
+        return self._known.state is destination.State.DISCARDING
 
     @property
     def is_started(self) -> bool:
@@ -875,7 +885,7 @@ class DestinationSession(Session):
         if event.phase is Phase.RESUMED:
             self.host.arriving_guests.pop(self.id, None)
             self.host.arrived_guests.add(self.guest)
-            self.host.may_put_in(self.guest)  # what it has here now is no more what it left here before
+            self.host.has_come(self.guest)
 
     def _end(self, outcome: SessionOutcome, reason: str) -> None:
         if self._known.runs_here:

@@ -71,7 +71,6 @@ REFUSED_SECONDS, REFUSED_POLL_SECONDS = 2.0, 0.2
 """So long, and so often, it is looked again where a guest's ports are after something of it was refused."""
 DISCARD_TRIES, DISCARD_AGAIN_SECONDS = 3, 1.0
 """So often, and after so long, it is tried to remove what was put in for a guest that did not come."""
-COULD_NOT_DISCARD = "what this session put in could not be discarded"
 MOST_TIMES_ASKED = 32
 """Each new start of the source's agent takes one; more than that is no accident."""
 
@@ -132,6 +131,8 @@ class Destination:
     outcome: Outcome = Outcome.STAYED
     """Of the session, when what it has put in is discarded."""
     failed_discards: int = 0
+    trouble: str = ""
+    """Why it was not all discarded at first."""
     times_asked: int = 1
     """This session and those with which it goes on."""
 
@@ -494,7 +495,7 @@ def _end(session: Destination, outcome: Outcome, reason: str) -> Decision:
 def _undo(session: Destination, outcome: Outcome, reason: str, *said: Action) -> Decision:
     """The guest does not come."""
     session = replace(session, state=State.ENDED, outcome=outcome, reason=reason)
-    return session, [*said, Discard(), End(outcome, reason)]
+    return session, [*said, Discard(), End(outcome, decision.joined(reason, session.trouble))]
 
 
 def _failed(session: Destination, event: Event, now: float) -> Decision:
@@ -580,25 +581,29 @@ def _could_not_end(session: Destination, event: Event, now: float) -> Decision:
     failed = session.failed_discards + 1
     if failed < DISCARD_TRIES:
         if failed == 1:
-            tried = f"to discard what it put in was tried again; it failed first: {event.reason}"
-            session = replace(session, reason=decision.joined(session.reason, tried))
+            trouble = f"to discard what was put in was tried again; it failed first: {event.reason}"
+            session = replace(session, trouble=trouble)
         again_at = now + DISCARD_AGAIN_SECONDS
         return replace(session, state=State.DISCARDING, failed_discards=failed), [WakeAt(again_at)]
-    return _end(session, Outcome.FAILED, decision.joined(session.reason, f"{COULD_NOT_DISCARD}: {event.reason}"))
+    return _left(session, event.reason)
 
 
 def _discard_again(session: Destination, event: Event, now: float) -> Decision:
     return _undo(session, session.outcome, session.reason)
 
 
-def _discard_at_last(session: Destination, event: Event, now: float) -> Decision:
-    return _discard_again(replace(session, failed_discards=DISCARD_TRIES - 1), event, now)
+def _left(session: Destination, why: str) -> Decision:
+    reason = f"what this session put in could not be discarded: {why}"
+    return _end(session, Outcome.FAILED, decision.joined(session.reason, reason))
 
 
 def _came_undiscarded(session: Destination, event: Event, now: float) -> Decision:
     """What runs here keeps its flows."""
-    reason = decision.joined(session.reason, f"{COULD_NOT_DISCARD}: the guest runs here after all")
-    return _end(replace(session, runs_here=True), Outcome.FAILED, reason)
+    return _left(replace(session, runs_here=True), "the guest runs here after all")
+
+
+def _comes_undiscarded(session: Destination, event: Event, now: float) -> Decision:
+    return _left(session, "another migration of the guest to here began")
 
 
 def _ask_again(session: Destination, event: Event, now: float) -> Decision:
@@ -719,7 +724,7 @@ TABLE: dict[State, dict[decision.Cause, decision.Handler[Destination]]] = {
         **_NOT_HEARD_ANY_MORE,
         TimePassed: _discard_again,
         Phase.RESUMED: _came_undiscarded,
-        "Superseded": _discard_at_last,
+        "Superseded": _comes_undiscarded,
     },
     State.ENDED: {
         **_NOT_HEARD_ANY_MORE,

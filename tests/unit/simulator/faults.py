@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -142,7 +142,7 @@ def late_packets_are_not_looked_for() -> Any:
 @fault(200, goes_back=1.0, moves=2, late_packets=0.5)
 def source_does_not_expect_the_guest_back() -> Any:
     @contextmanager
-    def purging(self: Any, guest: str) -> Iterator[bool]:
+    def purging(self: Any, guest: str, *, has_names: bool) -> Iterator[bool]:
         yield True
 
     with ExitStack() as stack:
@@ -228,7 +228,10 @@ def destination_discards_though_the_guest_runs_there() -> Any:
     def give_up(session: destination.Destination, reason: str, now: float) -> destination.Decision:
         return replace(session, state=destination.State.ENDED), [Discard(), End(Outcome.FAILED, reason)]
 
-    return mock.patch.object(destination, "_give_up", give_up)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(destination, "_give_up", give_up))
+        stack.enter_context(mock.patch.object(sessions.Host, "discarding", return_value=nullcontext(True)))
+        return stack.pop_all()
 
 
 @fault(50, late_zone=1.0)
