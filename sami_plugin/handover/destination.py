@@ -764,9 +764,9 @@ class DestinationSession(Session):
             for batch in port.inherited():
                 self._discarded += self._removed(now, batch, by_id=False)
             self.host.arriving.release(self.id, port.scope)
-        for _, theirs_too in port.doubtful_parts():
-            if len(theirs_too):
-                self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
+            for _, theirs_too in port.doubtful_parts():  # last: where something fails, all of it is done again
+                if len(theirs_too):
+                    self.report.name(NOT_DISCARDED, len(theirs_too), names(theirs_too))
         port.held, port.former, port.unsure, port.doubtful = FlowTable(), FlowTable(), FlowTable(), []
 
     def _removed(self, scope: Scope, batch: Batch, *, by_id: bool) -> int:

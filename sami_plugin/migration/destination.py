@@ -578,6 +578,8 @@ def _could_not_end(session: Destination, event: Event, now: float) -> Decision:
     if event.what == "HandOver":
         ends = _end if session.runs_here else _undo
         return ends(session, Outcome.FAILED, f"no other session could go on with it: {event.reason}")
+    if session.runs_here:
+        return _end(session, Outcome.FAILED, decision.joined(session.reason, event.reason))
     failed = session.failed_discards + 1
     if failed < DISCARD_TRIES:
         if failed == 1:

@@ -321,6 +321,14 @@ def test_what_could_not_be_discarded_is_tried_again_and_else_said(cause: Event, 
     assert made.kinds().count("Stays") == (cause == STOPPED)
 
 
+def test_nothing_is_discarded_where_the_guest_runs_whatever_fails() -> None:
+    session = replace(new(), state=State.ENDED, runs_here=True, reason="it ended")
+    assert destination.step(session, ActionFailed("Say", "pretended"), 0.0) == (
+        session,
+        [End(Outcome.FAILED, "it ended; pretended")],
+    )
+
+
 @pytest.mark.parametrize("word", [RESUMED, Superseded()])
 def test_what_could_not_be_discarded_is_left_to_who_comes(word: Event) -> None:
     made = shell_that_cannot_discard(STOPPED, 1)
