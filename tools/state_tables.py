@@ -195,6 +195,9 @@ def _alike(session: Any) -> Any:
     reason = "reason" if session.reason else ""
     if not isinstance(session, destination.Destination):
         return replace(session, reason=reason)
+    if session.state in (destination.State.DISCARDING, destination.State.ENDED):
+        counts = {name: getattr(session, name) for name in ("state", "runs_here", "outcome", "failed_discards")}
+        return replace(destination.new(LIMITS, 0.0), reason=reason, **counts)
     nobodys = {"imported": 0, "refused": 0, "in_sync": False, "has_caught_up": False}
     # Whether it looks again; for how long makes no other decision.
     looks = math.inf if session.look_until and session.state is destination.State.RECEIVING else 0.0

@@ -86,7 +86,7 @@ class Traffic:
             if host in port.zones:
                 self._make(port, host)
             return
-        live = [flow for flow in guest.flows if flow.is_live and self._is_whole(flow, host)]
+        live = [flow for flow in guest.flows if flow.is_live and not flow.is_closed and self._is_whole(flow, host)]
         if not live:
             return
         flow = self._random.choice(live)
