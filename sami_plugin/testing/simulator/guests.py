@@ -130,8 +130,9 @@ class Flow:
         return len(self.owners) > 1
 
     @property
-    def is_closed(self) -> bool:
-        return self.closes_at < math.inf
+    def is_open(self) -> bool:
+        """Whether more may be said in it."""
+        return self.is_live and self.closes_at == math.inf
 
     def belongs_to(self, guest: str) -> bool:
         return any(port.guest.id == guest for port in self.owners)

@@ -86,7 +86,7 @@ class Traffic:
             if host in port.zones:
                 self._make(port, host)
             return
-        live = [flow for flow in guest.flows if flow.is_live and not flow.is_closed and self._is_whole(flow, host)]
+        live = [flow for flow in guest.flows if flow.is_open and self._is_whole(flow, host)]
         if not live:
             return
         flow = self._random.choice(live)
@@ -148,8 +148,7 @@ class Traffic:
             self._meet(guest, host, port)
 
     def _meet(self, guest: Guest, host: str, port: Port) -> None:
-        flows = [one for one in guest.flows if one.owners[0] is port and not one.is_between_guests]
-        flows = [one for one in flows if one.is_live and not one.is_closed]
+        flows = [one for one in guest.flows if one.is_open and one.owners[0] is port and not one.is_between_guests]
         if not flows:
             return
         flow = self._random.choice(flows)
