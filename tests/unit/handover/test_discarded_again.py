@@ -135,3 +135,18 @@ def test_guest_that_starts_again_before_all_is_discarded_is_received(hosts: Host
     until_idle(hosts)
     assert len(ports(hosts, "host-b")) == 30
     assert outcomes(hosts, guest) == {"moved", "failed"}
+
+
+def test_what_a_session_put_in_is_discarded_by_the_one_that_goes_on_with_it(hosts: Hosts) -> None:
+    guest = guest_with_flows(hosts, 30)
+    begin(hosts, guest)
+    hosts.kill("host-a")
+    hosts.start("host-a")
+    hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+    until(lambda: "continued" in outcomes(hosts, guest))
+    until(lambda: states(hosts, "host-b") == ["receiving"])
+    hosts.say("host-a", Phase.ROLLBACK, guest)
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert ports(hosts, "host-b") == set()
+    assert outcomes(hosts, guest) == {"continued", "stayed"}
