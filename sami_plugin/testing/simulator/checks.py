@@ -43,6 +43,7 @@ LONG_SECONDS = 60
 WALL = 1.8e9
 """Seconds since 1970 when a run begins."""
 CRASHED = "an agent crashed"
+FAILED = "a firewall failed"
 UNSAID = "a word was not said"
 PAUSED_EARLY = "the guest was paused before its flows were sent"
 MOVED_ON = "a guest moved on, maybe before its flows had come"
@@ -71,10 +72,13 @@ class Guard:
         self._taken: list[_Taken] = []
         self.unarrived: set[tuple[str, str]] = set()
         """Sessions, by host and first id, that purged though nobody had said that the guest arrived."""
+        self.made: set[tuple[str, int]] = set()
+        """By host and id, the entries that sessions made."""
 
     def put_in(self, device: GuardedDevice, entry: Entry) -> None:
         """A session made an entry."""
         host, session = self._actor()
+        self.made.add((host.name, entry.flow_id))
         flow = self._world.flows.get(entry.original)
         if flow is None or not flow.belongs_to(session.guest):
             self._world.violated(NOTHING_FOREIGN, f"{host.name} puts in a flow that is not of {session.guest}")
@@ -372,7 +376,13 @@ def _check_leftover(world: World, name: str, device: GuardedDevice, zone: int, e
     came = all(one.role == "destination" and one.report.outcome == MOVED for _, one in sessions)
     if came and was_unsaid:
         return  # nobody here knew that it left again
-    says_so = any(_says_that_it_failed(world, host, one) for host, one in sessions)
+    if (name, entry.flow_id) in world.guard.made and not any(guest.was_on(name, born) for guest in guests):
+        # It was put in for a guest that did not come. A crash is no excuse for that, nor that something else failed.
+        words = ["nobody said whether the guest came"]
+        words += ["could not be discarded"] if FAILED in world.hindrances else []
+        says_so = any(word in one.report.reason for word in words for _, one in sessions)
+    else:
+        says_so = any(_says_that_it_failed(world, host, one) for host, one in sessions)
     newest = {one.role: one for _, one in sessions}.values()
     says_so |= any(not one._journal_works for one in newest)  # the log does, from that moment on
     if entry.flow_id in device.by_packets:

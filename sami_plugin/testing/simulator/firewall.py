@@ -13,6 +13,7 @@ from sami_plugin.errors import DeviceFailed
 from sami_plugin.model.flows import Batch, Omitted
 from sami_plugin.model.results import Outcome, Results, came_out
 from sami_plugin.model.scope import Scope
+from sami_plugin.testing.simulator import checks
 
 if TYPE_CHECKING:
     from sami_plugin.testing.simulator.world import World
@@ -72,7 +73,7 @@ class SimulatedDriver(MemoryDriver):
         """:raises DeviceFailed: this once."""
         world = self._world
         if world.mix.hiccups and world.random.random() < world.mix.hiccups:
-            world.hinder("a firewall failed")
+            world.hinder(checks.FAILED)
             world.tell(self._host, "the firewall fails this once")
             raise DeviceFailed(f"{self._host}: no buffer space available")
 

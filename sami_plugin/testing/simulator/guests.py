@@ -176,6 +176,10 @@ class Guest:
     def runs(self) -> bool:
         return self.place is not None and not self.is_paused
 
+    def was_on(self, host: str, since: float) -> bool:
+        """Whether it was there at that time or later."""
+        return self.place == host or any(source == host and when >= since for when, source, _ in self.moves)
+
     def round_of(self, host: str, born: float) -> tuple[float, float, float]:
         """When it came to the host, left what was made then, and came again."""
         left = next((when for when, source, _ in self.moves if source == host and when >= born), math.inf)

@@ -260,7 +260,7 @@ class World:
             faults, journal = self.devices[name].faults, self.journals[name]
             if mix.failing_device and random.random() < mix.failing_device:
                 faults.fail_after = random.randint(0, 4)
-                self.hinder("a firewall failed")
+                self.hinder(checks.FAILED)
                 self.tell(name, f"the firewall fails after {faults.fail_after} more")
                 yield random.random()
                 faults.fail_after = None

@@ -234,6 +234,11 @@ def destination_discards_though_the_guest_runs_there() -> Any:
         return stack.pop_all()
 
 
+@fault(300, crash=1.0, abort=1.0, flows=4, moves=2, guests=1, residents=0, copy_seconds=1.5)
+def who_goes_on_with_a_session_may_not_discard_what_that_put_in() -> Any:
+    return mock.patch.object(sessions.Host, "take_over", nothing)
+
+
 @fault(50, late_zone=1.0)
 def a_zone_that_is_late_is_not_asked_for_again() -> Any:
     return mock.patch.object(destination, "_next_wake", lambda session, now: WakeAt(session.deadline))
