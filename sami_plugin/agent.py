@@ -404,7 +404,8 @@ class Agent:
                         leaving.expect_return()
                     elif leaving.has_left:  # nobody had said that it comes back
                         leaving.tell(event)
-                self._lead(event, SourceSession, DestinationSession)
+                self._lead(event, SourceSession)
+                self._lead(event, DestinationSession)  # too: it may have come back while one goes on that saw it leave
             case Phase.ROLLBACK:
                 if not self._is_leaving(event.guest):  # else again: the word is about the job before this one
                     with self._lock:

@@ -145,6 +145,11 @@ RESTLESS = {"crash": 1.0, "loss": 0.0, "abort": 0.0, "moves": 3}
         pytest.param(673, RESTLESS, id="the first record of what leaves had no ports"),
         pytest.param(356, RESTLESS, id="what leaves was forgotten before its session was in the journal"),
         pytest.param(4456, RESTLESS, id="who came again while no agent was there was purged"),
+        pytest.param(
+            50725,
+            {**HICCUPS, "abort": 0.5, "moves": 3},
+            id="that the guest runs was told to the session that had seen it leave, not to the one that expected it",
+        ),
     ],
 )
 def test_seed_that_once_broke_a_promise_breaks_none(seed: int, mix: dict[str, Any]) -> None:
