@@ -256,14 +256,16 @@ class LibvirtHost:
         except libvirt.libvirtError as error:
             LOG.info("guest %s: libvirt does not say how it is: %s", guest, error)
             return
-        if origin is not None and origin.host != self._host:  # it has not been marked since it came
+        is_leaving = self._job(guest) is Phase.OUTGOING
+        # It has not been marked since it came. One that moves on already cannot be.
+        if origin is not None and origin.host != self._host and not is_leaving:
             self._say(MigrationEvent(guest, Phase.STARTED, role=DESTINATION, is_incoming=True))
             if not self._comes(state, reason):
                 self._say(MigrationEvent(guest, Phase.RESUMED, role=DESTINATION))
             return
         for_a_job = (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY)
         is_paused = state == libvirt.VIR_DOMAIN_PAUSED and reason in for_a_job
-        if is_paused and self._job(guest) is Phase.OUTGOING:
+        if is_paused and is_leaving:
             self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
             self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))
 

@@ -375,6 +375,24 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     assert (libvirt.connections, libvirt.left_open) == (2, 1)
 
 
+def test_guest_that_moves_on_before_it_could_be_marked_is_not_said_to_come(
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions
+) -> None:
+    there = f"<{domain_xml.ORIGIN_PREFIX}:origin xmlns:{domain_xml.ORIGIN_PREFIX}='{domain_xml.ORIGIN}'"
+    libvirt.domain.metadata = domain_xml.new_origin("host-b").replace("<origin", there)
+    libvirt.domain.may_write = False
+    libvirt.domain.job = {
+        "type": NUMBERS["VIR_DOMAIN_JOB_UNBOUNDED"],
+        "operation": NUMBERS["VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT"],
+    }
+    libvirt.domain.now = (NUMBERS["VIR_DOMAIN_PAUSED"], NUMBERS["VIR_DOMAIN_PAUSED_MIGRATION"])
+    host = LibvirtHost("qemu:///system", "host-a", descriptions)
+    host.start(heard.tell, lambda: heard.underway)
+    wait_until(lambda: len(heard.events) == 2, "what was missed")
+    host.stop()
+    assert heard.words() == [("outgoing", "source"), ("suspended", "source")]
+
+
 @pytest.mark.parametrize("fails", ["domainEventRegisterAny", "listAllDomains"])
 def test_connection_that_is_given_up_is_closed(libvirt: Libvirt, host: LibvirtHost, fails: str) -> None:
     libvirt.fails = fails
