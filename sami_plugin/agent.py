@@ -182,6 +182,8 @@ class Agent:
             if isinstance(session, DestinationSession) and not former.has(formers.WAS_HERE):
                 for leaving in self._sessions_of(guest, SourceSession):  # it has left, and comes back
                     leaving.expect_return()
+            elif former.role == "source" and self._is_coming(guest):
+                session.expect_return()  # it goes on with one that is older than what brings the guest back
             self._add(session)
 
     def _remember_who_came(self) -> None:
@@ -211,8 +213,7 @@ class Agent:
         session.report.request_id = former.report.request_id
         session.has_verdict, former.has_verdict = former.has_verdict, threading.Event()
         session.has_caught_up, former.has_caught_up = former.has_caught_up, threading.Event()
-        with self._lock:
-            self._sessions[session.id] = session
+        self._put_in_place_of(former, session)
         return session
 
     def stop(self) -> None:
@@ -404,14 +405,17 @@ class Agent:
                         leaving.expect_return()
                     elif leaving.has_left:  # nobody had said that it comes back
                         leaving.tell(event)
-                self._lead(event, SourceSession)
-                self._lead(event, DestinationSession)  # too: it may have come back while one goes on that saw it leave
+                self._lead(event, SourceSession, DestinationSession)
+                if self._is_coming(event.guest):  # too, where a session that goes on with its leaving is newer
+                    self._lead(event, DestinationSession)
             case Phase.ROLLBACK:
                 if not self._is_leaving(event.guest):  # else again: the word is about the job before this one
                     with self._lock:
                         self._outgoing.pop(event.guest)
                         self._refusing.pop(event.guest, None)
-                    self._lead(event, SourceSession)
+                    has_left = any(one.has_left for one in self._sessions_of(event.guest, SourceSession)[:1])
+                    if not (has_left and self._is_coming(event.guest)):  # else what was to come here is destroyed
+                        self._lead(event, SourceSession)
             case Phase.STOPPED:
                 self._stops(event)
         return next(iter(self._sessions_of(event.guest, DestinationSession)), None)
@@ -827,13 +831,23 @@ class Agent:
             has_all=said.has_all,
         )
         session.hear(heard)
-        self._sessions[session.id] = session
+        if self._is_coming(session.guest):
+            session.expect_return()
         if isinstance(older, SourceSession):
+            self._put_in_place_of(older, session)
             older.continue_with(session)
         elif older is not None:
+            self._sessions[session.id] = session
             go_on(session, *older)
             self.host.run(session)
         return session
+
+    def _put_in_place_of(self, former: Session, successor: Session) -> None:
+        """Who goes on with a session is no newer than it: words are about a migration that has begun since."""
+        with self._lock:
+            known = list(self._sessions.items())
+            known.insert([one for _, one in known].index(former) + 1, (successor.id, successor))
+            self._sessions = dict(known)
 
     def _left_before(self, peer: str, session: str, guest: str) -> Older | None:
         """A session that purged without arrival, and its report, for as long as its flows may still be imported.
@@ -878,6 +892,7 @@ class Agent:
     def _leaving(
         self, session: str, guest: str, peer: str, outgoing: Outgoing | None, line: Line | None = None
     ) -> SourceSession:
+        self.host.leaves(guest)
         return SourceSession(
             self.host,
             session,
@@ -924,15 +939,21 @@ class Agent:
         leaves_again = has_stayed and session.role == "source" and self._is_leaving(session.guest)
         with self._idle:
             self._sessions.pop(session.id, None)
-            is_last = all(one.guest != session.guest for one in self._sessions.values())
-            if is_last and has_stayed:
+            others = [one for one in self._sessions.values() if one.guest == session.guest]
+            is_last = not others
+            # What brought it here, and waits for its source yet, keeps nothing of a later move back.
+            is_last_to_leave = session.role == "source" and all(
+                isinstance(one, DestinationSession) and not one.is_awaited for one in others
+            )
+            if has_stayed and (is_last or is_last_to_leave):
                 outgoing = None if leaves_again else self._outgoing.pop(session.guest)
                 if outgoing is not None and outgoing.destination is not None:
                     self._refusing.put(session.guest, outgoing.destination)
                 if session.role == "source" and self._hypervisor is not None:
                     self._hypervisor.mark(session.guest)
             has_moved = session.role == "source" and session.report.outcome == Outcome.MOVED.value
-            if is_last and has_moved and (left := self._outgoing.get(session.guest)) is not None and left.is_suspended:
+            left = self._outgoing.get(session.guest) if has_moved and is_last_to_leave else None
+            if left is not None and left.is_suspended:
                 self._outgoing.pop(session.guest)  # with post-copy its process ends later, and leaves nothing more
             if is_last:
                 if session.guest in self._gone or has_stayed == (session.role == "destination"):

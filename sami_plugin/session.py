@@ -276,9 +276,17 @@ class Host:
         with self._removing_unless(guest, lambda: guest in self._received) as is_allowed:
             yield is_allowed and self.is_here(guest) in ((False, None) if has_names else (False,))
 
-    def discarding(self, guest: str, session: str) -> AbstractContextManager[bool]:
-        """Whether what this session put in may be removed: the guest is not here, and no other session puts it in."""
-        return self._removing_unless(guest, lambda: self._received.get(guest, session) != session)
+    @contextmanager
+    def discarding(self, guest: str, session: str) -> Iterator[bool]:
+        """Whether what this session put in may be removed: the guest is not here, and no other session puts it in.
+
+        When it is removed, nothing of the guest is here but what it left, which may be purged.
+        """
+        with self._removing_unless(guest, lambda: self._received.get(guest, session) != session) as is_allowed:
+            yield is_allowed
+        with self._turns:
+            if self._received.get(guest) == session:
+                del self._received[guest]
 
     @contextmanager
     def _removing_unless(self, guest: str, is_forbidden: Callable[[], bool]) -> Iterator[bool]:
@@ -441,7 +449,11 @@ class Session(abc.ABC):
 
     def approve(self, *, may_come: bool) -> None:
         """The operator was asked, and has spoken."""
-        self._events.put(OperatorSaid(may_come))
+        with self._handing_over:
+            if self._successor is None:
+                self._events.put(OperatorSaid(may_come))
+                return
+        self._successor.approve(may_come=may_come)
 
     def let_go(self) -> None:
         """The migration waits for this session's verdict no longer: unless it was refused before, the guest comes."""
@@ -727,10 +739,17 @@ class Session(abc.ABC):
                     event = self._events.get_nowait()
                 except queue.Empty:
                     break
-                if isinstance(event, GuestDid):
-                    successor.tell(event.event)
-                elif isinstance(event, LetGo):
-                    successor.let_go()
+                match event:
+                    case GuestDid(event=told):
+                        successor.tell(told)
+                    case LetGo():
+                        successor.let_go()
+                    case OperatorSaid(may_come=may_come):
+                        successor.approve(may_come=may_come)
+                    case Superseded():
+                        successor.supersede()
+                    case Returns():
+                        successor.expect_return()
         self.host.run(successor)
         self._close()
         self._leave()

@@ -151,7 +151,6 @@ class SourceSession(Session):
         self._named: Mapping[str, Any] | None = {}
         """What the journal has of the flows that the report will name; None where that is a former session's."""
         self._removed = self._late = self._left = self._kept_for_others = 0
-        host.leaves(guest)
 
     def take_over(self, former: Former) -> None:
         """The guest's flows are still here, or in the journal."""

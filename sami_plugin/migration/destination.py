@@ -273,7 +273,7 @@ def _negotiated(session: Destination, event: Event, now: float) -> Decision:
 
 def _operator_said(session: Destination, event: Event, now: float) -> Decision:
     assert isinstance(event, OperatorSaid)
-    if session.verdict is not Verdict.ASK:
+    if session.verdict not in (None, Verdict.ASK):  # None: he was asked by the session before this one
         return session, []
     return _go_on(session, now) if event.may_come else _refuse(session, f"the operator refused: {session.reason}")
 
