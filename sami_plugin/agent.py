@@ -158,6 +158,7 @@ class Agent:
         except JournalError as error:
             LOG.error("%s: what was under way is not gone on with: %s", host.name, error)
             return
+        recovered: list[tuple[Session, Former]] = []
         for row in unfinished:
             domain = host.peers.way_to(row["peer"]).domain
             guest, peer, name = row["guest"], row["peer"], row["session"]
@@ -179,11 +180,20 @@ class Agent:
                 LOG.error("%s: guest %s: what was under way cannot be gone on with: %s", name, guest, error)
                 continue
             LOG.warning("%s: guest %s: %s", name, guest, report.reason)
+            recovered.append((session, former))
+        for session, former in recovered:  # before any of them does anything
+            if isinstance(session, SourceSession):
+                self.host.leaves(session.guest)
+            elif former.has("guest resumed", formers.WAS_HERE):
+                self.host.has_come(session.guest)
+            elif any(len(port.flows) + len(port.unsure) for port in former.ports):
+                self.host.may_put_in(session.guest, session.id)
+        for number, (session, former) in enumerate(recovered):
             if isinstance(session, DestinationSession) and not former.has(formers.WAS_HERE):
-                for leaving in self._sessions_of(guest, SourceSession):  # it has left, and comes back
-                    leaving.expect_return()
-            elif former.role == "source" and self._is_coming(guest):
-                session.expect_return()  # it goes on with one that is older than what brings the guest back
+                for leaving, _ in recovered[:number]:  # the guest has left, and comes back
+                    if leaving.guest == session.guest and leaving.role == "source":
+                        leaving.expect_return()
+        for session, _ in recovered:
             self._add(session)
 
     def _remember_who_came(self) -> None:
@@ -355,7 +365,7 @@ class Agent:
         """
         if event.guest in self.host.policies.excluded:
             return None
-        if event.phase in (Phase.PREPARE, Phase.STARTED):
+        if event.phase is Phase.RESUMED:
             self._missed.discard(event.guest)
         if event.phase in (Phase.PREPARE, Phase.STARTED, Phase.RESUMED):
             self._gone.discard(event.guest)
@@ -635,9 +645,11 @@ class Agent:
     def _is_here(self, guest: str) -> bool | None:
         """Whether the hypervisor says that a guest is here of which this agent may have missed that it came.
 
-        Blocks while the hypervisor cannot be asked, for a while; None where it says nothing.
+        Blocks while the hypervisor cannot be asked, for a while; None where it says nothing. It is asked of one that
+        comes, too, by a thread for which its hooks do not wait for long: that the guest comes may have been said while
+        no agent was here to hear it, and it may run by now.
         """
-        if self._hypervisor is None or guest not in self._missed or self._is_coming(guest):
+        if self._hypervisor is None or guest not in self._missed:
             return False
         end = self.host.monotonic() + HYPERVISOR_SECONDS
         while (is_here := self._hypervisor.is_here(guest)) is None and self.host.monotonic() < end:
@@ -834,6 +846,7 @@ class Agent:
         if self._is_coming(session.guest):
             session.expect_return()
         if isinstance(older, SourceSession):
+            session.has_left = older.has_left  # it is told what the other one was told, but later
             self._put_in_place_of(older, session)
             older.continue_with(session)
         elif older is not None:

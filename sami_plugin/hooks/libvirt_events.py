@@ -127,12 +127,16 @@ class LibvirtHost:
         return phase is Phase.OUTGOING if phase is not None or self._answers() else None
 
     def is_here(self, guest: str) -> bool | None:
-        """Whether the guest is here, and not paused to be moved away. What `is_leaving` says of None holds here too."""
+        """Whether the guest is here, and neither on its way here nor paused to be moved away; None as for `is_leaving`.
+
+        Of one that comes it is answered when the hypervisor's hooks have returned.
+        """
         connection = self._connection
         if connection is None:
             return None
         try:
-            return self._stays(*connection.lookupByUUIDString(guest).state(0))
+            state, reason = connection.lookupByUUIDString(guest).state(0)
+            return self._stays(state, reason)
         except self._libvirt.libvirtError as error:
             return False if self._absence(error) is Phase.STOPPED else None
 
@@ -253,18 +257,18 @@ class LibvirtHost:
         try:
             state, reason = domain.state(0)
             origin = self._origin(domain.XMLDesc(0))
+            is_unmarked = origin is not None and origin.host != self._host  # since it came
+            for_a_job = (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY)
+            is_paused = state == libvirt.VIR_DOMAIN_PAUSED and reason in for_a_job
+            is_leaving = (is_unmarked or is_paused) and self._leaves(domain.jobStats(0))
         except libvirt.libvirtError as error:
             LOG.info("guest %s: libvirt does not say how it is: %s", guest, error)
             return
-        is_leaving = self._job(guest) is Phase.OUTGOING
-        # It has not been marked since it came. One that moves on already cannot be.
-        if origin is not None and origin.host != self._host and not is_leaving:
+        if is_unmarked and not is_leaving:  # one that moves on before it could be marked does not come
             self._say(MigrationEvent(guest, Phase.STARTED, role=DESTINATION, is_incoming=True))
             if not self._comes(state, reason):
                 self._say(MigrationEvent(guest, Phase.RESUMED, role=DESTINATION))
             return
-        for_a_job = (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY)
-        is_paused = state == libvirt.VIR_DOMAIN_PAUSED and reason in for_a_job
         if is_paused and is_leaving:
             self._say(MigrationEvent(guest, Phase.OUTGOING, role=SOURCE))
             self._say(MigrationEvent(guest, Phase.SUSPENDED, role=SOURCE))
@@ -278,11 +282,14 @@ class LibvirtHost:
             domain = connection.lookupByUUIDString(guest)
             job = domain.jobStats(0)
             if job.get("type", libvirt.VIR_DOMAIN_JOB_NONE) != libvirt.VIR_DOMAIN_JOB_NONE:
-                is_outgoing = job.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
-                return Phase.OUTGOING if is_outgoing else None
+                return Phase.OUTGOING if self._leaves(job) else None
             return Phase.ROLLBACK if self._stays(*domain.state(0)) else None
         except libvirt.libvirtError as error:
             return self._absence(error)
+
+    def _leaves(self, job: dict[str, Any]) -> bool:
+        """Whether the job moves the guest away."""
+        return job.get("operation") == self._libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
 
     def _stays(self, state: int, reason: int) -> bool:
         """Whether a guest in this state is here, and not on its way from or to another host."""
@@ -291,6 +298,7 @@ class LibvirtHost:
             return state in self._lives
         # Between the end of the job and the next event, or for good after post-copy failed.
         return reason not in (
+            libvirt.VIR_DOMAIN_PAUSED_STARTING_UP,
             libvirt.VIR_DOMAIN_PAUSED_MIGRATION,
             libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
             libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,

@@ -45,7 +45,8 @@ CREATE TABLE IF NOT EXISTS sessions (
     token       TEXT NOT NULL DEFAULT '',
     applied     INTEGER NOT NULL DEFAULT 0,
     named       TEXT NOT NULL DEFAULT '{}',
-    begun_at    REAL NOT NULL DEFAULT 0
+    begun_at    REAL NOT NULL DEFAULT 0,
+    place       INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS decisions (
     session     TEXT NOT NULL,
@@ -94,8 +95,11 @@ _ADDED = {
     "applied": "INTEGER NOT NULL DEFAULT 0",
     "named": "TEXT NOT NULL DEFAULT '{}'",
     "begun_at": "REAL NOT NULL DEFAULT 0",
+    "place": "INTEGER NOT NULL DEFAULT 0",
 }
 """Columns of sessions that agents before this one did not write; they can do with them."""
+PLACE = "CASE place WHEN 0 THEN rowid ELSE place END"
+"""Among all sessions: who goes on with one stands where that stood, whatever has begun since."""
 
 MOST_REFUSALS = 1000
 """Rows; those that were not seen for longest give way."""
@@ -220,9 +224,9 @@ class Journal:
             with self._db:  # commits, or rolls back
                 self._db.execute(
                     "INSERT INTO sessions (session, guest, role, peer, state, started_at, known_as, heard, ports, "
-                    "destination, token, applied, named, begun_at) "
-                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports, destination, token, applied, named, begun_at "
-                    "FROM sessions WHERE session = ?",
+                    "destination, token, applied, named, begun_at, place) "
+                    "SELECT ?, guest, role, peer, ?, ?, ?, ?, ports, destination, token, applied, named, begun_at, "
+                    f"{PLACE} FROM sessions WHERE session = ?",
                     (session, state, now, known_as, json.dumps(sorted(heard)), former),
                 )
                 self._db.execute("UPDATE payloads SET session = ? WHERE session = ?", (session, former))
@@ -244,7 +248,7 @@ class Journal:
 
     def unfinished(self) -> list[dict[str, Any]]:
         """Sessions that have begun and not ended, oldest first."""
-        return self._read("SELECT * FROM sessions WHERE ended_at IS NULL ORDER BY rowid", ())
+        return self._read(f"SELECT * FROM sessions WHERE ended_at IS NULL ORDER BY {PLACE}, rowid", ())
 
     def known_as(self, known_as: str, role: str) -> dict[str, Any] | None:
         """The newest session by the id that both hosts know it by; None where there is none."""
@@ -381,7 +385,7 @@ class Journal:
     def sessions(self) -> list[dict[str, Any]]:
         """All sessions, newest first, each in the state to which its last decision led."""
         last = "SELECT state FROM decisions WHERE session = sessions.session ORDER BY number DESC LIMIT 1"
-        rows = self._read(f"SELECT *, ({last}) AS last FROM sessions ORDER BY rowid DESC", ())
+        rows = self._read(f"SELECT *, ({last}) AS last FROM sessions ORDER BY {PLACE} DESC, rowid DESC", ())
         for row in rows:
             last = row.pop("last")
             row["state"] = last if last is not None and row["ended_at"] is None else row["state"]
@@ -401,7 +405,7 @@ class Journal:
 
     def newest(self, guest: str) -> str:
         """The id of the guest's newest session; empty where it has none."""
-        query = "SELECT session FROM sessions WHERE guest = ? ORDER BY rowid DESC LIMIT 1"
+        query = f"SELECT session FROM sessions WHERE guest = ? ORDER BY {PLACE} DESC, rowid DESC LIMIT 1"
         rows = self._read(query, (guest,))
         return str(rows[0]["session"]) if rows else ""
 

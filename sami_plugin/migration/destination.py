@@ -275,7 +275,8 @@ def _operator_said(session: Destination, event: Event, now: float) -> Decision:
     assert isinstance(event, OperatorSaid)
     if session.verdict not in (None, Verdict.ASK):  # None: he was asked by the session before this one
         return session, []
-    return _go_on(session, now) if event.may_come else _refuse(session, f"the operator refused: {session.reason}")
+    why = f": {session.reason}" if session.reason else ""
+    return _go_on(session, now) if event.may_come else _refuse(session, f"the operator refused{why}")
 
 
 def _verdict_is_due(session: Destination, now: float) -> Decision:

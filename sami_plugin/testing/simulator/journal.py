@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 from sami_plugin.errors import JournalError
@@ -55,6 +56,7 @@ class MemoryJournal(Journal):
     def _enter(self, session: str, guest: str, role: str, peer: str, state: str) -> None:
         self._sessions[session] = {
             "session": session,
+            "place": len(self._sessions),
             "guest": guest,
             "role": role,
             "peer": peer,
@@ -147,14 +149,17 @@ class MemoryJournal(Journal):
             self._sessions[session].update(peer=peer, ports=ports, destination=destination, token=token)
 
     def unfinished(self) -> list[dict[str, Any]]:
-        return [_told(row) for row in self._sessions.values() if row["ended_at"] is None]
+        return [_told(row) for row in self._in_order() if row["ended_at"] is None]
 
     def known_as(self, known_as: str, role: str) -> dict[str, Any] | None:
         rows = [row for row in self._sessions.values() if (row["known_as"], row["role"]) == (known_as, role)]
         return _told(rows[-1]) if rows else None
 
     def newest(self, guest: str) -> str:
-        return next((name for name, row in reversed(self._sessions.items()) if row["guest"] == guest), "")
+        return next((row["session"] for row in reversed(self._in_order()) if row["guest"] == guest), "")
+
+    def _in_order(self) -> list[dict[str, Any]]:
+        return sorted(self._sessions.values(), key=itemgetter("place"))
 
     def payload_count(self, session: str) -> int:
         return max(self._payloads.get(session, {0: b""}), default=0)
@@ -177,7 +182,7 @@ class MemoryJournal(Journal):
         return []
 
     def sessions(self) -> list[dict[str, Any]]:
-        return [_told(row) for row in reversed(self._sessions.values())]
+        return [_told(row) for row in reversed(self._in_order())]
 
     def decisions(self, session: str) -> list[dict[str, Any]]:
         return self._decisions.get(session, [])

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from sami_plugin.codec import messages
-from sami_plugin.errors import Veto
-from sami_plugin.handover import DestinationSession
+from sami_plugin.errors import JournalError, Veto
+from sami_plugin.former import FormerPort
+from sami_plugin.handover import DestinationSession, SourceSession
 from sami_plugin.model.migration import VERSIONS, AskAgain, MigrationEvent, Open, Phase
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.policies.policies import AskOperator
 from sami_plugin.session import Session
 from sami_plugin.testing.hosts import Hosts
-from tests.unit.handover.hypervisor import Hypervisor
+from tests.unit.handover.hypervisor import Hypervisor, described
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
     ZONES,
     begin,
     brief,
+    finish,
     guest_with_flows,
     held,
     hosts_in,
@@ -32,6 +36,7 @@ from tests.unit.handover.memory import (
     states,
     tcp_flows,
     until,
+    until_idle,
     wait_for_step,
 )
 from tests.unit.handover.stranger import Stranger
@@ -128,6 +133,107 @@ def test_that_a_return_comes_to_nothing_is_told_to_the_session_that_brings_the_g
         made.hosts.agents["host-a"].note(MigrationEvent(made.guest, Phase.STOPPED))
         until(lambda: not made.sessions("destination"))
         assert ports(made.hosts, "host-a", NEW_ZONE) == set()
+
+
+def test_end_of_what_comes_is_no_word_about_what_has_left_while_that_is_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with returning(tmp_path, 7, NEW_ZONE) as made:
+        hosts, note = made.hosts, made.hosts.agents["host-a"].note
+        (former,) = made.sessions("source")
+        assert isinstance(former, SourceSession)
+        is_told, flows = threading.Event(), former._flows_by_port
+
+        def after_that() -> tuple[FormerPort, ...]:
+            assert is_told.wait(10)
+            return flows()
+
+        monkeypatch.setattr(former, "_flows_by_port", after_that)
+        made.other.say("host-a", str(uuid.uuid4()), opening(made.guest, continues=former.known_as))
+        until(lambda: len(made.sessions("source")) == 2)
+        note(MigrationEvent(made.guest, Phase.ROLLBACK, role="source"))
+        is_told.set()
+        note(MigrationEvent(made.guest, Phase.STOPPED, role="destination"))
+        hosts.unplug("host-a", made.guest)
+        until(lambda: not hosts.agents["host-a"].sessions())
+        assert ports(hosts, "host-a") == set()
+
+
+def test_order_of_migrations_is_kept_by_the_journal(tmp_path: Path) -> None:
+    with returning(tmp_path, 7, NEW_ZONE) as made:
+        made.go_on()
+        made.hosts.kill("host-a")
+        made.hosts.start("host-a")
+        made.hosts.unplug("host-a", made.guest)
+        made.hosts.agents["host-a"].note(MigrationEvent(made.guest, Phase.STOPPED))
+        until(lambda: not made.sessions("destination"))
+        assert ports(made.hosts, "host-a", NEW_ZONE) == set()
+
+
+LATE = {
+    "prepare": MigrationEvent("", Phase.PREPARE, source="host-b", role="destination"),
+    "started": MigrationEvent("", Phase.STARTED, role="destination", domain=described("", "host-b", "0" * 64)),
+    "libvirt's started": MigrationEvent("", Phase.STARTED, role="destination", is_incoming=True),
+}
+
+
+@pytest.mark.parametrize("has_session", [False, True])
+@pytest.mark.parametrize("word", LATE.values(), ids=LATE)
+def test_guest_that_came_back_while_no_agent_was_there_keeps_its_flows_whatever_is_said_late(
+    tmp_path: Path, word: MigrationEvent, has_session: bool
+) -> None:
+    hypervisors = {name: Hypervisor(name) for name in ZONES}
+    with hosts_in(tmp_path, brief(open_seconds=1.0, arrival_seconds=20.0), hypervisors=hypervisors) as hosts:
+        guest = guest_with_flows(hosts)
+        hypervisor = hypervisors["host-a"]
+        hypervisor.mark(guest)
+        hypervisor.leaving.add(guest)
+        hosts.kill("host-b")
+        hosts.say("host-a", Phase.OUTGOING, guest, destination="host-b")
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        hypervisor.leaving.clear()
+        if has_session:
+            hosts.agents["host-a"].note(MigrationEvent(guest, Phase.STOPPED, role="source"))
+        hosts.kill("host-a")
+        hypervisor.here.add(guest)
+        hosts.start("host-a")
+        agent = hosts.agents["host-a"]
+        domain = word.domain and described(guest, "host-b", "0" * 64)
+        agent.note(replace(word, guest=guest, domain=domain))
+        until(lambda: all(one.role == "destination" for one in agent.sessions()))
+        assert len(held(hosts, "host-a")) == 100
+        agent.note(MigrationEvent(guest, Phase.STOPPED, role="destination"))
+        hosts.start("host-b")
+
+
+def test_session_whose_end_was_not_written_down_discards_nothing_of_a_guest_that_came_again(tmp_path: Path) -> None:
+    with hosts_in(tmp_path, brief(open_seconds=2.0, arrival_seconds=20.0)) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        journal = hosts.agents["host-b"].host.journal
+        full = JournalError("the disk is full")
+        with patch.object(journal, "end", side_effect=full), patch.object(journal, "record", side_effect=full):
+            finish(hosts, guest)
+            until(lambda: not hosts.agents["host-b"].sessions())
+        begin(hosts, guest, "host-b", "host-a")
+        hosts.say("host-b", Phase.SUSPENDED, guest)
+        hosts.unplug("host-b", guest)
+        hosts.say("host-a", Phase.RESUMED, guest)
+        hosts.agents["host-b"].note(MigrationEvent(guest, Phase.STOPPED, role="source"))
+        until_idle(hosts)
+        begin(hosts, guest)
+        hosts.say("host-a", Phase.SUSPENDED, guest)
+        wait_for_step(hosts, "host-b", guest, "complete")
+        hosts.kill("host-a")  # it says nothing more
+        hosts.unplug("host-a", guest)
+        hosts.say("host-b", Phase.RESUMED, guest)
+        until(lambda: states(hosts, "host-b")[-1] == "arrived")
+        assert [row["role"] for row in hosts.agents["host-b"].host.journal.unfinished()] == ["destination"] * 2
+        hosts.kill("host-b")
+        hosts.start("host-b")
+        until(lambda: len(hosts.agents["host-b"].sessions()) == 1)
+        assert len(held(hosts, "host-b")) == 100
+        hosts.start("host-a")
 
 
 @contextmanager

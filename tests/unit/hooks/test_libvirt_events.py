@@ -308,6 +308,7 @@ JOBS = {
     "paused by its user, no job": ({}, ("PAUSED", "USER"), "rollback", True),
     "asleep, no job": ({}, ("PMSUSPENDED", None), "rollback", True),
     "paused for the move": ({}, ("PAUSED", "MIGRATION"), None, False),
+    "not there yet": ({}, ("PAUSED", "STARTING_UP"), None, False),
     "in post-copy": ({}, ("PAUSED", "POSTCOPY"), None, False),
     "lost in post-copy": ({}, ("PAUSED", "POSTCOPY_FAILED"), None, False),
     "shut off": ({}, ("SHUTOFF", None), None, False),
@@ -391,6 +392,25 @@ def test_guest_that_moves_on_before_it_could_be_marked_is_not_said_to_come(
     wait_until(lambda: len(heard.events) == 2, "what was missed")
     host.stop()
     assert heard.words() == [("outgoing", "source"), ("suspended", "source")]
+
+
+def test_guest_of_which_it_is_not_known_whether_it_moves_on_is_not_said_to_come(
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+
+    def jobStats(domain: Domain, flags: int) -> dict[str, int]:  # noqa: N802
+        asked.set()
+        raise LibvirtError(NUMBERS["VIR_ERR_OPERATION_DENIED"])
+
+    monkeypatch.setattr(Domain, "jobStats", jobStats)
+    there = f"<{domain_xml.ORIGIN_PREFIX}:origin xmlns:{domain_xml.ORIGIN_PREFIX}='{domain_xml.ORIGIN}'"
+    libvirt.domain.metadata = domain_xml.new_origin("host-b").replace("<origin", there)
+    host = LibvirtHost("qemu:///system", "host-a", descriptions)
+    host.start(heard.tell, lambda: heard.underway)
+    assert asked.wait(10)
+    host.stop()
+    assert heard.words() == []
 
 
 @pytest.mark.parametrize("fails", ["domainEventRegisterAny", "listAllDomains"])
