@@ -423,7 +423,7 @@ class Agent:
                     with self._lock:
                         self._outgoing.pop(event.guest)
                         self._refusing.pop(event.guest, None)
-                    has_left = any(one.has_left for one in self._sessions_of(event.guest, SourceSession)[:1])
+                    has_left = any(one.has_left for one in self._sessions_of(event.guest, SourceSession))
                     if not (has_left and self._is_coming(event.guest)):  # else what was to come here is destroyed
                         self._lead(event, SourceSession)
             case Phase.STOPPED:
@@ -846,7 +846,6 @@ class Agent:
         if self._is_coming(session.guest):
             session.expect_return()
         if isinstance(older, SourceSession):
-            session.has_left = older.has_left  # it is told what the other one was told, but later
             self._put_in_place_of(older, session)
             older.continue_with(session)
         elif older is not None:
