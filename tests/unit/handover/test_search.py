@@ -333,6 +333,7 @@ def test_while_the_source_s_hypervisor_is_started_anew_the_description_shows_whe
         assert held(hosts, "host-b") == set()
 
 
+@pytest.mark.parametrize("settings", [limited(verdict_seconds=0.5)], ids=["patient"])
 def test_guest_that_comes_against_a_veto_gets_its_flows_from_an_agent_that_was_away_meanwhile(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:
