@@ -158,7 +158,7 @@ class Agent:
         except JournalError as error:
             LOG.error("%s: what was under way is not gone on with: %s", host.name, error)
             return
-        recovered: list[tuple[Session, Former]] = []
+        recovered: list[Session] = []  # none of them does anything before all are known
         for row in unfinished:
             domain = host.peers.way_to(row["peer"]).domain
             guest, peer, name = row["guest"], row["peer"], row["session"]
@@ -180,20 +180,19 @@ class Agent:
                 LOG.error("%s: guest %s: what was under way cannot be gone on with: %s", name, guest, error)
                 continue
             LOG.warning("%s: guest %s: %s", name, guest, report.reason)
-            recovered.append((session, former))
-        for session, former in recovered:  # before any of them does anything
+            recovered.append(session)
             if isinstance(session, SourceSession):
-                self.host.leaves(session.guest)
-            elif former.has("guest resumed", formers.WAS_HERE):
-                self.host.has_come(session.guest)
+                self.host.leaves(guest)
+                continue
+            if former.has("guest resumed", formers.WAS_HERE):
+                self.host.has_come(guest)
             elif any(len(port.flows) + len(port.unsure) for port in former.ports):
-                self.host.may_put_in(session.guest, session.id)
-        for number, (session, former) in enumerate(recovered):
-            if isinstance(session, DestinationSession) and not former.has(formers.WAS_HERE):
-                for leaving, _ in recovered[:number]:  # the guest has left, and comes back
-                    if leaving.guest == session.guest and leaving.role == "source":
+                self.host.may_put_in(guest, session.id)
+            if not former.has(formers.WAS_HERE):
+                for leaving in recovered:  # it has left, and comes back
+                    if leaving.guest == guest and leaving.role == "source":
                         leaving.expect_return()
-        for session, _ in recovered:
+        for session in recovered:
             self._add(session)
 
     def _remember_who_came(self) -> None:

@@ -135,8 +135,7 @@ class LibvirtHost:
         if connection is None:
             return None
         try:
-            state, reason = connection.lookupByUUIDString(guest).state(0)
-            return self._stays(state, reason)
+            return self._stays(*connection.lookupByUUIDString(guest).state(0))
         except self._libvirt.libvirtError as error:
             return False if self._absence(error) is Phase.STOPPED else None
 

@@ -126,9 +126,15 @@ def test_what_a_guest_left_is_purged_when_its_return_comes_to_nothing(tmp_path: 
         assert outcomes == {"destination": "stayed", "source": "purged without arrival"}
 
 
-def test_that_a_return_comes_to_nothing_is_told_to_the_session_that_brings_the_guest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, id="the journal keeps the order of migrations")])
+def test_that_a_return_comes_to_nothing_is_told_to_the_session_that_brings_the_guest(
+    tmp_path: Path, is_killed: bool
+) -> None:
     with returning(tmp_path, 7, NEW_ZONE) as made:
         made.go_on()
+        if is_killed:
+            made.hosts.kill("host-a")
+            made.hosts.start("host-a")
         made.hosts.unplug("host-a", made.guest)
         made.hosts.agents["host-a"].note(MigrationEvent(made.guest, Phase.STOPPED))
         until(lambda: not made.sessions("destination"))
@@ -157,17 +163,6 @@ def test_end_of_what_comes_is_no_word_about_what_has_left_while_that_is_handed_o
         hosts.unplug("host-a", made.guest)
         until(lambda: not hosts.agents["host-a"].sessions())
         assert ports(hosts, "host-a") == set()
-
-
-def test_order_of_migrations_is_kept_by_the_journal(tmp_path: Path) -> None:
-    with returning(tmp_path, 7, NEW_ZONE) as made:
-        made.go_on()
-        made.hosts.kill("host-a")
-        made.hosts.start("host-a")
-        made.hosts.unplug("host-a", made.guest)
-        made.hosts.agents["host-a"].note(MigrationEvent(made.guest, Phase.STOPPED))
-        until(lambda: not made.sessions("destination"))
-        assert ports(made.hosts, "host-a", NEW_ZONE) == set()
 
 
 LATE = {

@@ -103,6 +103,16 @@ class Domain:
     def XMLDesc(self, flags: int) -> str:  # noqa: N802
         return f"<domain><uuid>{GUEST}</uuid><metadata>{self.metadata}</metadata></domain>"
 
+    def bears_mark(self, host: str) -> None:
+        """As that host has made it."""
+        self.setMetadata(
+            NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"],
+            domain_xml.new_origin(host),
+            domain_xml.ORIGIN_PREFIX,
+            domain_xml.ORIGIN,
+            NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
+        )
+
     def setMetadata(self, kind: int, element: str, prefix: str, uri: str, flags: int) -> None:  # noqa: N802
         assert (kind, flags) == (NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], NUMBERS["VIR_DOMAIN_AFFECT_LIVE"])
         self.writes += 1
@@ -376,24 +386,6 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     assert (libvirt.connections, libvirt.left_open) == (2, 1)
 
 
-def test_guest_that_moves_on_before_it_could_be_marked_is_not_said_to_come(
-    libvirt: Libvirt, heard: Heard, descriptions: Descriptions
-) -> None:
-    there = f"<{domain_xml.ORIGIN_PREFIX}:origin xmlns:{domain_xml.ORIGIN_PREFIX}='{domain_xml.ORIGIN}'"
-    libvirt.domain.metadata = domain_xml.new_origin("host-b").replace("<origin", there)
-    libvirt.domain.may_write = False
-    libvirt.domain.job = {
-        "type": NUMBERS["VIR_DOMAIN_JOB_UNBOUNDED"],
-        "operation": NUMBERS["VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT"],
-    }
-    libvirt.domain.now = (NUMBERS["VIR_DOMAIN_PAUSED"], NUMBERS["VIR_DOMAIN_PAUSED_MIGRATION"])
-    host = LibvirtHost("qemu:///system", "host-a", descriptions)
-    host.start(heard.tell, lambda: heard.underway)
-    wait_until(lambda: len(heard.events) == 2, "what was missed")
-    host.stop()
-    assert heard.words() == [("outgoing", "source"), ("suspended", "source")]
-
-
 def test_guest_of_which_it_is_not_known_whether_it_moves_on_is_not_said_to_come(
     libvirt: Libvirt, heard: Heard, descriptions: Descriptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,8 +396,7 @@ def test_guest_of_which_it_is_not_known_whether_it_moves_on_is_not_said_to_come(
         raise LibvirtError(NUMBERS["VIR_ERR_OPERATION_DENIED"])
 
     monkeypatch.setattr(Domain, "jobStats", jobStats)
-    there = f"<{domain_xml.ORIGIN_PREFIX}:origin xmlns:{domain_xml.ORIGIN_PREFIX}='{domain_xml.ORIGIN}'"
-    libvirt.domain.metadata = domain_xml.new_origin("host-b").replace("<origin", there)
+    libvirt.domain.bears_mark("host-z")
     host = LibvirtHost("qemu:///system", "host-a", descriptions)
     host.start(heard.tell, lambda: heard.underway)
     assert asked.wait(10)
@@ -513,10 +504,7 @@ def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(
 ) -> None:
     heard.underway = underway
     libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, NUMBERS[f"VIR_DOMAIN_PAUSED_{reason}"])
-    libvirt.domain.setMetadata(
-        NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-z"), domain_xml.ORIGIN_PREFIX,
-        domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
-    )  # fmt: skip
+    libvirt.domain.bears_mark("host-z")
     libvirt.domain.may_write = False
     host = LibvirtHost("qemu:///system", "host-a", descriptions)
     host.start(heard.tell, lambda: heard.underway)
@@ -530,10 +518,7 @@ def test_guest_that_arrived_while_the_daemon_was_away_is_told_once(
     libvirt: Libvirt, heard: Heard, descriptions: Descriptions
 ) -> None:
     """Its session may end at once, and STARTED would open another one that nobody answers."""
-    libvirt.domain.setMetadata(
-        NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-z"), domain_xml.ORIGIN_PREFIX,
-        domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
-    )  # fmt: skip
+    libvirt.domain.bears_mark("host-z")
     heard.underway = [(GUEST, "destination")]
     host = LibvirtHost("qemu:///system", "host-a", descriptions)
     host.start(heard.tell, lambda: heard.underway)
@@ -542,18 +527,23 @@ def test_guest_that_arrived_while_the_daemon_was_away_is_told_once(
     assert heard.words() == [("resumed", "destination")]
 
 
-@pytest.mark.parametrize("why", ["MIGRATION", "POSTCOPY"])
+@pytest.mark.parametrize(
+    ("why", "mark"),
+    [
+        ("MIGRATION", "host-a"),
+        ("POSTCOPY", "host-a"),
+        pytest.param("MIGRATION", "host-z", id="it moves on before it could be marked, and does not come"),
+    ],
+)
 def test_leaving_guest_that_is_paused_when_the_agent_starts_is_told(
-    libvirt: Libvirt, heard: Heard, descriptions: Descriptions, why: str
+    libvirt: Libvirt, heard: Heard, descriptions: Descriptions, why: str, mark: str
 ) -> None:
     libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, NUMBERS[f"VIR_DOMAIN_PAUSED_{why}"])
     libvirt.domain.job = {
         "type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT
     }  # fmt: skip
-    libvirt.domain.setMetadata(
-        NUMBERS["VIR_DOMAIN_METADATA_ELEMENT"], domain_xml.new_origin("host-a"), domain_xml.ORIGIN_PREFIX,
-        domain_xml.ORIGIN, NUMBERS["VIR_DOMAIN_AFFECT_LIVE"],
-    )  # fmt: skip
+    libvirt.domain.bears_mark(mark)
+    libvirt.domain.may_write = False
     host = LibvirtHost("qemu:///system", "host-a", descriptions)
     host.start(heard.tell, lambda: heard.underway)
     wait_until(lambda: len(heard.events) == 2, "the pause")
