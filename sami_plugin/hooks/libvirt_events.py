@@ -259,7 +259,7 @@ class LibvirtHost:
             is_unmarked = origin is not None and origin.host != self._host  # since it came
             for_a_job = (libvirt.VIR_DOMAIN_PAUSED_MIGRATION, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY)
             is_paused = state == libvirt.VIR_DOMAIN_PAUSED and reason in for_a_job
-            is_leaving = (is_unmarked or is_paused) and self._leaves(domain.jobStats(0))
+            is_leaving = (is_unmarked or is_paused) and self._moves_on(domain)
         except libvirt.libvirtError as error:
             LOG.info("guest %s: libvirt does not say how it is: %s", guest, error)
             return
@@ -285,6 +285,16 @@ class LibvirtHost:
             return Phase.ROLLBACK if self._stays(*domain.state(0)) else None
         except libvirt.libvirtError as error:
             return self._absence(error)
+
+    def _moves_on(self, domain: Any) -> bool:
+        """Whether a job moves the guest away, as far as libvirt says."""
+        try:
+            return self._leaves(domain.jobStats(0))
+        except self._libvirt.libvirtError as error:
+            # Of a guest that comes it says nothing but "migration statistics are available only on the source host".
+            if error.get_error_code() == self._libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
+                return False
+            raise
 
     def _leaves(self, job: dict[str, Any]) -> bool:
         """Whether the job moves the guest away."""

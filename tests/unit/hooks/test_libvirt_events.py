@@ -62,6 +62,7 @@ NAMES = [
     "VIR_CONNECT_LIST_DOMAINS_ACTIVE",
     "VIR_ERR_NO_DOMAIN",
     "VIR_ERR_OPERATION_DENIED",
+    "VIR_ERR_OPERATION_UNSUPPORTED",
     "VIR_ERR_NO_CONNECT",
 ]
 NUMBERS = {name: number for number, name in enumerate(NAMES, 1)} | {"VIR_DOMAIN_JOB_NONE": 0}
@@ -81,8 +82,12 @@ class Domain:
 
     job: dict[str, int]
     now: tuple[int, int] | None
+    job_fails = ""
+    """The error that `jobStats` raises."""
 
     def jobStats(self, flags: int) -> dict[str, int]:  # noqa: N802 - libvirt's names
+        if self.job_fails:
+            raise LibvirtError(NUMBERS[self.job_fails])
         return self.job
 
     def state(self, flags: int) -> list[int]:
@@ -504,6 +509,7 @@ def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(
 ) -> None:
     heard.underway = underway
     libvirt.domain.now = (libvirt.VIR_DOMAIN_PAUSED, NUMBERS[f"VIR_DOMAIN_PAUSED_{reason}"])
+    libvirt.domain.job_fails = "VIR_ERR_OPERATION_UNSUPPORTED"  # as libvirt says it of a guest that comes
     libvirt.domain.bears_mark("host-z")
     libvirt.domain.may_write = False
     host = LibvirtHost("qemu:///system", "host-a", descriptions)
