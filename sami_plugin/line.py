@@ -58,6 +58,12 @@ class Line:
             said = self._attempt(lambda channel: channel.say(message, is_last_word=is_last_word))
             self._lacks_something |= not said
 
+    def call_again(self) -> None:
+        """Where the other end has taken a call and not answered, it may have ended in between: it is called anew."""
+        with self._lock:
+            if self._channel is not None and self._sender.is_idle:
+                self._attempt(lambda channel: channel.call_again())
+
     def take(self, packet: Packet) -> list[bytes]:
         """The messages that are in order now thanks to this packet.
 

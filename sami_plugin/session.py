@@ -32,6 +32,7 @@ from sami_plugin.migration.claims import Claims
 from sami_plugin.migration.decision import (
     Action,
     ActionFailed,
+    CallAgain,
     Continued,
     Done,
     End,
@@ -95,7 +96,7 @@ BULK = (ExportNext, ExportChanges, Resync)
 PUT_IN_SECONDS = 10.0
 """For so long a session waits at most until others have put in what they are putting in, to know what room is left."""
 
-ROUTINE = (*BULK, WakeAt, FindScope, Import, Verify, Renew)
+ROUTINE = (*BULK, CallAgain, WakeAt, FindScope, Import, Verify, Renew)
 """Actions that may be decided upon many times a second."""
 
 

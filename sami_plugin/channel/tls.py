@@ -293,6 +293,12 @@ class Channel:
         else:
             self._begin()
 
+    def call_again(self) -> None:
+        """A client whose call was not answered begins another stream; some are left for what is tampered with."""
+        is_calling = self._current is not None and not (self._is_server or self._current.is_established)
+        if is_calling and self._streams < self._bounds.streams // 2:
+            self._begin()
+
     def _stream_of(self, packet: Packet) -> _Stream | None:
         """The stream that a packet belongs to; None where that is of the past."""
         if self._current is not None and packet.stream == self._current.number:

@@ -23,6 +23,7 @@ from sami_plugin.migration.claims import place_of
 from sami_plugin.migration.decision import (
     Action,
     Ask,
+    CallAgain,
     Discard,
     Done,
     Event,
@@ -200,6 +201,7 @@ class DestinationSession(Session):
     def _actions(self) -> Actions:
         return {
             Ask: self._ask,
+            CallAgain: self._call_again,
             Negotiate: self._negotiate,
             LapsePlaces: self._lapse_places,
             FindScope: self._find_scope,
@@ -238,6 +240,9 @@ class DestinationSession(Session):
         self.note("asked")
         self._say(said)
         return Done("Ask")
+
+    def _call_again(self, action: CallAgain) -> None:
+        self.line.call_again()
 
     def _negotiate(self, action: Negotiate) -> Negotiated:
         """Sees what can be taken, keeps places for it, and asks the guest's policy."""

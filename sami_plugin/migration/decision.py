@@ -138,6 +138,11 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class CallAgain:
+    """Begin anew to call the source, where it has taken the call and not answered: its agent may have ended by that."""
+
+
+@dataclass(frozen=True, slots=True)
 class Say:
     """Send a message to the peer. Where `is_durable`, the disk has the decision first."""
 
@@ -279,6 +284,7 @@ class End:
 Action = (
     Say
     | Ask
+    | CallAgain
     | Keep
     | StartExport
     | SayOffer

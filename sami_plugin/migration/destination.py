@@ -25,6 +25,7 @@ from sami_plugin.migration.decision import (
     Action,
     ActionFailed,
     Ask,
+    CallAgain,
     Discard,
     Done,
     End,
@@ -66,6 +67,8 @@ from sami_plugin.model.settings import Limits
 from sami_plugin.model.verdict import Verdict
 
 NO_ANSWER = "the source did not answer; is its agent running?"
+CALL_AGAIN_SECONDS = 2.0
+"""After so long without an answer the source is called anew."""
 ZONE_POLL_SECONDS = 0.02
 REFUSED_SECONDS, REFUSED_POLL_SECONDS = 2.0, 0.2
 """So long, and so often, it is looked again where a guest's ports are after something of it was refused."""
@@ -104,6 +107,7 @@ class Destination:
     source: str = ""
     version: int = 0
     """Of the messages; 0 before the source answered."""
+    call_again_at: float = math.inf
     verdict: Verdict | None = Verdict.PROCEED
     """None as long as the migration is held up until the policy has spoken; ASK until the operator has."""
     verdict_deadline: float = math.inf
@@ -191,7 +195,13 @@ def begin(session: Destination, source: str, now: float) -> Decision:
 
 
 def _ask(session: Destination, source: str, now: float) -> Decision:
-    session = replace(session, state=State.ASKED, source=source, deadline=now + session.limits.open_seconds)
+    session = replace(
+        session,
+        state=State.ASKED,
+        source=source,
+        deadline=now + session.limits.open_seconds,
+        call_again_at=now + CALL_AGAIN_SECONDS,
+    )
     return session, [_next_wake(session, now), Ask(source)]
 
 
@@ -243,6 +253,7 @@ def _offered(session: Destination, event: Event, now: float) -> Decision:
         state=State.RECEIVING if offer.version == 1 else State.NEGOTIATING,
         version=offer.version,
         deadline=session.session_deadline,
+        call_again_at=math.inf,
         renew_at=now + session.limits.hold_seconds / 3,
         ports=offer.ports,
         has_scope=offer.ports == 0,
@@ -414,6 +425,9 @@ def _tick(session: Destination, event: Event, now: float) -> Decision:
             return _end(session, Outcome.UNCLEAR, "nobody said whether the guest came; its flows were kept")
         return _give_up(session, "the migration took longer than session_seconds", now)
     actions: list[Action] = []
+    if now >= session.call_again_at:
+        session = replace(session, call_again_at=now + CALL_AGAIN_SECONDS)
+        actions.append(CallAgain())
     if now >= session.kept_until:
         session = replace(session, kept_until=math.inf)
         actions.append(LapsePlaces("they were kept for reservation_seconds"))
@@ -438,7 +452,7 @@ def _looks_again(session: Destination, now: float) -> bool:
 def _next_wake(session: Destination, now: float) -> WakeAt:
     if session.state is State.ORPHANED:
         return WakeAt(max(now, min(_orphaned_until(session), session.verdict_deadline, session.renew_at)))
-    times = [session.deadline, session.verdict_deadline, session.kept_until]
+    times = [session.deadline, session.call_again_at, session.verdict_deadline, session.kept_until]
     if _looks_for_scope(session):
         times.append(now + ZONE_POLL_SECONDS)
     elif _looks_again(session, now):

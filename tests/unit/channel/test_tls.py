@@ -140,6 +140,23 @@ def test_server_that_was_started_anew_in_the_midst_of_the_handshake_is_called_an
     assert pair.heard["s"] == [b"one"]
 
 
+def test_call_that_was_taken_by_who_ended_before_it_answered_is_made_anew(
+    pair: Pair, credentials: Callable[[str], Credentials]
+) -> None:
+    pair.say("d", b"one")
+    pair.carry(*pair.under_way.pop())
+    pair.under_way.clear()  # the answer ends with who made it
+    pair.ends["s"] = server(credentials("s"), "d")
+    for _ in range(2 * Bounds().streams):  # leaves some for what is tampered with
+        pair.ends["d"].call_again()
+    pair.collect()
+    pair.carry_all()
+    pair.ends["d"].call_again()
+    pair.collect()
+    assert pair.heard["s"] == [b"one"]
+    assert max(packet.stream for _, packet in pair.every) < Bounds().streams // 2
+
+
 def test_server_keeps_the_old_stream_until_the_new_one_has_shown_who_it_is(pair: Pair) -> None:
     pair.say("d", b"one")
     pair.carry_all()

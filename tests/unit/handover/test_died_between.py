@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
+from sami_plugin.channel.tls import Channel
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.handover.destination import UNTOLD
-from sami_plugin.migration import source
+from sami_plugin.line import Line
+from sami_plugin.migration import destination, source
 from sami_plugin.model.flows import Batch
-from sami_plugin.model.migration import Phase
+from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
 from sami_plugin.policies.chosen import Policies
@@ -21,6 +24,7 @@ from tests.unit.handover.memory import (
     GUEST_ADDRESS,
     ZONES,
     begin,
+    brief,
     finish,
     guest_with_flows,
     held,
@@ -96,6 +100,33 @@ def test_flows_that_were_written_down_and_not_put_in_are_put_in_by_the_next_agen
         until_idle(hosts)
         assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
         assert any("may have ended here" in reason for reason in report(hosts, "host-b", guest)["named"])
+
+
+def test_source_whose_agent_ended_when_it_had_taken_the_call_is_called_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has written down nothing yet, and its answer ended with it."""
+    with hosts_in(tmp_path, brief()) as hosts:
+        guest = guest_with_flows(hosts)
+        monkeypatch.setattr(destination, "CALL_AGAIN_SECONDS", 0.2)
+        real, taken = Line._send, threading.Event()
+
+        def send(line: Line, channel: Channel) -> None:
+            if line._is_server and not hosts.agents["host-a"].sessions():
+                taken.set()
+            else:
+                real(line, channel)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Line, "_send", send)
+            hosts.agents["host-b"].note(MigrationEvent(guest, Phase.PREPARE, "host-a"))
+            assert taken.wait(10)
+            hosts.kill("host-a")
+        hosts.start("host-a")
+        begin(hosts, guest)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
 
 
 @pytest.mark.parametrize("comes", [True, False])

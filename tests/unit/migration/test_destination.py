@@ -12,6 +12,7 @@ from sami_plugin.migration import destination
 from sami_plugin.migration.decision import (
     ActionFailed,
     Ask,
+    CallAgain,
     Discard,
     Done,
     End,
@@ -140,7 +141,17 @@ def test_last_of_these_inputs_has_these_actions(events: tuple[Event, ...], expec
 
 
 def test_source_that_is_known_is_asked_at_once() -> None:
-    assert destination.begin(destination.new(LIMITS, 5.0), "host-a", 5.0)[1] == [WakeAt(15.0), Ask("host-a")]
+    assert destination.begin(destination.new(LIMITS, 5.0), "host-a", 5.0)[1] == [WakeAt(7.0), Ask("host-a")]
+
+
+def test_source_is_called_anew_until_it_answers() -> None:
+    made = Shell(destination.step, destination.new(LIMITS, 0.0))
+    made.session, actions = destination.begin(made.session, "host-a", 0.0)
+    made.begin(actions)
+    made.wait_until(5.0)
+    made.tell(OFFERED)
+    made.wait_until(30.0)
+    assert [when for when, action in made.done if action == CallAgain()] == [2.0, 4.0]
 
 
 def looking() -> Shell:
