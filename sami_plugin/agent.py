@@ -641,6 +641,13 @@ class Agent:
         """Whether the hypervisor says now that it moves the guest away from here."""
         return self._hypervisor is not None and not self._is_coming(guest) and bool(self._hypervisor.is_leaving(guest))
 
+    def _leaves_all_the_same(self, guest: str) -> bool:
+        """Whether a guest that was said to stay is moved away, or is gone, or nobody can say: it will be said yet."""
+        hypervisor = self._hypervisor
+        if hypervisor is None or self._is_coming(guest):  # of one that comes it is not asked
+            return False
+        return hypervisor.is_leaving(guest) is not False or hypervisor.is_here(guest) is not True
+
     def _is_here(self, guest: str) -> bool | None:
         """Whether the hypervisor says that a guest is here of which this agent may have missed that it came.
 
@@ -946,8 +953,8 @@ class Agent:
 
     def _forget(self, session: Session) -> None:
         has_stayed = session.report.outcome == Outcome.STAYED.value
-        # Then the word that it stays came late. Of a guest that was to come here the hypervisor is not asked.
-        leaves_again = has_stayed and session.role == "source" and self._is_leaving(session.guest)
+        # Else that word came late, or the other host's veto was not heeded.
+        does_stay = has_stayed and not (session.role == "source" and self._leaves_all_the_same(session.guest))
         with self._idle:
             self._sessions.pop(session.id, None)
             others = [one for one in self._sessions.values() if one.guest == session.guest]
@@ -957,7 +964,7 @@ class Agent:
                 isinstance(one, DestinationSession) and not one.is_awaited for one in others
             )
             if has_stayed and (is_last or is_last_to_leave):
-                outgoing = None if leaves_again else self._outgoing.pop(session.guest)
+                outgoing = self._outgoing.pop(session.guest) if does_stay else None
                 if outgoing is not None and outgoing.destination is not None:
                     self._refusing.put(session.guest, outgoing.destination)
                 if session.role == "source" and self._hypervisor is not None:

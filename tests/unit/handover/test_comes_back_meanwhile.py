@@ -301,6 +301,7 @@ def test_guest_that_stays_is_marked_anew_also_where_the_migration_before_is_not_
         moves_on(hosts, guest)
         agent = hosts.agents["host-b"]
         hypervisor = agent._hypervisor = Hypervisor("host-b")
+        hypervisor.here.add(guest)
         hypervisor.mark(guest)
         mark = hypervisor.marks[guest]
         hosts.say("host-c", Phase.STOPPED, guest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from sami_plugin.model.scope import Scope
 from sami_plugin.policies.chosen import Policies
 from sami_plugin.policies.policies import AskOperator
 from sami_plugin.testing.hosts import Hosts
+from tests.unit.handover.hypervisor import Hypervisor
 from tests.unit.handover.memory import (
     ALL,
     GUEST_ADDRESS,
@@ -125,6 +127,39 @@ def test_source_whose_agent_ended_when_it_had_taken_the_call_is_called_anew(
         hosts.start("host-a")
         begin(hosts, guest)
         finish(hosts, guest)
+        until_idle(hosts)
+        assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
+
+
+@pytest.mark.parametrize("is_told_first", [False, True])
+def test_guest_that_leaves_against_the_other_host_s_veto_while_no_agent_is_there_takes_its_flows_along(
+    tmp_path: Path, is_told_first: bool
+) -> None:
+    """The agent that is started anew hears of the veto, and the guest has left all the same."""
+    hypervisors = {name: Hypervisor(name) for name in ZONES}
+    with hosts_in(tmp_path, brief(open_seconds=10.0), hypervisors=hypervisors) as hosts:
+        guest, here = guest_with_flows(hosts), hypervisors["host-a"]
+        hosts.agents["host-b"].host.policies = Policies(AskOperator())
+        hosts.drivers["host-b"].device.capacity = 60
+        here.mark(guest)
+        here.leaving.add(guest)
+        comes = MigrationEvent(guest, Phase.PREPARE, domain=here.description(guest))
+        hosts.agents["host-b"].note(comes)
+        until(lambda: any(getattr(one, "is_asking", False) for one in hosts.agents["host-b"].sessions()))
+        hosts.kill("host-a")
+        hosts.agents["host-b"].decide(guest, may_come=False)
+        until(lambda: not hosts.agents["host-b"].sessions())
+        hosts.drivers["host-b"].device.capacity = None
+        here.leaving.clear()
+        del here.marks[guest]
+        hosts.unplug("host-a", guest)
+        hosts.start("host-a")
+        until(lambda: not hosts.agents["host-a"].sessions())
+        if is_told_first:
+            hosts.agents["host-a"].note(MigrationEvent(guest, Phase.STOPPED, role="source"))
+        hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
+        hosts.agents["host-b"].note(replace(comes, phase=Phase.STARTED, role="destination", is_incoming=True))
+        words(hosts, guest, ("host-b", Phase.RESUMED), ("host-a", Phase.STOPPED))
         until_idle(hosts)
         assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
 

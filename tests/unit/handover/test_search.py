@@ -545,6 +545,7 @@ def test_job_that_was_aborted_without_a_word_serves_nobody_later(
 ) -> None:
     guest = is_copying(hosts, hypervisors)
     hypervisors["host-a"].leaving.clear()
+    hypervisors["host-a"].here.add(guest)
     hosts.say("host-b", Phase.STOPPED, guest)
     until_idle(hosts)
     with Stranger(hosts, "host-x") as stranger:
