@@ -423,7 +423,8 @@ class Agent:
                         self._outgoing.pop(event.guest)
                         self._refusing.pop(event.guest, None)
                     has_left = any(one.has_left for one in self._sessions_of(event.guest, SourceSession))
-                    if not (has_left and self._is_coming(event.guest)):  # else what was to come here is destroyed
+                    # Else what was to come here is destroyed, or the guest was, which its hook has said before.
+                    if not (has_left and (self._is_coming(event.guest) or self._is_gone(event.guest))):
                         self._lead(event, SourceSession)
             case Phase.STOPPED:
                 self._stops(event)
@@ -641,6 +642,10 @@ class Agent:
         """Whether the hypervisor says now that it moves the guest away from here."""
         return self._hypervisor is not None and not self._is_coming(guest) and bool(self._hypervisor.is_leaving(guest))
 
+    def _is_gone(self, guest: str) -> bool:
+        """Whether the hypervisor says that the guest is not here."""
+        return self._hypervisor is not None and self._hypervisor.is_here(guest) is False
+
     def _leaves_all_the_same(self, guest: str) -> bool:
         """Whether a guest that was said to stay is moved away, or is gone, or nobody can say: it will be said yet."""
         hypervisor = self._hypervisor
@@ -792,7 +797,7 @@ class Agent:
         if self._is_excluded(guest):
             raise NotAuthorised(self._words_of_exclusion(guest))
         has_job = self._has_job(guest, has_token=has_token)
-        has_left = not has_job and self._hypervisor is not None and self._hypervisor.is_here(guest) is False
+        has_left = not has_job and self._is_gone(guest)
         scopes = self._ports_of(guest)
         with self._lock:
             self._callers.refuse_who_was_overtaken(caller, guest)

@@ -331,7 +331,8 @@ class LibvirtHost:
         return state == libvirt.VIR_DOMAIN_PAUSED and is_coming
 
     def _absence(self, error: Any) -> Phase | None:
-        if error.get_error_code() == self._libvirt.VIR_ERR_NO_DOMAIN:
+        # The second is of jobs alone: the guest is off, and its definition stays, as where nobody migrates it away.
+        if error.get_error_code() in (self._libvirt.VIR_ERR_NO_DOMAIN, self._libvirt.VIR_ERR_OPERATION_INVALID):
             return Phase.STOPPED
         LOG.info("libvirt %s does not say how it is with a guest: %s", self._uri, error)
         return None
@@ -341,6 +342,8 @@ class LibvirtHost:
     def _mark_all(self) -> None:
         while (wanted := self._marks.get()) is not None:
             guest, mark = wanted
+            if mark is Mark.THERE:  # unless a new one is wanted still
+                mark = self._unmarked.get(guest, mark)
             try:
                 if mark in (Mark.GONE, Mark.MISSED):
                     if self._forget_gone(guest) and mark is Mark.MISSED:
@@ -360,7 +363,8 @@ class LibvirtHost:
 
     def _mark_again(self) -> None:
         """What could not be done while the guest was busy, with a migration that came to nothing for example."""
-        if self._unmarked and time.monotonic() >= self._mark_again_at:
+        # Each may take half a minute: the next round waits for the last one.
+        if self._unmarked and self._marks.empty() and time.monotonic() >= self._mark_again_at:
             self._mark_again_at = time.monotonic() + MARK_AGAIN_SECONDS
             for wanted in tuple(self._unmarked.items()):
                 self._marks.put(wanted)
@@ -373,6 +377,8 @@ class LibvirtHost:
         domain = connection.lookupByUUIDString(guest)
         xml = domain.XMLDesc(0)
         if is_new or not self._is_marked(xml):
+            if not is_new and self._comes(*domain.state(0)):  # it is marked when it has come
+                return
             domain.setMetadata(
                 libvirt.VIR_DOMAIN_METADATA_ELEMENT,
                 domain_xml.new_origin(self._host),
@@ -385,16 +391,15 @@ class LibvirtHost:
         self._descriptions.put(guest, xml)
 
     def _forget_gone(self, guest: str) -> bool:
-        """Whether libvirt has no such guest any more. One that is off is forgotten as well."""
+        """Whether libvirt has no such guest any more, or one that is off."""
         connection = self._connection
         if connection is None:
             return False
         try:
-            is_here, is_gone = connection.lookupByUUIDString(guest).isActive(), False
+            is_gone = not connection.lookupByUUIDString(guest).isActive()
         except self._libvirt.libvirtError as error:
             is_gone = self._absence(error) is Phase.STOPPED
-            is_here = not is_gone
-        if not is_here:
+        if is_gone:
             self._descriptions.pop(guest)
         return is_gone
 
@@ -412,7 +417,7 @@ class LibvirtHost:
 
     def _heard(self, connection: Any, domain: Any, event: int, detail: int, opaque: object) -> None:
         """In libvirt's own thread."""
-        if (event, detail) in self._runs or event == self._libvirt.VIR_DOMAIN_EVENT_RESUMED:
+        if (event, detail) in self._runs:
             self._marks.put((domain.UUIDString(), Mark.THERE))
         if event == self._libvirt.VIR_DOMAIN_EVENT_STOPPED:
             self._marks.put((domain.UUIDString(), Mark.GONE))
@@ -462,6 +467,7 @@ def _phases(libvirt: Any) -> dict[tuple[int, int], Words]:
         # On the source the same words, of whatever detail, take back SUSPENDED/MIGRATED.
         (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED): ((Phase.RESUMED, None),),
         (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_UNPAUSED): ((Phase.RESUMED, SOURCE),),
+        (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_FROM_SNAPSHOT): ((Phase.RESUMED, SOURCE),),
         (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_POSTCOPY): ((Phase.RESUMED, DESTINATION),),
         (stopped, libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED): ((Phase.STOPPED, SOURCE),),
         (stopped, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED): ((Phase.STOPPED, DESTINATION),),
@@ -472,17 +478,20 @@ def _phases(libvirt: Any) -> dict[tuple[int, int], Words]:
 
 
 def _events_of_guests_that_run(libvirt: Any) -> frozenset[tuple[int, int]]:
-    """Those after which a guest runs here, or may, and libvirt lets its description be changed; RESUMED not among them.
+    """Those after which a guest runs here, or may, and libvirt lets its description be changed.
 
-    Not STARTED/MIGRATED: such a guest is still on its way.
+    Not STARTED/MIGRATED nor RESUMED/POSTCOPY: such a guest is still on its way, and its job goes on.
     """
-    started = libvirt.VIR_DOMAIN_EVENT_STARTED
+    started, resumed = libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_RESUMED
     return frozenset(
         {
             (started, libvirt.VIR_DOMAIN_EVENT_STARTED_BOOTED),
             (started, libvirt.VIR_DOMAIN_EVENT_STARTED_RESTORED),
             (started, libvirt.VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT),
             (started, libvirt.VIR_DOMAIN_EVENT_STARTED_WAKEUP),
+            (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_UNPAUSED),
+            (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED),
+            (resumed, libvirt.VIR_DOMAIN_EVENT_RESUMED_FROM_SNAPSHOT),
             (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_PAUSED),
         }
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -266,6 +267,23 @@ def test_guest_without_ports(lab: LibvirtLab, sami: Sami) -> None:
     guest = lab.add_guest("none", "a", nics=0)
     result = lab.migrate(guest, "a", "b")
     assert result.is_ok
+    assert {report["outcome"] for report in sami.reports(guest).values()} == {"moved"}
+    lab.remove_guest(guest)
+
+
+def test_guest_that_stays_defined_at_a_source_whose_agent_was_away_has_left_it(lab: LibvirtLab, sami: Sami) -> None:
+    """libvirt still has it there, turned off, and no word tells the agent that is started anew that it left."""
+    guest, flow = downloading(lab, "defined", "a", is_persistent=True)
+    case, agent = Case(lab, sami, guest, flow), sami.agents["a"]
+    migration = case.start(bandwidth=SLOW_MIB)
+    migration.wait_until_copying()
+    wait_until(lambda: case.entries(case.destination) == 1, "the flow at the destination", 20)
+    agent.stop(signal.SIGKILL)
+    assert migration.wait().is_ok
+    agent.start()
+    assert case.goes_on(), case.words()
+    wait_until(lambda: case.entries(case.source) == 0, f"the purge; it said:\n{sami.words()}", 20)
+    assert case.entries(case.destination) == 1
     assert {report["outcome"] for report in sami.reports(guest).values()} == {"moved"}
     lab.remove_guest(guest)
 

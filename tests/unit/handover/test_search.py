@@ -556,6 +556,21 @@ def test_job_that_was_aborted_without_a_word_serves_nobody_later(
 
 
 @pytest.mark.parametrize("settings", [IMPATIENT], ids=["impatient"])
+def test_guest_that_is_destroyed_while_it_is_copied_leaves_nothing(
+    hosts: Hosts, hypervisors: dict[str, Hypervisor]
+) -> None:
+    """Its hook says that it is gone before its event says that it moves nowhere any more."""
+    guest = is_copying(hosts, hypervisors)
+    hypervisors["host-a"].leaving.clear()
+    for word in (MigrationEvent(guest, Phase.STOPPED), MigrationEvent(guest, Phase.ROLLBACK, role="source")):
+        hosts.agents["host-a"].note(word)
+    hosts.say("host-b", Phase.STOPPED, guest)
+    assert hosts.agents["host-a"].wait_until_idle(10)
+    assert held(hosts, "host-a") == set()
+    assert outcome(hosts, "host-a", guest)[0] == "purged without arrival"
+
+
+@pytest.mark.parametrize("settings", [IMPATIENT], ids=["impatient"])
 def test_destination_that_asks_after_the_guest_has_left_is_refused_and_the_purge_goes_on(
     hosts: Hosts, hypervisors: dict[str, Hypervisor]
 ) -> None:

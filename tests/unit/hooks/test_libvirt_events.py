@@ -18,11 +18,11 @@ from lab.deadline import wait_until
 from sami_plugin.errors import JournalError, NotAvailable, OperatorError
 from sami_plugin.hooks import domain_xml, libvirt_events
 from sami_plugin.hooks.descriptions import Descriptions
-from sami_plugin.hooks.libvirt_events import LibvirtHost
+from sami_plugin.hooks.libvirt_events import LibvirtHost, Mark
 from sami_plugin.journal.journal import Journal
 from sami_plugin.model.migration import MigrationEvent, Origin, Phase
 
-GUEST = "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4"
+GUEST, OTHER = "6ac3d3f1-4c0e-4d2a-9a53-cd3a9fd4a0f4", "0d6f6d0e-5e6f-4a34-9d0b-6a6f0b1f3c55"
 NAMES = [
     "VIR_DOMAIN_EVENT_STARTED",
     "VIR_DOMAIN_EVENT_SUSPENDED",
@@ -37,6 +37,7 @@ NAMES = [
     "VIR_DOMAIN_EVENT_RESUMED_MIGRATED",
     "VIR_DOMAIN_EVENT_RESUMED_UNPAUSED",
     "VIR_DOMAIN_EVENT_RESUMED_POSTCOPY",
+    "VIR_DOMAIN_EVENT_RESUMED_FROM_SNAPSHOT",
     "VIR_DOMAIN_EVENT_STOPPED_MIGRATED",
     "VIR_DOMAIN_EVENT_STOPPED_FAILED",
     "VIR_DOMAIN_EVENT_ID_LIFECYCLE",
@@ -62,6 +63,7 @@ NAMES = [
     "VIR_CONNECT_LIST_DOMAINS_ACTIVE",
     "VIR_ERR_NO_DOMAIN",
     "VIR_ERR_OPERATION_DENIED",
+    "VIR_ERR_OPERATION_INVALID",
     "VIR_ERR_OPERATION_UNSUPPORTED",
     "VIR_ERR_NO_CONNECT",
 ]
@@ -88,6 +90,8 @@ class Domain:
     def jobStats(self, flags: int) -> dict[str, int]:  # noqa: N802 - libvirt's names
         if self.job_fails:
             raise LibvirtError(NUMBERS[self.job_fails])
+        if not self.isActive():
+            raise LibvirtError(NUMBERS["VIR_ERR_OPERATION_INVALID"])
         return self.job
 
     def state(self, flags: int) -> list[int]:
@@ -103,7 +107,7 @@ class Domain:
         self.writes = 0
 
     def isActive(self) -> int:  # noqa: N802
-        return 1
+        return int(self.state(0)[0] != NUMBERS["VIR_DOMAIN_SHUTOFF"])
 
     def XMLDesc(self, flags: int) -> str:  # noqa: N802
         return f"<domain><uuid>{GUEST}</uuid><metadata>{self.metadata}</metadata></domain>"
@@ -257,6 +261,7 @@ SAID = {
     ("RESUMED", "MIGRATED"): [("resumed", None)],
     ("RESUMED", "UNPAUSED"): [("resumed", "source")],
     ("RESUMED", "POSTCOPY"): [("resumed", "destination")],
+    ("RESUMED", "FROM_SNAPSHOT"): [("resumed", "source")],
     ("STOPPED", "MIGRATED"): [("stopped", "source")],
     ("STOPPED", "FAILED"): [("stopped", "destination")],
     ("STOPPED", "DESTROYED"): [("rollback", "source"), ("stopped", "destination")],
@@ -326,7 +331,7 @@ JOBS = {
     "not there yet": ({}, ("PAUSED", "STARTING_UP"), None, False),
     "in post-copy": ({}, ("PAUSED", "POSTCOPY"), None, False),
     "lost in post-copy": ({}, ("PAUSED", "POSTCOPY_FAILED"), None, False),
-    "shut off": ({}, ("SHUTOFF", None), None, False),
+    "off, and defined yet": ({}, ("SHUTOFF", None), "stopped", False),
     "gone": ({}, None, "stopped", False),
 }
 
@@ -385,7 +390,7 @@ def test_what_was_missed_while_the_daemon_was_away_is_asked_for(
     else:
         libvirt.domain.now = (NUMBERS[f"VIR_DOMAIN_{now[0]}"], NUMBERS[f"VIR_DOMAIN_PAUSED_{now[1]}"] if now[1] else 0)
     libvirt.is_up = True
-    expected = [(word, "destination")] + ([("stopped", "source")] if now is None else [])
+    expected = [(word, "destination")] + ([("stopped", "source")] if word == "stopped" else [])
     wait_until(lambda: len(heard.events) == len(expected), "what had been missed")
     assert heard.words() == expected
     assert (libvirt.connections, libvirt.left_open) == (2, 1)
@@ -518,6 +523,7 @@ def test_incoming_guest_that_is_there_when_the_agent_starts_is_told(
     host.stop()
     assert heard.words() == [("started", "destination")]
     assert heard.events[0].is_incoming
+    assert libvirt.domain.writes == 1, "libvirt would take half a minute to refuse it"
 
 
 def test_guest_that_arrived_while_the_daemon_was_away_is_told_once(
@@ -602,6 +608,7 @@ def test_guest_that_came_is_marked_when_it_runs_here_and_not_before(libvirt: Lib
     )
     libvirt.say("STARTED", "MIGRATED")
     libvirt.say("SUSPENDED", "MIGRATED")
+    libvirt.say("RESUMED", "POSTCOPY")
     time.sleep(0.1)  # nothing is to happen
     assert libvirt.domain.writes == 1
     libvirt.say("RESUMED", "MIGRATED")
@@ -624,6 +631,32 @@ def test_guest_that_could_not_be_marked_is_marked_some_time_later(
     libvirt.domain.may_write = True
     wait_until(lambda: libvirt.domain.metadata, "the mark")
     assert caplog.text.count("cannot be carried away from here") == 1
+
+
+def test_new_mark_that_was_refused_is_made_when_the_guest_may_be_marked(libvirt: Libvirt, host: LibvirtHost) -> None:
+    wait_until(lambda: libvirt.domain.writes == 1, "the mark")
+    first, libvirt.domain.may_write = origin(libvirt), False
+    host.mark(GUEST)
+    wait_until(lambda: GUEST in host._unmarked, "a try")
+    libvirt.domain.may_write = True
+    libvirt.say("RESUMED", "UNPAUSED")
+    wait_until(lambda: origin(libvirt) != first, "the new mark")
+
+
+def test_guest_that_takes_long_to_be_refused_is_tried_again_when_the_others_have_had_their_turn(
+    libvirt: Libvirt, host: LibvirtHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_until(lambda: libvirt.domain.writes == 1, "the mark")
+    polls, may_end = threading.Semaphore(0), threading.Event()
+    real = host._mark_again
+    monkeypatch.setattr(host, "_mark_again", lambda: (real(), polls.release()))
+    monkeypatch.setattr(libvirt_events, "MARK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(host, "_mark", lambda guest, is_new: may_end.wait())
+    host._unmarked = {GUEST: Mark.THERE, OTHER: Mark.THERE}
+    for _ in range(10):
+        polls.acquire()
+    assert host._marks.qsize() <= 2
+    may_end.set()
 
 
 @pytest.mark.usefixtures("host")
