@@ -219,6 +219,7 @@ class Agent:
         """The source cannot go on with this session. Whoever waits for it waits for the next one."""
         session = self._arriving(former.guest, former.peer, held_since=former.held_since)
         session.token, session.times_asked = former.token, former.times_asked + 1
+        session.went_before = former.went_before
         session.report.request_id = former.report.request_id
         session.has_verdict, former.has_verdict = former.has_verdict, threading.Event()
         session.has_caught_up, former.has_caught_up = former.has_caught_up, threading.Event()
@@ -539,7 +540,8 @@ class Agent:
         """What a guest leaves that nobody asked for is removed by a session too."""
         with self._lock:
             outgoing = self._outgoing.get(event.guest)
-            if outgoing is not None and outgoing.scopes and not self._sessions_of(event.guest, SourceSession):
+            is_nobodys = all(one.is_over for one in self._sessions_of(event.guest, SourceSession))
+            if outgoing is not None and outgoing.scopes and is_nobodys:
                 LOG.warning("guest %s left, and no agent at its destination asked for its flows", event.guest)
                 session = self._leaving(self.host.new_id(), event.guest, "", outgoing)
                 self._add(session)
@@ -713,8 +715,7 @@ class Agent:
             return Purged(0, 0) if self._has_purged(said, caller.peer) else None
         if isinstance(said, AskAgain):
             for session in self.sessions():
-                is_it = isinstance(session, DestinationSession) and session.id == said.session
-                if is_it and session.peer == caller.peer:
+                if isinstance(session, DestinationSession) and session.is_meant(said.session, caller.peer):
                     session.hear([messages.encode(said)])
                     return None
             return self._tell_again(said.session, caller.peer)
@@ -839,6 +840,7 @@ class Agent:
             left = None if older else self._left_before(caller.peer, said.continues, guest)
             if not older and left is None:
                 return None
+            self._callers.overtake(said.after, caller.peer)
             return self._take_over(caller, said, older[0] if older else left, heard)
 
     def _take_over(self, caller: Caller, said: Open, older: Older | None, heard: list[bytes]) -> Session:

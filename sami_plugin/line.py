@@ -59,7 +59,7 @@ class Line:
             self._lacks_something |= not said
 
     def call_again(self) -> None:
-        """Where the other end has taken a call and not answered, it may have ended in between: it is called anew."""
+        """Where the other end has taken all, and not answered, it may have ended in between: it is called anew."""
         with self._lock:
             if self._channel is not None and self._sender.is_idle:
                 self._attempt(lambda channel: channel.call_again())

@@ -294,9 +294,11 @@ class Channel:
             self._begin()
 
     def call_again(self) -> None:
-        """A client whose call was not answered begins another stream; some are left for what is tampered with."""
-        is_calling = self._current is not None and not (self._is_server or self._current.is_established)
-        if is_calling and self._streams < self._bounds.streams // 2:
+        """A client begins another stream, in which all is said that was not acknowledged.
+
+        Of half the streams that it may have: the others are left for what is tampered with.
+        """
+        if not self._is_server and 0 < self._streams < self._bounds.streams // 2:
             self._begin()
 
     def _stream_of(self, packet: Packet) -> _Stream | None:

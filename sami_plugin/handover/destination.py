@@ -143,6 +143,8 @@ class DestinationSession(Session):
         """The hypervisor has said so; the session may not have come to it yet."""
         self.after: tuple[str, ...] = ()
         """This host's former sessions with the guest, as far as they may still be heard of, newest last."""
+        self.went_before: tuple[str, ...] = ()
+        """The sessions with which this one goes on, the first one first."""
         self.times_asked = 1
         """How often the source was asked anew for this migration, this time included."""
         self.risk = ""
@@ -152,6 +154,7 @@ class DestinationSession(Session):
     def take_over(self, former: Former) -> None:
         """What the former session put in is here, and is this one's to discard."""
         super().take_over(former)
+        self.went_before += (former.session,)
         self.host.take_over(self.guest, former.session, self.id)
         self._has_all = former.state in ("complete", "arrived")
         self._known = destination.continuing(
@@ -185,6 +188,15 @@ class DestinationSession(Session):
         if self._known.runs_here:
             self.host.arriving_guests.pop(self.id, None)
             self.host.arrived_guests.add(self.guest)
+
+    def is_meant(self, session: str, peer: str) -> bool:
+        """Whether the source speaks of this session: where its agent ended before it had written this one down, by the
+        name of one with which this goes on. That is what the next one is to go on with, too."""
+        is_unknown = session in self.went_before and self._known.state is destination.State.ASKED
+        if peer != self.peer or not (session == self.id or is_unknown):
+            return False
+        self.known_as = session
+        return True
 
     def _flows_by_port(self) -> tuple[FormerPort, ...]:
         self._try_to_look(self._settle)

@@ -139,7 +139,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class CallAgain:
-    """Begin anew to call the source, where it has taken the call and not answered: its agent may have ended by that."""
+    """Say anew to the source what it has taken and not answered: its agent may have ended in between."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,12 +276,19 @@ STAYING: dict[str, Play] = {
 # --- The guest may stay
 
 
-def refused_by_us(case: Case) -> Migration:
-    """By the policy `veto`, for a flow that is not carried. Whose agent dies meanwhile refuses nobody."""
+def refused_by_us(case: Case, *, is_heeded: bool) -> Migration:
+    """By the policy `veto`, for a flow that is not carried. Whose agent dies meanwhile refuses nobody.
+
+    Unless the hook's settings have it heed the veto, the guest moves all the same.
+    """
+    settings = case.destination.path(libvirt_hook.SETTINGS)
+    settings.parent.mkdir(exist_ok=True)
+    settings.write_text(f"veto = {'yes' if is_heeded else 'no'}\n")
     zone = case.source.zone(case.guest.ports[0])
     ends = ["-s", case.guest.ports[0].addresses[0], "-d", addresses.OUTSIDE_V4]
     case.source.run(["conntrack", "-I", "-w", str(zone), *ends, "-p", ESP, "-t", "600", "-u", "SEEN_REPLY"])
     migration = case.start()
     migration.wait()
     case.source.run(["conntrack", "-D", "-w", str(zone), *ends, "-p", ESP])
+    settings.unlink()
     return migration

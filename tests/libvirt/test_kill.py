@@ -27,14 +27,15 @@ from tests.libvirt.sequences import Case, downloading
 
 pytestmark = [pytest.mark.usefixtures("libvirt_here"), pytest.mark.timeout(1800)]
 
-VETOED = "our own veto"
+VETOED, UNHEEDED = "our own veto", "our own veto, which the hook does not heed"
 SEQUENCES = {
     **sequences.MOVING,
     **sequences.LEFT_PAUSED,
     **sequences.STAYING,
     "source's libvirtd ends while memory is copied": sequences.source_libvirtd_ends,
     "the broker is away at the cut-over": partial(sequences.broker_away, has_all=False),
-    VETOED: sequences.refused_by_us,
+    VETOED: partial(sequences.refused_by_us, is_heeded=True),
+    UNHEEDED: partial(sequences.refused_by_us, is_heeded=False),
 }
 CHOSEN = (
     "plain",
@@ -114,7 +115,8 @@ def dying(agent: HostAgent, step: int, deaths: list[bool]) -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = SEQUENCES if metafunc.config.getoption("--every-step") else CHOSEN
-    cases = [pytest.param("veto" if name == VETOED else "proceed", name, id=name) for name in names]
+    vetoes = VETOED, UNHEEDED
+    cases = [pytest.param("veto" if name in vetoes else "proceed", name, id=name) for name in names]
     metafunc.parametrize(("mortals", "name"), cases, indirect=["mortals"], scope="module")
 
 
@@ -122,7 +124,7 @@ def test_connection_lives_whichever_agent_dies(mortals: Mortals, name: str, pyte
     number = list(SEQUENCES).index(name)
     for role in ROLES if pytestconfig.getoption("--every-step") else (ROLES[number % 2],):
         deaths: list[bool] = []
-        steps = (STEPS_BEFORE_AN_END if name in sequences.STAYING else STEPS)[role]
+        steps = (STEPS_BEFORE_AN_END if name in (*sequences.STAYING, VETOED) else STEPS)[role]
         chosen = steps[number // 2 % len(steps)]
         for step in kills.steps(pytestconfig, (chosen,), deaths):
             case = Case(mortals.lab, mortals.sami, mortals.guest, mortals.flow)

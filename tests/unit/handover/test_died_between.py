@@ -10,6 +10,7 @@ import pytest
 
 from sami_plugin.channel.tls import Channel
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
+from sami_plugin.handover import SourceSession
 from sami_plugin.handover.destination import UNTOLD
 from sami_plugin.line import Line
 from sami_plugin.migration import destination, source
@@ -131,9 +132,32 @@ def test_source_whose_agent_ended_when_it_had_taken_the_call_is_called_anew(
         assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
 
 
-@pytest.mark.parametrize("is_told_first", [False, True])
+def test_source_whose_agent_ended_when_it_was_asked_anew_and_had_not_written_that_down_is_asked_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hosts_in(tmp_path, brief()) as hosts:
+        guest = guest_with_flows(hosts)
+        begin(hosts, guest)
+        hosts.kill("host-a")
+        with monkeypatch.context() as patched:
+            asked = threading.Event()
+            patched.setattr(SourceSession, "continue_with", lambda older, successor: asked.set())
+            hosts.start("host-a")
+            assert asked.wait(10)
+            hosts.kill("host-a")
+        hosts.start("host-a")
+        words(hosts, guest, ("host-a", Phase.OUTGOING))
+        until(lambda: sessions_follow(hosts), 3)
+        finish(hosts, guest)
+        until_idle(hosts)
+        assert (ports(hosts, "host-b"), held(hosts, "host-a")) == (ALL, set())
+
+
+@pytest.mark.parametrize(
+    "told", ["late", "first", pytest.param("meanwhile", id="while the hypervisor is asked whether it stays")]
+)
 def test_guest_that_leaves_against_the_other_host_s_veto_while_no_agent_is_there_takes_its_flows_along(
-    tmp_path: Path, is_told_first: bool
+    tmp_path: Path, told: str
 ) -> None:
     """The agent that is started anew hears of the veto, and the guest has left all the same."""
     hypervisors = {name: Hypervisor(name) for name in ZONES}
@@ -153,10 +177,18 @@ def test_guest_that_leaves_against_the_other_host_s_veto_while_no_agent_is_there
         here.leaving.clear()
         del here.marks[guest]
         hosts.unplug("host-a", guest)
+        is_asked, may_say = threading.Event(), threading.Event()
+        real = here.is_leaving
+        here.is_leaving = lambda guest: (is_asked.set(), may_say.wait(10), real(guest))[-1]  # type: ignore[method-assign]
         hosts.start("host-a")
-        until(lambda: not hosts.agents["host-a"].sessions())
-        if is_told_first:
-            hosts.agents["host-a"].note(MigrationEvent(guest, Phase.STOPPED, role="source"))
+        assert is_asked.wait(10)
+        left = MigrationEvent(guest, Phase.STOPPED, role="source")
+        if told == "meanwhile":
+            hosts.agents["host-a"].note(left)
+        may_say.set()
+        until(lambda: told == "meanwhile" or not hosts.agents["host-a"].sessions())
+        if told == "first":
+            hosts.agents["host-a"].note(left)
         hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS)
         hosts.agents["host-b"].note(replace(comes, phase=Phase.STARTED, role="destination", is_incoming=True))
         words(hosts, guest, ("host-b", Phase.RESUMED), ("host-a", Phase.STOPPED))
