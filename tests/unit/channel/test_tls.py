@@ -157,6 +157,18 @@ def test_call_that_was_taken_by_who_ended_before_it_answered_is_made_anew(
     assert max(packet.stream for _, packet in pair.every) < Bounds().streams // 2
 
 
+def test_what_was_taken_and_not_acknowledged_is_said_again_to_the_one_that_comes_after(
+    pair: Pair, credentials: Callable[[str], Credentials]
+) -> None:
+    pair.say("d", b"one")
+    pair.carry_all()
+    pair.ends["s"] = server(credentials("s"), "d")
+    pair.ends["d"].call_again()
+    pair.collect()
+    pair.carry_all()
+    assert pair.heard["s"] == [b"one", b"one"]
+
+
 def test_server_keeps_the_old_stream_until_the_new_one_has_shown_who_it_is(pair: Pair) -> None:
     pair.say("d", b"one")
     pair.carry_all()
