@@ -716,6 +716,7 @@ class Agent:
         if isinstance(said, AskAgain):
             for session in self.sessions():
                 if isinstance(session, DestinationSession) and session.is_meant(said.session, caller.peer):
+                    session.known_as = said.session
                     session.hear([messages.encode(said)])
                     return None
             return self._tell_again(said.session, caller.peer)
@@ -840,11 +841,11 @@ class Agent:
             left = None if older else self._left_before(caller.peer, said.continues, guest)
             if not older and left is None:
                 return None
-            self._callers.overtake(said.after, caller.peer)
             return self._take_over(caller, said, older[0] if older else left, heard)
 
     def _take_over(self, caller: Caller, said: Open, older: Older | None, heard: list[bytes]) -> Session:
         """The session that goes on with that one, for the caller."""
+        self._callers.overtake(said.after, caller.peer)
         session = SourceSession(
             self.host,
             caller.id,

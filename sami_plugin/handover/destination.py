@@ -191,12 +191,9 @@ class DestinationSession(Session):
 
     def is_meant(self, session: str, peer: str) -> bool:
         """Whether the source speaks of this session: where its agent ended before it had written this one down, by the
-        name of one with which this goes on. That is what the next one is to go on with, too."""
+        name of one with which this goes on."""
         is_unknown = session in self.went_before and self._known.state is destination.State.ASKED
-        if peer != self.peer or not (session == self.id or is_unknown):
-            return False
-        self.known_as = session
-        return True
+        return peer == self.peer and (session == self.id or is_unknown)
 
     def _flows_by_port(self) -> tuple[FormerPort, ...]:
         self._try_to_look(self._settle)
