@@ -331,7 +331,7 @@ class LibvirtHost:
         return state == libvirt.VIR_DOMAIN_PAUSED and is_coming
 
     def _absence(self, error: Any) -> Phase | None:
-        # The second is of jobs alone: the guest is off, and its definition stays, as where nobody migrates it away.
+        # The second is jobStats' word for a guest that is defined and off, as it is left without --undefinesource.
         if error.get_error_code() in (self._libvirt.VIR_ERR_NO_DOMAIN, self._libvirt.VIR_ERR_OPERATION_INVALID):
             return Phase.STOPPED
         LOG.info("libvirt %s does not say how it is with a guest: %s", self._uri, error)

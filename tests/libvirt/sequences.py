@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -281,14 +282,23 @@ def refused_by_us(case: Case, *, is_heeded: bool) -> Migration:
 
     Unless the hook's settings have it heed the veto, the guest moves all the same.
     """
-    settings = case.destination.path(libvirt_hook.SETTINGS)
-    settings.parent.mkdir(exist_ok=True)
-    settings.write_text(f"veto = {'yes' if is_heeded else 'no'}\n")
     zone = case.source.zone(case.guest.ports[0])
     ends = ["-s", case.guest.ports[0].addresses[0], "-d", addresses.OUTSIDE_V4]
     case.source.run(["conntrack", "-I", "-w", str(zone), *ends, "-p", ESP, "-t", "600", "-u", "SEEN_REPLY"])
-    migration = case.start()
-    migration.wait()
+    with heeding_vetoes(case.destination) if is_heeded else nullcontext():
+        migration = case.start()
+        migration.wait()
     case.source.run(["conntrack", "-D", "-w", str(zone), *ends, "-p", ESP])
-    settings.unlink()
     return migration
+
+
+@contextmanager
+def heeding_vetoes(host: LibvirtHost) -> Iterator[None]:
+    """Within it the host's hook of SAMI does as the agent says, which it does not by default."""
+    settings = host.path(libvirt_hook.SETTINGS)
+    settings.parent.mkdir(exist_ok=True)
+    settings.write_text("veto = yes\n")
+    try:
+        yield
+    finally:
+        settings.unlink()

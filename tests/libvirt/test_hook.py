@@ -15,10 +15,10 @@ from lab.errors import CommandFailed
 from lab.libvirt.guest import Guest
 from lab.libvirt.host import LibvirtHost
 from lab.libvirt.lab import LibvirtLab
-from sami_plugin.cmd import libvirt_hook
 from sami_plugin.errors import Veto
 from sami_plugin.hooks.local_socket import LocalSocket
 from sami_plugin.model.migration import MigrationEvent, Phase
+from tests.libvirt.sequences import heeding_vetoes
 
 pytestmark = [pytest.mark.xdist_group("libvirt"), pytest.mark.usefixtures("libvirt_here")]
 
@@ -137,12 +137,9 @@ def test_veto_fails_the_migration_with_its_reason_only_if_it_is_asked_for(bare_l
     source, destination = ways(bare_lab, guest)
     assert bare_lab.migrate(guest, source.name, destination.name).is_ok
     source, destination = destination, source
-    settings = destination.path(libvirt_hook.SETTINGS)
-    settings.parent.mkdir(exist_ok=True)
-    settings.write_text("veto = yes\n")
     agents.told.clear()
-    done = bare_lab.migrate(guest, source.name, destination.name)
-    settings.unlink()
+    with heeding_vetoes(destination):
+        done = bare_lab.migrate(guest, source.name, destination.name)
     assert not done.is_ok
     assert "unexpected exit status 3: sami-agent refuses the migration: 4 of 6 flows have no place" in done.words
     assert bare_lab.state(guest, source.name).startswith("running")
