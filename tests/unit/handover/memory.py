@@ -117,6 +117,15 @@ def prepare(hosts: Hosts, guest: str) -> None:
 
 
 def begin(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
+    """The guest is copied, and what it had at first is in the destination's firewall."""
+    begin_before_its_router(hosts, guest, source, destination)
+    session = [one for one in hosts.agents[destination].sessions() if one.guest == guest][-1]
+    assert isinstance(session, DestinationSession)
+    until(session.has_caught_up.is_set)
+
+
+def begin_before_its_router(hosts: Hosts, guest: str, source: str = "host-a", destination: str = "host-b") -> None:
+    """All is told, and some of it has no zone at the destination yet."""
     hosts.say(source, Phase.OUTGOING, guest, destination=destination)
     hosts.say(destination, Phase.PREPARE, guest, source)
     hosts.plug(destination, guest, ZONES[destination], GUEST_ADDRESS)

@@ -27,6 +27,7 @@ from tests.unit.handover.memory import (
     SETTINGS,
     ZONES,
     begin,
+    begin_before_its_router,
     finish,
     guest_with_flows,
     held,
@@ -163,7 +164,7 @@ def test_port_that_comes_after_a_router_has_its_flows(hosts: Hosts) -> None:
 
 def test_flows_that_end_while_their_router_is_waited_for_are_not_refused(hosts: Hosts) -> None:
     guest, _ = routed_guest(hosts)
-    begin(hosts, guest)
+    begin_before_its_router(hosts, guest)
     driver = hosts.drivers["host-a"]
     _, routed = hosts.agents["host-a"].host.scopes.find(guest)
     ended = tcp_flows(7, first_port=7000)
@@ -244,7 +245,7 @@ def test_router_of_which_nobody_can_be_asked_has_not_gone(tmp_path: Path, moves:
 def test_port_is_emptied_where_its_router_cannot_be(tmp_path: Path, is_router_first: bool) -> None:
     with hosts_in(tmp_path, driver=lambda name: UnaskedDriver(MemoryDevice(name))) as hosts:
         guest, routed = routed_guest(hosts)
-        begin(hosts, guest)
+        begin_before_its_router(hosts, guest)
         hosts.plug("host-b", guest, ROUTERS["host-b"], GUEST_ADDRESS, shared=True, role="dnat")
         until(lambda: held(hosts, "host-b", ROUTERS["host-b"]) == routed)
         (session,) = hosts.agents["host-b"].sessions()
@@ -271,7 +272,7 @@ def test_new_start_of_the_destination_s_agent_knows_the_port_s_flows_from_the_ro
 
     if is_router_first:
         plug_router()
-    begin(hosts, guest)
+    begin_before_its_router(hosts, guest)
     if not is_router_first:
         plug_router()
     wait_for_step(hosts, "host-b", guest, "in sync")
