@@ -8,6 +8,7 @@ What there is to do is in `handover`.
 from __future__ import annotations
 
 import abc
+import functools
 import logging
 import queue
 import threading
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -98,6 +99,9 @@ PUT_IN_SECONDS = 10.0
 
 ROUTINE = (*BULK, CallAgain, WakeAt, FindScope, Import, Verify, Renew)
 """Actions that may be decided upon many times a second."""
+
+USUAL = frozenset((TimePassed, Done, Flows, FlowChanges))
+"""What happens and is said that often."""
 
 
 Actions = Mapping[type[Action], Callable[[Any], Done | Negotiated | None]]
@@ -483,17 +487,16 @@ class Session(abc.ABC):
         if self._former is not None:  # it is there as the one that goes on
             return
         self._noted = self._knowledge()
-        with self.journalling():
-            self.host.journal.begin(
-                self.id,
-                self.guest,
-                self.role,
-                self.peer,
-                self._state(),
-                ports=[scope.as_dict() for scope in self._scopes_known()],
-                destination=self.destination,
-                token=self.token,
-            )
+        self.write(
+            self.host.journal.begin,
+            self.guest,
+            self.role,
+            self.peer,
+            self._state(),
+            ports=[scope.as_dict() for scope in self._scopes_known()],
+            destination=self.destination,
+            token=self.token,
+        )
 
     # In the session's own thread.
 
@@ -569,9 +572,9 @@ class Session(abc.ABC):
 
     def _decide(self, event: Event) -> None:
         before = self._state_before = self._state()
-        label = _label(event)
-        is_news = isinstance(event, GuestDid) and label not in self._heard_of  # who is started anew has to know it
-        if isinstance(event, GuestDid | PeerSaid):
+        label, kind = _label(event), type(event)
+        is_news = kind is GuestDid and label not in self._heard_of  # who is started anew has to know it
+        if kind in (GuestDid, PeerSaid):
             self._heard_of.add(label)
         actions = self._step(event, self.host.monotonic())
         has_moved = (after := self._state()) != before
@@ -591,8 +594,7 @@ class Session(abc.ABC):
             return
         self._noted = known
         ports = [scope.as_dict() for scope in known[-1]]
-        with self.journalling():
-            self.host.journal.know(self.id, peer=self.peer, ports=ports, destination=self.destination, token=self.token)
+        self.write(self.host.journal.know, peer=self.peer, ports=ports, destination=self.destination, token=self.token)
 
     def _knowledge(self) -> tuple[str, str, str, tuple[Scope, ...]]:
         return self.peer, self.destination, self.token, self._scopes_known()
@@ -615,16 +617,13 @@ class Session(abc.ABC):
             isinstance(action, Purge) or (isinstance(action, Say) and action.is_durable) for action in actions
         )
         self._decisions += 1
-        with self.journalling():
-            self.host.journal.record(
-                self.id, self._decisions, label, self._state(), [_label(one) for one in actions], is_durable=is_durable
-            )
+        labels = [_label(one) for one in actions]
+        self.write(self.host.journal.record, self._decisions, label, self._state(), labels, is_durable=is_durable)
 
-    @contextmanager
-    def journalling(self) -> Iterator[None]:
-        """What is written within is lost where the journal does not work."""
+    def write(self, row: Callable[..., None], *what: Any, **named: Any) -> None:
+        """Into the journal, of this session. Where that does not work it is lost."""
         try:
-            yield
+            row(self.id, *what, **named)
         except JournalError as error:
             self.lose_journal(error)
 
@@ -637,7 +636,7 @@ class Session(abc.ABC):
     def _act_safely(self, action: Action) -> bool:
         """Whether the actions behind this one may follow. The one broad catch: a failure ends this session alone."""
         try:
-            if isinstance(action, Purge | PurgeLate) and not self._journal_works:
+            if not self._journal_works and isinstance(action, Purge | PurgeLate):
                 raise JournalError(
                     "the journal does not work, so nothing is purged; mend it and remove the flows by hand"
                 )
@@ -682,7 +681,7 @@ class Session(abc.ABC):
             case HandOver():
                 self._hand_over()
             case _:
-                return self._actions()[type(action)](action)
+                return self._actions[type(action)](action)
         return None
 
     @property
@@ -711,14 +710,13 @@ class Session(abc.ABC):
         log = LOG.info if outcome in (Outcome.MOVED, Outcome.STAYED) else LOG.warning
         log("%s: guest %s: %s %s %s", self.id, self.guest, outcome.value, reason, self.report.flows)
         is_late = outcome is Outcome.LEFT_WITHOUT_ARRIVAL  # who comes late may still want them
-        with self.journalling():  # also where it has failed before: what is over is not to be gone on with
-            self.host.journal.end(
-                self.id,
-                self._state(),
-                outcome.value,
-                self.report.as_dict(),
-                keep_payloads_seconds=self.host.settings.late_import_seconds if is_late else 0.0,
-            )
+        self.write(  # also where it has failed before: what is over is not to be gone on with
+            self.host.journal.end,
+            self._state(),
+            outcome.value,
+            self.report.as_dict(),
+            keep_payloads_seconds=self.host.settings.late_import_seconds if is_late else 0.0,
+        )
         self._leave()
 
     def _hand_over(self) -> None:
@@ -821,12 +819,11 @@ class Session(abc.ABC):
         """Journals flows before they are sent or imported."""
         self._payloads += 1
         if self._journal_works:
-            with self.journalling():
-                self.host.journal.keep_payload(self.id, self._payloads, payload)
+            self.write(self.host.journal.keep_payload, self._payloads, payload)
 
     def _named_so_far(self) -> dict[str, Any]:
         """What the report would say of flows that were not carried as they were sent, if the session ended now."""
-        told = replace(self.report, named=deepcopy(self.report.named))
+        told = Report(self.id, self.guest, self.role, self.host.name, self.peer, named=deepcopy(self.report.named))
         self._name_in(told)
         return told.named
 
@@ -848,6 +845,7 @@ class Session(abc.ABC):
     def _step(self, event: Event, now: float) -> list[Action]:
         """Asks the role's decision and keeps what is known now."""
 
+    @functools.cached_property
     @abc.abstractmethod
     def _actions(self) -> Actions:
         """How each of the role's actions is done."""
@@ -893,38 +891,33 @@ def go_on(successor: Session, former: Former, report: dict[str, Any]) -> None:
     """Lets a session that has not begun take over a former one, whose report this is."""
     journal = successor.host.journal
     successor.take_over(former)
-    with successor.journalling():
+    try:
         journal.go_on(former.session, successor.id, successor.known_as, former.state, former.heard, report)
+    except JournalError as error:
+        successor.lose_journal(error)
 
 
 def _is_routine(event: Event, actions: list[Action]) -> bool:
     """Whether this happens again and again and needs no row in the journal; flows are kept there by themselves."""
-    is_usual = isinstance(event, TimePassed | Done)
-    is_usual |= isinstance(event, PeerSaid) and isinstance(event.message, Flows | FlowChanges)
-    return is_usual and all(isinstance(action, ROUTINE) for action in actions)
+    said = type(event.message) if isinstance(event, PeerSaid) else type(event)
+    return said in USUAL and all(isinstance(action, ROUTINE) for action in actions)
 
 
 def _label(item: Event | Action) -> str:
     """A short name for the journal; what flows there are is in the payloads."""
-    match item:
-        case GuestDid(event=told):
-            return f"guest {told.phase.value}"
-        case PeerSaid(message=message):
-            return f"peer said {type(message).__name__}"
-        case Say(message=message):
-            return f"say {type(message).__name__}"
-        case Done(what=what, count=count):
-            return f"{what} done ({count})"
-        case ActionFailed(what=what, reason=reason):
-            return f"{what} failed: {reason}"
-        case PeerLost(reason=reason):
-            return f"peer lost: {reason}"
-        case Found(source=source):
-            return f"found: {source}"
-        case Negotiated(verdict=verdict, reason=reason):
-            return f"verdict: {verdict.value}: {reason}"
-        case OperatorSaid(may_come=may_come):
-            return f"operator said: {'approve' if may_come else 'refuse'}"
-        case End(outcome=outcome):
-            return f"end: {outcome.value}"
-    return type(item).__name__
+    label = _LABELS.get(type(item))
+    return type(item).__name__ if label is None else label(item)
+
+
+_LABELS: Mapping[type, Callable[[Any], str]] = {
+    GuestDid: lambda did: f"guest {did.event.phase.value}",
+    PeerSaid: lambda said: f"peer said {type(said.message).__name__}",
+    Say: lambda say: f"say {type(say.message).__name__}",
+    Done: lambda done: f"{done.what} done ({done.count})",
+    ActionFailed: lambda failed: f"{failed.what} failed: {failed.reason}",
+    PeerLost: lambda lost: f"peer lost: {lost.reason}",
+    Found: lambda found: f"found: {found.source}",
+    Negotiated: lambda one: f"verdict: {one.verdict.value}: {one.reason}",
+    OperatorSaid: lambda said: f"operator said: {'approve' if said.may_come else 'refuse'}",
+    End: lambda end: f"end: {end.outcome.value}",
+}

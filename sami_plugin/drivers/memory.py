@@ -412,7 +412,7 @@ def _has_neighbour(scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:
 
 
 def _is_barred(scope: Scope, batch: Batch) -> npt.NDArray[np.bool_]:
-    if not batch.template.is_flow:
+    if not scope.barred_marks or not batch.template.is_flow:
         return np.zeros(len(batch), bool)
     barred: npt.NDArray[np.bool_] = batch.rows["flowMark"] & np.uint32(scope.barred_marks) != 0
     return barred

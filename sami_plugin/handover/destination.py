@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import threading
@@ -207,6 +208,7 @@ class DestinationSession(Session):
     def _scopes_known(self) -> tuple[Scope, ...]:
         return tuple(port.scope for port in self._ports)
 
+    @functools.cached_property
     def _actions(self) -> Actions:
         return {
             Ask: self._ask,
@@ -367,8 +369,7 @@ class DestinationSession(Session):
         if not is_news or not is_settled or self._unverified or not self._journal_works:
             return
         self._applied = applied
-        with self.journalling():
-            self.host.journal.note_applied(self.id, applied, self._named_so_far())
+        self.write(self.host.journal.note_applied, applied, self._named_so_far())
 
     def _name_in(self, report: Report) -> None:
         self._findings.name_in(report)

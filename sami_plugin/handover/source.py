@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import logging
 from collections import deque
@@ -225,6 +226,7 @@ class SourceSession(Session):
         """Whether this is the session, by the id that the peer knows, and all of the guest's flows are still here."""
         return (self.peer, self.known_as) == (peer, session) and source.may_be_continued(self._known)
 
+    @functools.cached_property
     def _actions(self) -> Actions:
         return {
             Keep: self._keep,
@@ -671,8 +673,7 @@ class SourceSession(Session):
         if named == self._named or not self._journal_works:
             return
         self._named = named
-        with self.journalling():
-            self.host.journal.note_named(self.id, named)
+        self.write(self.host.journal.note_named, named)
 
     def _name_in(self, report: Report) -> None:
         for port in self._ports:

@@ -499,6 +499,9 @@ _BY_NUMBER: dict[tuple[Origin, int, int], InformationElement] = {
     (element.origin, element.vendor, element.number): element for element in (*_ALL, *ELEMENT_DESCRIPTION.values())
 }
 
+_VENDORS: set[int] = set()
+"""Enterprise numbers of the vendors whose elements are known."""
+
 
 def bring(brought: Iterable[InformationElement]) -> None:
     """Makes elements known beside those that stand here; see `model.kinds`.
@@ -515,11 +518,12 @@ def bring(brought: Iterable[InformationElement]) -> None:
         by_name[element.name] = by_number[place] = element
     ELEMENTS.update(by_name)
     _BY_NUMBER.update(by_number)
+    _VENDORS.update(element.vendor for element in by_name.values() if element.vendor)
 
 
 def check_enterprise(enterprise: int) -> None:
     """Raise `ConfigurationError` unless `enterprise` can stand before elements of ours."""
-    if enterprise != IANA and any(element.vendor == enterprise for element in ELEMENTS.values()):
+    if enterprise in _VENDORS:
         raise ConfigurationError(
             f"{enterprise} is the enterprise number of a vendor's elements, which an installed package brings; "
             "take another one for SAMI's"

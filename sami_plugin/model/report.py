@@ -44,17 +44,13 @@ class Report:
         """Wall clock of the first step, in seconds since 1970; never, where none has happened."""
         return next((wall for wall, _ in self.steps.values()), math.inf)
 
-    def milliseconds(self, since: str, until: str) -> float | None:
-        """Between two steps; None where one of them did not happen."""
-        at = self.steps
-        return (at[until][1] - at[since][1]) * 1000 if since in at and until in at else None
-
     def spans(self) -> dict[str, float]:
         """Milliseconds between the steps of `SPANS`, of those that happened."""
+        at = self.steps
         return {
-            f"{since} to {until}": round(taken, 3)
+            f"{since} to {until}": round((at[until][1] - at[since][1]) * 1000, 3)
             for since, until in SPANS[self.role]
-            if (taken := self.milliseconds(since, until)) is not None
+            if since in at and until in at
         }
 
     def remark(self, words: str) -> None:

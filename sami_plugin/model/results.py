@@ -175,5 +175,5 @@ def _differing(sent: Batch, kept: Rows, but: frozenset[str]) -> npt.NDArray[np.u
             differs = wanted != found
             if differs.ndim > 1:
                 differs = differs.any(axis=1)
-        lost |= np.where(differs, np.uint64(1 << position), np.uint64(0))
+        lost |= differs * np.uint64(1 << position)
     return lost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -63,10 +64,10 @@ class Scope:
             "port": self.port,
             "guest": self.guest,
             "zones": {int(role): zone for role, zone in self.zones.items()},
-            "addresses": [str(address) for address in self.addresses],
+            "addresses": list(map(_written, self.addresses)),
             "namespace": self.namespace,
             "is_shared": self.is_shared,
-            "translations": [str(address) for address in self.translations],
+            "translations": list(map(_written, self.translations)),
             "barred_marks": self.barred_marks,
         }
 
@@ -84,3 +85,8 @@ class Scope:
             translations=tuple(netaddr.IPAddress(address) for address in told.get("translations", ())),
             barred_marks=told.get("barred_marks", 0),
         )
+
+
+@functools.lru_cache(maxsize=1024)  # a guest's are written many times
+def _written(address: netaddr.IPAddress) -> str:
+    return str(address)

@@ -76,10 +76,7 @@ class Endpoint:
         if self._has_stopped.is_set():
             return LATER
         try:
-            are_names = all(
-                isinstance(one, str) and 0 < len(one) <= 255 and one.isprintable() for one in (sender, session)
-            )
-            if not (are_names and type(number) is int and type(stream) is int):
+            if not (_is_name(sender) and _is_name(session) and type(number) is int and type(stream) is int):
                 return "sender, session, stream and number have to be two names and two numbers"
             packet = Packet(stream, number, base64.b64decode(payload, validate=True))
         except (binascii.Error, TypeError, ValueError):
@@ -95,6 +92,10 @@ class Endpoint:
             LOG.debug("%s: packet %s of %s refused: %s", session, number, sender, error)
             return type(error).__name__
         return TAKEN
+
+
+def _is_name(word: object) -> bool:
+    return isinstance(word, str) and 0 < len(word) <= 255 and word.isprintable()
 
 
 def refuse_unknown_broker(url: str) -> None:

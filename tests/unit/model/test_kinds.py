@@ -52,6 +52,7 @@ def known() -> Iterator[None]:
     for now, before in ((TEMPLATES, templates), (elements.ELEMENTS, by_name), (elements._BY_NUMBER, by_number)):
         now.clear()
         now.update(before)
+    elements._VENDORS.discard(VENDOR)
 
 
 @pytest.fixture
