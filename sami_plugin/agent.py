@@ -7,13 +7,12 @@ import json
 import logging
 import threading
 import time
-import uuid
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from sami_plugin import former as formers
 from sami_plugin import notifications
-from sami_plugin.callers import OVER_OF_A_GUEST, Caller, Callers, is_uuid
+from sami_plugin.callers import OVER_OF_A_GUEST, Caller, Callers, as_uuid
 from sami_plugin.codec import messages
 from sami_plugin.errors import (
     Crowded,
@@ -788,9 +787,9 @@ class Agent:
     def _open(self, caller: Caller, said: Open, heard: list[bytes]) -> Session:
         """The session that the caller asks for in the first message that was heard of it."""
         sender = caller.peer
-        if not is_uuid(said.guest):
+        guest = as_uuid(said.guest)
+        if guest is None:
             raise IllegalMessage("a guest is a UUID")
-        guest = str(uuid.UUID(said.guest))
         if said.continues and (continuing := self._continue(caller, said, guest, heard)) is not None:
             return continuing
         if said.has_all:
@@ -808,7 +807,7 @@ class Agent:
             if left is not None and not left.may_be_fetched_by(sender, said.token):
                 raise NotAuthorised(f"{guest} has left this host already")
             if left is not None:
-                return self._take_over(caller, said, left, heard)
+                return self._take_over(caller, guest, said, left, heard)
             # It may have left, which will be told, or while no agent was here.
             may_have_left = has_left or guest in self._outgoing.unconfirmed()
             if may_have_left and self._outgoing.is_of(guest, said.token):
@@ -841,15 +840,15 @@ class Agent:
             left = None if older else self._left_before(caller.peer, said.continues, guest)
             if not older and left is None:
                 return None
-            return self._take_over(caller, said, older[0] if older else left, heard)
+            return self._take_over(caller, guest, said, older[0] if older else left, heard)
 
-    def _take_over(self, caller: Caller, said: Open, older: Older | None, heard: list[bytes]) -> Session:
+    def _take_over(self, caller: Caller, guest: str, said: Open, older: Older | None, heard: list[bytes]) -> Session:
         """The session that goes on with that one, for the caller."""
         self._callers.overtake(said.after, caller.peer)
         session = SourceSession(
             self.host,
             caller.id,
-            str(uuid.UUID(said.guest)),
+            guest,
             caller.peer,
             self._forget,
             is_outgoing=True,
@@ -857,7 +856,7 @@ class Agent:
             has_all=said.has_all,
         )
         session.hear(heard)
-        if self._is_coming(session.guest):
+        if self._is_coming(guest):
             session.expect_return()
         if isinstance(older, SourceSession):
             self._put_in_place_of(older, session)

@@ -150,7 +150,7 @@ class Findings:
         has_vanished = is_in_device(made) & ~is_there
         made["outcome"][has_vanished], made["reason"][has_vanished] = Outcome.REFUSED, Reason.VANISHED
         is_ours = came_out(made, Outcome.IMPORTED)
-        made["lost"][is_ours] = lost_fields(batch.take(is_ours), found.rows[is_ours])
+        made["lost"] = lost_fields(batch, found.rows) * is_ours
         made["outcome"][made["lost"] != 0] = Outcome.DEGRADED
         self._verified += int(np.count_nonzero(is_in_device(made)))
         self.forget(batch)
@@ -177,8 +177,9 @@ class Findings:
 
     def leave(self, batch: Batch) -> None:
         """Files flows that are in the device already, and stay as they are."""
-        self.forget(batch)
-        self._present.put(batch)
+        if len(batch):
+            self.forget(batch)
+            self._present.put(batch)
 
     def has(self, batch: Batch) -> npt.NDArray[np.bool_]:
         """Which of these flows were there already, or were refused: the source has told of them."""

@@ -109,8 +109,12 @@ class Callers:
 
 def is_uuid(text: str) -> bool:
     """As sessions and guests are named."""
+    return as_uuid(text) is not None
+
+
+def as_uuid(text: str) -> str | None:
+    """As it is written here; None where it is none."""
     try:
-        uuid.UUID(text)
+        return str(uuid.UUID(text))
     except ValueError:
-        return False
-    return True
+        return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import logging
+import operator
 import queue
 import threading
 import time
@@ -90,6 +91,7 @@ class Port(Protocol):
 
 
 PortT = TypeVar("PortT", bound=Port)
+scope_of: Callable[[Port], Scope] = operator.attrgetter("scope")
 
 BULK = (ExportNext, ExportChanges, Resync)
 """Actions that send much: the next of them waits until the sender has room."""
@@ -97,7 +99,7 @@ BULK = (ExportNext, ExportChanges, Resync)
 PUT_IN_SECONDS = 10.0
 """For so long a session waits at most until others have put in what they are putting in, to know what room is left."""
 
-ROUTINE = (*BULK, CallAgain, WakeAt, FindScope, Import, Verify, Renew)
+ROUTINE = frozenset((*BULK, CallAgain, WakeAt, FindScope, Import, Verify, Renew))
 """Actions that may be decided upon many times a second."""
 
 USUAL = frozenset((TimePassed, Done, Flows, FlowChanges))
@@ -813,7 +815,8 @@ class Session(abc.ABC):
 
     def note(self, step: str) -> None:
         """Puts a step on the report's time line."""
-        self.report.step(step, self.host.wall(), self.host.monotonic())
+        if step not in self.report.steps:
+            self.report.step(step, self.host.wall(), self.host.monotonic())
 
     def keep_payload(self, payload: bytes) -> None:
         """Journals flows before they are sent or imported."""
@@ -900,7 +903,7 @@ def go_on(successor: Session, former: Former, report: dict[str, Any]) -> None:
 def _is_routine(event: Event, actions: list[Action]) -> bool:
     """Whether this happens again and again and needs no row in the journal; flows are kept there by themselves."""
     said = type(event.message) if isinstance(event, PeerSaid) else type(event)
-    return said in USUAL and all(isinstance(action, ROUTINE) for action in actions)
+    return said in USUAL and ROUTINE.issuperset(map(type, actions))
 
 
 def _label(item: Event | Action) -> str:

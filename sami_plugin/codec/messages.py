@@ -6,10 +6,12 @@ Unknown fields are skipped, so a newer peer may add some; a field that is missin
 from __future__ import annotations
 
 import itertools
+import operator
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from typing import Any
 
 import msgpack
 
@@ -29,22 +31,29 @@ MOST_CONTAINERS = 64
 
 KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in typing.get_args(migration.Message)}
 _Check = Callable[[object], bool]
+_SIZES: dict[object, tuple[Callable[[Any], int], int]] = {str: (len, MOST_CHARACTERS), int: (operator.neg, 0)}
+"""How large a text or a number is, and may be; none is negative."""
 
 
 def _check(hint: object) -> _Check:
     """Whether a value is of that type, and no longer than it may be."""
     origin = typing.get_origin(hint)
     if origin is types.UnionType or origin is typing.Union:
-        some = [_check(one) for one in typing.get_args(hint)]
-        return lambda value: any(fits(value) for fits in some)
+        first, second = map(_check, typing.get_args(hint))
+        return lambda value: first(value) or second(value)
     if origin is tuple:
-        entry = _check(typing.get_args(hint)[0])
-        return lambda value: isinstance(value, tuple) and len(value) <= MOST_ENTRIES and all(map(entry, value))
-    if hint is str:
-        return lambda value: isinstance(value, str) and len(value) <= MOST_CHARACTERS
-    if hint is int:
-        return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return lambda value: isinstance(value, hint)  # type: ignore[arg-type]
+        kind, _ = typing.get_args(hint)
+        size, most = _SIZES[kind]
+        return lambda value: (
+            type(value) is tuple
+            and len(value) <= MOST_ENTRIES
+            and {kind}.issuperset(map(type, value))
+            and max(map(size, value), default=0) <= most
+        )
+    if hint in (str, int):
+        size, most = _SIZES[hint]
+        return lambda value: type(value) is hint and size(value) <= most
+    return lambda value: type(value) is hint
 
 
 _FIELDS: dict[type[Message], tuple[tuple[str, bool, object, _Check], ...]] = {
@@ -60,12 +69,10 @@ _FIELDS: dict[type[Message], tuple[tuple[str, bool, object, _Check], ...]] = {
 
 def encode(message: Message) -> bytes:
     """The message as bytes."""
-    values = {
-        name: value[:MOST_CHARACTERS] if isinstance(value, str) else value
-        for name, *_ in _FIELDS[type(message)]
-        for value in (getattr(message, name),)
-    }
-    body = {"version": PROTOCOL_VERSION, "kind": type(message).__name__, **values}
+    body = {"version": PROTOCOL_VERSION, "kind": type(message).__name__}
+    for name, *_ in _FIELDS[type(message)]:
+        value = getattr(message, name)
+        body[name] = value[:MOST_CHARACTERS] if isinstance(value, str) else value
     packed: bytes = msgpack.packb(body)
     return packed
 

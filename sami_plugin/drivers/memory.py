@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -109,7 +110,7 @@ class MemoryDevice:
         self.clock = clock
         self.faults = faults or Faults()
         self.lock = threading.RLock()
-        self._zones: dict[Place, _Zone] = {}
+        self._zones: defaultdict[Place, _Zone] = defaultdict(_Zone)
         self._watches: list[_MemoryWatch] = []
         self._next_id = 1 + zlib.crc32(name.encode())  # two devices do not call a flow by the same id
         self.held = 0
@@ -127,7 +128,7 @@ class MemoryDevice:
     # What follows is for the driver, its watches, and who plays the traffic; they hold the lock.
 
     def zone(self, place: Place) -> _Zone:
-        return self._zones.setdefault(place, _Zone())
+        return self._zones[place]
 
     def expire(self) -> None:
         """Drops what has lived to its end by now."""
@@ -396,8 +397,10 @@ def _places(scope: Scope) -> list[tuple[ZoneRole, Place]]:
 
 
 def _place(scope: Scope, role: int) -> Place | None:
-    zone = next((zone for known, zone in scope.zones.items() if known == role), None)
-    return None if zone is None else (scope.namespace, zone)
+    for known, zone in scope.zones.items():
+        if known == role:
+            return scope.namespace, zone
+    return None
 
 
 def _refuse(made: Results, which: npt.NDArray[np.bool_], reason: Reason) -> None:

@@ -81,7 +81,7 @@ from sami_plugin.model.risk import Risk
 from sami_plugin.model.scope import Scope
 from sami_plugin.model.verdict import Verdict
 from sami_plugin.notifications import at_risk, started
-from sami_plugin.session import Actions, Host, Session
+from sami_plugin.session import Actions, Host, Session, scope_of
 
 LOG = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class DestinationSession(Session):
         return self._again(self)
 
     def _scopes_known(self) -> tuple[Scope, ...]:
-        return tuple(port.scope for port in self._ports)
+        return tuple(map(scope_of, self._ports))
 
     @functools.cached_property
     def _actions(self) -> Actions:

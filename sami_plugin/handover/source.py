@@ -79,7 +79,7 @@ from sami_plugin.model.report import BOTH_HAVE, Report
 from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Outcome, Reason, came_out
 from sami_plugin.model.scope import Scope
 from sami_plugin.notifications import started
-from sami_plugin.session import Actions, Host, Session
+from sami_plugin.session import Actions, Host, Session, scope_of
 
 LOG = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class SourceSession(Session):
         return self._known.outcome if self._state_before == source.State.WATCHING else super()._continued_as()
 
     def _scopes_known(self) -> tuple[Scope, ...]:
-        return tuple(port.scope for port in self._ports) or self._scopes
+        return tuple(map(scope_of, self._ports)) or self._scopes
 
     def may_be_fetched_by(self, host: str, token: str) -> bool:
         """Whether the guest left to that host, as far as one knows here, and no other has asked for its flows."""

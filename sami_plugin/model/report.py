@@ -48,8 +48,8 @@ class Report:
         """Milliseconds between the steps of `SPANS`, of those that happened."""
         at = self.steps
         return {
-            f"{since} to {until}": round((at[until][1] - at[since][1]) * 1000, 3)
-            for since, until in SPANS[self.role]
+            name: round((at[until][1] - at[since][1]) * 1000, 3)
+            for name, since, until in _NAMED_SPANS[self.role]
             if since in at and until in at
         }
 
@@ -122,3 +122,6 @@ SPANS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 """Which pairs of steps a report gives the time between."""
+_NAMED_SPANS = {
+    role: [(f"{since} to {until}", since, until) for since, until in spans] for role, spans in SPANS.items()
+}

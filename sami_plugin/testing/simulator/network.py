@@ -213,6 +213,10 @@ class Network:
         self.world.after(0.0, partial(self._deliver, sender, peer, session, forged))
 
 
+_NEVER = threading.Event()
+"""An agent that is down cannot be reached at all."""
+
+
 class SimulatedPeers(Peers):
     """All hosts are of one domain, and reached through one network."""
 
@@ -221,13 +225,12 @@ class SimulatedPeers(Peers):
         self._way = Way(anything, anything)
         self._host = host
         self._network = network
-        self._has_stopped = threading.Event()
 
     def way_to(self, host: str) -> Way:
         return self._way
 
     def start(self, receiver: Receiver) -> None:
-        self._network.endpoints[self._host] = Endpoint(receiver, self._has_stopped)
+        self._network.endpoints[self._host] = Endpoint(receiver, _NEVER)
 
     def stop(self) -> None:
         self._network.endpoints.pop(self._host, None)

@@ -298,17 +298,13 @@ class World:
         elif not is_background:
             self._scripts -= 1
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether all is over but what goes on for ever."""
-        return not self._scripts and self.now > 0.0 and not any(host.live for host in self.hosts.values())
-
     def _go_on(self) -> None:
         heap = self._heap
         quiet_since: float | None = None
         while heap:
             when, _, act = heapq.heappop(heap)
-            if not self.is_quiet:
+            # What goes on for ever keeps nothing from being over.
+            if self._scripts or not self.now or any(host.live for host in self.hosts.values()):
                 quiet_since = None
             elif quiet_since is None:
                 quiet_since = self.now
@@ -337,9 +333,8 @@ class World:
     def _has_work(self, host: SimulatedHost, session: Session) -> bool:
         if session.is_over or host.is_down:
             return False
-        if session._finished or not session._events.empty():
-            return True
-        return session.wake_at is not None and session.wake_at <= self.now
+        wake_at = session.wake_at
+        return (wake_at is not None and wake_at <= self.now) or bool(session._finished) or not session._events.empty()
 
     def _step_later(self, host: SimulatedHost, session: Session) -> None:
         if session.id in host.busy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from sami_plugin import conf as options
 from sami_plugin.drivers import loader
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import ConfigurationError
-from sami_plugin.model.information_elements import ELEMENTS, Origin
+from sami_plugin.model import information_elements
 from sami_plugin.model.settings import Bounds, Settings
 from sami_plugin.model.verdict import Verdict
 from sami_plugin.policies.chosen import Policies
@@ -212,8 +213,10 @@ def test_every_number_with_a_fraction_has_to_be_one_that_can_be_worked_with(read
 def test_enterprise_number_of_an_installed_vendor_is_refused_by_option(
     read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = dataclasses.replace(ELEMENTS["zoneRole"], name="lease", origin=Origin.VENDOR, vendor=4711)
-    monkeypatch.setitem(ELEMENTS, theirs.name, theirs)
+    for known in ("ELEMENTS", "_BY_NUMBER", "_VENDORS"):
+        monkeypatch.setattr(information_elements, known, copy.copy(getattr(information_elements, known)))
+    ours, vendor = information_elements.ELEMENTS["zoneRole"], information_elements.Origin.VENDOR
+    information_elements.bring([dataclasses.replace(ours, name="lease", origin=vendor, vendor=4711)])
     with pytest.raises(ConfigurationError, match=r"\[agent\] enterprise_number: 4711 .* an installed package brings"):
         options.settings(read("[agent]\nenterprise_number = 4711\n"))
     assert options.settings(read("[agent]\nenterprise_number = 4712\n")).enterprise == 4712
