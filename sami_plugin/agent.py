@@ -565,10 +565,9 @@ class Agent:
         with self._lock:  # a session is there before its caller is forgotten, so one of both is found
             known: Session | Question | Caller | None
             known = self._sessions.get(session_id) or self._questions.get(session_id)
-            line = self._ended.line(session_id)
-            is_over = session_id in self._ended or self._callers.is_overtaken(session_id, sender)
-            if known is None and not is_over:
+            if known is None and not (session_id in self._ended or self._callers.is_overtaken(session_id, sender)):
                 known = self._callers.get(sender, session_id)
+            line = self._ended.line(session_id) if known is None else None
         if known is None:  # of interest only where the other end needs an answer to hear what was said last
             if line is not None and line.peer == sender:
                 line.take(packet)

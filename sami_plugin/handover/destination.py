@@ -952,6 +952,8 @@ class DestinationSession(Session):
 
 def _now(before: Scope, here: tuple[Scope, ...]) -> Scope | None:
     """What is known now of this port, whose tap may have another name by now; None where that is nothing new."""
+    if before in here:
+        return None
     same = [scope for scope in here if scope.port == before.port]
     others = [one for one in here if one.zones.keys() == before.zones.keys() and {*one.addresses} & {*before.addresses}]
     now = next(iter(same or others), None)

@@ -92,13 +92,13 @@ class SimulatedDriver(MemoryDriver):
             self._world.meanwhile(scope.guest)
 
     def insert(self, scope: Scope, batch: Batch) -> Results:
-        self._world.may_crash(self._host, "before an insert")
+        self._world.may_crash(self._host, "before", "an insert")
         self._may_fail()
         made = super().insert(scope, batch)
         mix = self._world.mix
         if mix.forgetful_device and self._world.random.random() < mix.forgetful_device:
             self._forget(scope, batch, made)
-        self._world.may_crash(self._host, "after an insert")
+        self._world.may_crash(self._host, "after", "an insert")
         return made
 
     def _forget(self, scope: Scope, batch: Batch, made: Results) -> None:
@@ -116,8 +116,8 @@ class SimulatedDriver(MemoryDriver):
             self._world.guard.forgive(flow)
 
     def remove(self, scope: Scope, identities: Batch) -> Results:
-        self._world.may_crash(self._host, "before a removal")
+        self._world.may_crash(self._host, "before", "a removal")
         self._may_fail()
         made = super().remove(scope, identities)
-        self._world.may_crash(self._host, "after a removal")
+        self._world.may_crash(self._host, "after", "a removal")
         return made

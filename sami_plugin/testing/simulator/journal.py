@@ -14,9 +14,9 @@ from sami_plugin.journal.journal import Journal
 
 
 class MemoryJournal(Journal):
-    """As `Journal`. `disturb` is called before and after each write, and may raise what it likes."""
+    """As `Journal`. `disturb` is told before and after each write which it is, and may raise what it likes."""
 
-    def __init__(self, clock: Callable[[], float], disturb: Callable[[str], None]) -> None:
+    def __init__(self, clock: Callable[[], float], disturb: Callable[[str, str], None]) -> None:
         self._clock = clock
         self._disturb = disturb
         self.is_full = False
@@ -32,7 +32,7 @@ class MemoryJournal(Journal):
         pass
 
     def _before(self, what: str) -> None:
-        self._disturb(f"before {what}")
+        self._disturb("before", what)
         if self.is_full:
             raise JournalError("cannot use the journal: the disk is full")
 
@@ -51,7 +51,7 @@ class MemoryJournal(Journal):
         self._before("beginning")
         self._enter(session, guest, role, peer, state)
         self._sessions[session].update(ports=list(ports), destination=destination, token=token)
-        self._disturb("after beginning")
+        self._disturb("after", "beginning")
 
     def _enter(self, session: str, guest: str, role: str, peer: str, state: str) -> None:
         self._sessions[session] = {
@@ -90,12 +90,12 @@ class MemoryJournal(Journal):
                 "is_durable": is_durable,
             }
         )
-        self._disturb("after a record")
+        self._disturb("after", "a record")
 
     def keep_payload(self, session: str, number: int, payload: bytes) -> None:
         self._before("a payload")
         self._payloads.setdefault(session, {})[number] = payload
-        self._disturb("after a payload")
+        self._disturb("after", "a payload")
 
     def note_applied(self, session: str, number: int, named: Mapping[str, Any]) -> None:
         self._before("what is applied")
@@ -116,7 +116,7 @@ class MemoryJournal(Journal):
         else:
             self._outgoing[guest] = told
             self._noted_at.setdefault(guest, self._clock())
-        self._disturb("after what goes out")
+        self._disturb("after", "what goes out")
 
     def had_noted(self, guest: str, after: float, before: float) -> bool:
         """Whether it was written down between these times that the guest leaves."""
@@ -139,7 +139,7 @@ class MemoryJournal(Journal):
             self._sessions[session] = {**known, **begun, **is_open}
             known.update(state="ended", outcome=report["outcome"], report=report, ended_at=now)
         self._payloads[session] = self._payloads.pop(former, {})
-        self._disturb("after going on")
+        self._disturb("after", "going on")
 
     def know(
         self, session: str, *, peer: str, ports: list[dict[str, Any]], destination: str = "", token: str = ""
@@ -173,7 +173,7 @@ class MemoryJournal(Journal):
         self._sessions[session].update(state=state, outcome=outcome, report=report, ended_at=self._clock())
         if not keep_payloads_seconds:
             self._payloads.pop(session, None)
-        self._disturb("after the end")
+        self._disturb("after", "the end")
 
     def count_refusals(self, counts: Mapping[tuple[str, str], int]) -> None:
         pass

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from sami_plugin.drivers.memory import Tuple
 from sami_plugin.errors import SamiError
+from sami_plugin.migration.decision import Event
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.settings import Limits, Settings
 from sami_plugin.policies.base import Policy
@@ -373,14 +374,14 @@ class World:
     def _step(self, host: SimulatedHost, session: Session) -> None:
         event = session.next_event(waits=False)
         if event is not None:
-            self._act(host, session, partial(session.handle, event))
+            self._act(host, session, session.handle, event)
 
-    def _act(self, host: SimulatedHost, session: Session, act: Callable[[], None]) -> None:
+    def _act(self, host: SimulatedHost, session: Session, act: Callable[..., None], *event: Event) -> None:
         """As `Session.live` does; what happens belongs to this session."""
         before, self.acting = self.acting, (host, session)
         state = session._state() if self._tells else ""
         try:
-            act()
+            act(*event)
         except Crash as crash:
             self._crash(host, str(crash))
         except Exception as error:  # noqa: BLE001 - of the code under test
@@ -559,12 +560,12 @@ class World:
 
     # Crashes.
 
-    def may_crash(self, host: str, where: str) -> None:
+    def may_crash(self, host: str, when: str, what: str) -> None:
         """:raises Crash: now is the time."""
         if self._crash_in[host]:
             self._crash_in[host] -= 1
             if not self._crash_in[host]:
-                raise Crash(where)
+                raise Crash(f"{when} {what}")
 
     def _crash(self, host: SimulatedHost, where: str) -> None:
         self.tell(host.name, f"the agent crashes {where}")
