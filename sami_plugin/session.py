@@ -815,8 +815,7 @@ class Session(abc.ABC):
 
     def note(self, step: str) -> None:
         """Puts a step on the report's time line."""
-        if step not in self.report.steps:
-            self.report.step(step, self.host.wall(), self.host.monotonic())
+        self.report.step(step, self.host.wall(), self.host.monotonic())
 
     def keep_payload(self, payload: bytes) -> None:
         """Journals flows before they are sent or imported."""
@@ -892,12 +891,9 @@ class Session(abc.ABC):
 
 def go_on(successor: Session, former: Former, report: dict[str, Any]) -> None:
     """Lets a session that has not begun take over a former one, whose report this is."""
-    journal = successor.host.journal
     successor.take_over(former)
-    try:
-        journal.go_on(former.session, successor.id, successor.known_as, former.state, former.heard, report)
-    except JournalError as error:
-        successor.lose_journal(error)
+    row = functools.partial(successor.host.journal.go_on, former.session)
+    successor.write(row, successor.known_as, former.state, former.heard, report)
 
 
 def _is_routine(event: Event, actions: list[Action]) -> bool:
