@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 FIRST_BYTES_WITHIN_SECONDS = 5.0
 WINDOW_SECONDS = 2.0
+LEAST_WATCHED_SECONDS = 2 * WINDOW_SECONDS
 WATCHED_SECONDS = 12.0
 
 
@@ -24,7 +25,12 @@ def parse_samples(text: str) -> list[Sample]:
 
 def has_survived(samples: Sequence[Sample], cut_over_at: float, watched_seconds: float = WATCHED_SECONDS) -> bool:
     """True when the receiver got new bytes within 5 s of the cut-over, and from then on in every 2 s, wherever they
-    begin, until 12 s after it. Samples that end earlier prove nothing, hence False."""
+    begin, until 12 s after it. Samples that end earlier prove nothing, hence False.
+
+    Raises ValueError for less than 4 s: in one window what was left in the receive buffer would do for life.
+    """
+    if watched_seconds < LEAST_WATCHED_SECONDS:
+        raise ValueError(f"{watched_seconds} s: a receive buffer would do for life; watch {LEAST_WATCHED_SECONDS} s")
     if not samples or samples[-1].time < cut_over_at + watched_seconds:
         return False
     end = cut_over_at + watched_seconds

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.usefixtures("world"), pytest.mark.timeout(1800)]
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "migration": {"arrival_limit": 20.0, "watch_seconds": 0.2, "open_seconds": 10.0},
 }
-WATCHED_SECONDS = 3.0
+WATCHED_SECONDS = 4.0
 ESP = "50"
 
 

@@ -36,7 +36,7 @@ from sami_plugin.model.results import MEND_NO_PLACE, WORDS, Reason
 pytestmark = pytest.mark.usefixtures("world")
 
 SAMI = (sys.executable, "-m", "sami_plugin.cmd.cli")
-WATCHED_SECONDS = 2.0
+WATCHED_SECONDS = 4.0
 NO_PLACE = WORDS[Reason.NO_PLACE]
 NOT_SENT = f"not exported: there was no place for it at the destination; {MEND_NO_PLACE}"
 

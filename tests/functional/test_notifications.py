@@ -27,7 +27,7 @@ from lab.verdict import has_survived
 
 pytestmark = pytest.mark.usefixtures("world")
 
-WATCHED_SECONDS = 3.0
+WATCHED_SECONDS = 4.0
 SAMPLES = Path(__file__).parents[2] / "doc" / "source" / "reference" / "notifications"
 START, END = "sami.migration.start", "sami.migration.end"
 

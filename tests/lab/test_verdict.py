@@ -35,6 +35,13 @@ def test_bytes_that_were_only_left_in_the_receive_buffer_are_no_life():
     assert not has_survived(samples(*every(0.5, 98, 99.5), 100.1), CUT_OVER_AT)
 
 
+def test_a_watch_in_which_a_receive_buffer_would_do_for_life_is_refused():
+    left_over = samples(*every(0.5, 98, 99.5), 100.1)
+    assert not has_survived(left_over, CUT_OVER_AT, 4.0)
+    with pytest.raises(ValueError, match="receive buffer"):
+        has_survived(left_over, CUT_OVER_AT, 3.9)
+
+
 def test_a_stream_that_was_not_watched_to_the_end_is_not_alive():
     assert not has_survived(samples(*every(0.5, 98, 105), end=105), CUT_OVER_AT)
     assert not has_survived([], CUT_OVER_AT)
