@@ -230,9 +230,9 @@ class Findings:
 
 
 def _nameless(batch: Batch) -> Batch:
-    rows = batch.rows.copy()
-    rows["flowId"] = 0
-    return Batch(batch.template, rows)
+    nameless = batch.copy()
+    nameless.rows["flowId"] = 0
+    return nameless
 
 
 def _distinct(tables: Iterable[FlowTable]) -> int:

@@ -109,9 +109,9 @@ def _here(batch: Batch, domain: Domain | None) -> Batch:
     if domain is not None:
         batch, is_ambiguous = domain.address_map.applied(batch)
         batch = batch.take(~is_ambiguous)
-    rows = batch.rows.copy()
-    rows["flowId"] = 0
-    return Batch(batch.template, rows)
+    here = batch.copy()
+    here.rows["flowId"] = 0
+    return here
 
 
 def _tell(ports: tuple[FormerPort, ...], batch: Batch, *, is_sure: bool, has_rest: bool) -> None:

@@ -634,7 +634,7 @@ def _batches(kind: _Kind, pieces: dict[_Layout, list[memoryview]]) -> list[Batch
         if which.all():
             return [Batch(template, rows)]
         if which.any():
-            batches.append(Batch(template, rows[which]))
+            batches.append(Batch(template, rows).take(which))
     return batches
 
 

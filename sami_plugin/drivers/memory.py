@@ -271,7 +271,7 @@ class MemoryDriver(FlowDriver):
             for position in range(len(batch)):
                 _, entry = self._find(scope, batch, position)
                 if entry is not None and entry.template == batch.template:
-                    rows[position] = _row(self.device, entry, batch.rows["zoneRole"][position])
+                    _tell(self.device, entry, batch.rows["zoneRole"][position], rows, position)
                     found[position] = True
         return Batch(batch.template, rows), found
 
@@ -308,7 +308,7 @@ class MemoryDriver(FlowDriver):
         return place, self.device.zone(place).entries.get(_original(batch.template, batch.rows[position]))
 
     def _insert(self, scope: Scope, batch: Batch, position: int, is_neighbours: bool) -> tuple[Outcome, Reason, int]:
-        row = batch.rows[position].copy()
+        row = _single(batch.template, batch.rows[position]).rows[0]
         place = _place(scope, int(row["zoneRole"]))
         assert place is not None
         zone = self.device.zone(place)
@@ -435,11 +435,11 @@ def _single(template: Template, row: np.void) -> Batch:
     return Batch(template, rows)
 
 
-def _row(device: MemoryDevice, entry: Entry, role: int) -> np.void:
-    row = entry.row.copy()
+def _tell(device: MemoryDevice, entry: Entry, role: int, rows: npt.NDArray[np.void], position: int) -> None:
+    rows[position] = entry.row
+    row = rows[position]
     row["zoneRole"], row["flowId"] = role, entry.flow_id
     row["remainingTimeoutSeconds"] = max(0, int(entry.expires - device.clock()))
-    return row
 
 
 def _batches(device: MemoryDevice, scope: Scope, told: list[tuple[str, ZoneRole, Entry]]) -> list[Batch]:
@@ -451,7 +451,7 @@ def _batches(device: MemoryDevice, scope: Scope, told: list[tuple[str, ZoneRole,
     for kind in kinds.values():
         batch = Batch(kind[0][1].template, kind[0][1].template.empty(len(kind)))
         for position, (role, entry) in enumerate(kind):
-            batch.rows[position] = _row(device, entry, role)
+            _tell(device, entry, role, batch.rows, position)
         if scope.is_shared:
             batch = batch.take(has_end_in(batch, scope.addresses))
         if len(batch):

@@ -136,7 +136,7 @@ class SeveralDrivers(FlowDriver):
         return self._asked(
             batch,
             lambda driver: driver.read_back(scope, batch),
-            lambda: (Batch(batch.template, batch.rows.copy()), np.ones(len(batch), bool)),
+            lambda: (batch.copy(), np.ones(len(batch), bool)),
             lambda: (Batch(batch.template, batch.template.empty(len(batch))), np.zeros(len(batch), bool)),
         )
 
@@ -331,11 +331,11 @@ def _kind(template: Template) -> str:
 
 def _later(batch: Batch, seconds: int) -> Batch:
     """The records with so many seconds more, or fewer; what has no end keeps that."""
-    rows = batch.rows.copy()
-    left = rows["remainingTimeoutSeconds"].astype(np.int64)
+    later = batch.copy()
+    left = later.rows["remainingTimeoutSeconds"].astype(np.int64)
     moved = np.clip(left + seconds, 0, NEVER_SECONDS - 1)
-    rows["remainingTimeoutSeconds"] = np.where(left == NEVER_SECONDS, NEVER_SECONDS, moved)
-    return Batch(batch.template, rows)
+    later.rows["remainingTimeoutSeconds"] = np.where(left == NEVER_SECONDS, NEVER_SECONDS, moved)
+    return later
 
 
 def _deleted(batch: Batch) -> Batch:

@@ -45,10 +45,10 @@ class AddressMap:
         Such a flow has an address that is of a prefix of ours, as the other domain calls it, and stands for nothing
         here.
         """
-        rows = batch.rows.copy()
+        mapped = batch.copy()
         is_ambiguous = np.zeros(len(batch), bool)
         for field in batch.address_fields:
-            before, after = _halves(batch.rows[field]), _halves(rows[field])
+            before, after = _halves(batch.rows[field]), _halves(mapped.rows[field])
             is_mapped, is_ours = np.zeros(len(batch), bool), np.zeros(len(batch), bool)
             for theirs, ours in self.pairs:
                 if (theirs.version == 6) == batch.template.is_ipv6:
@@ -58,7 +58,7 @@ class AddressMap:
                     is_mapped |= inside
                     is_ours |= _is_inside(before, ours)
             is_ambiguous |= is_ours & ~is_mapped
-        return Batch(batch.template, rows), is_ambiguous
+        return mapped, is_ambiguous
 
 
 def peer_sees_another(before: Batch, after: Batch, addresses: Addresses) -> Mask:

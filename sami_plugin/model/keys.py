@@ -146,13 +146,13 @@ class FlowTable:
     def rows_of(self, wanted: Batch) -> tuple[npt.NDArray[np.bool_], Rows]:
         """Per row of `wanted`: whether its key is here under the same template, and the row (zeros where not)."""
         known = np.zeros(len(wanted), bool)
-        rows = wanted.template.empty(len(wanted))
+        rows, whole = wanted.template.empty(len(wanted)), wanted.template.whole
         kind = self._kinds.get(wanted.template.name)
         if kind is not None:
             for held, at in kind.positions(wanted):
                 hit = at >= 0
                 known |= hit
-                rows[hit] = held[at[hit]]
+                rows.view(whole)[hit] = held.view(whole)[at[hit]]
         return known, rows
 
     def batches(self) -> list[Batch]:
@@ -168,7 +168,7 @@ class _Kind:
 
     def __init__(self, template: Template) -> None:
         self.template = template
-        self.segments: list[tuple[Rows, KeyIndex, npt.NDArray[np.bool_]]] = []
+        self.segments: list[tuple[Batch, KeyIndex, npt.NDArray[np.bool_]]] = []
         self.count = 0
 
     def put(self, batch: Batch) -> None:
@@ -178,9 +178,9 @@ class _Kind:
         # Segments at least halve in size from one to the next: few of them to look through, and a large one is sorted
         # again only when as much has come after it.
         while self.segments and len(self.segments[-1][0]) <= 2 * len(batch):
-            rows, _, valid = self.segments.pop()
-            batch = Batch.joined(self.template, [rows[valid], batch.rows])
-        self.segments.append((batch.rows, KeyIndex(batch), np.ones(len(batch), bool)))
+            before, _, valid = self.segments.pop()
+            batch = Batch.joined(self.template, [before.take(valid).rows, batch.rows])
+        self.segments.append((batch, KeyIndex(batch), np.ones(len(batch), bool)))
 
     def discard(self, wanted: Batch) -> None:
         for _, index, valid in self.segments:
@@ -199,11 +199,11 @@ class _Kind:
 
     def positions(self, wanted: Batch) -> Iterator[tuple[Rows, Positions]]:
         """Per segment its rows and, per row of `wanted`, the position of the valid row of its key, or -1."""
-        for rows, index, valid in self.segments:
+        for batch, index, valid in self.segments:
             at = index.find(wanted)
             hit = at >= 0
             at[hit] = np.where(valid[at[hit]], at[hit], -1)
-            yield rows, at
+            yield batch.rows, at
 
     def batch(self) -> Batch:
-        return Batch.joined(self.template, [rows[valid] for rows, _, valid in self.segments])
+        return Batch.joined(self.template, [batch.take(valid).rows for batch, _, valid in self.segments])

@@ -540,7 +540,7 @@ class FlowDriverConformance:
             before = driver.read_back(theirs, neighbours)[0]
             made = driver.remove(mine, _named(neighbours))
             _promise(not (made["outcome"] == Outcome.REMOVED).any(), "a neighbour's flow is said to be removed")
-            longer = Batch(template, neighbours.rows.copy())
+            longer = neighbours.copy()
             longer.rows["remainingTimeoutSeconds"] = 6 * TIMEOUT_SECONDS
             driver.renew(mine, longer)
             made = driver.insert(mine, neighbours)
@@ -615,7 +615,7 @@ class FlowDriverConformance:
             with driver.watch(barring) as watch:
                 known.export(driver, barring)
                 _promise(len(known.ids) == 1, "a flow without a mark is not exported")
-                marked = Batch(template, before.rows.copy())
+                marked = before.copy()
                 marked.rows["flowMark"] = _BARRING
                 driver.insert(scope, marked)
                 known.apply(self._complete(watch.collect()))

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from benchmarks.floor import namespaces
@@ -75,7 +76,7 @@ def test_neighbours_zones_are_neither_told_nor_touched_whether_the_kernel_filter
         (exported,) = driver.export(mine)
         assert isinstance(exported, Batch)
         # Nothing names nothing: to the kernel a removal that names nothing would be a flush, of all zones.
-        driver.remove(mine, exported.take([]).identities)
+        driver.remove(mine, exported.take(np.zeros(len(exported), bool)).identities)
         driver.remove(empty, exported.identities)
         assert ports(driver, mine) == ports(driver, theirs)
         with driver.watch(mine) as watch:

@@ -319,7 +319,7 @@ class LinuxConntrackDriver(FlowDriver):
             # Without an id the kernel would also delete an entry that is this flow turned round, so ask for the id.
             nameless = np.flatnonzero((identities.rows["flowId"] == 0) & came_out(made, Outcome.REMOVED))
             if len(nameless):
-                identities = Batch(identities.template, identities.rows.copy())
+                identities = identities.copy()
                 wanted = identities.take(nameless)
                 for found in _of_same_key(wanted, self._look(connection, scope, wanted)[1]):
                     identities.rows["flowId"][nameless[found.numbers]] = found.batch.rows["flowId"]
@@ -455,7 +455,7 @@ def _is_carried(template: Template) -> bool:
 
 def _with_own_masters(scope: Scope, batch: Batch) -> Batch:
     """A copy in which none has a master that is not the port's: nobody may tie a flow to another guest's."""
-    made = Batch(batch.template, batch.rows.copy())
+    made = batch.copy()
     is_own = np.zeros(len(made), bool)
     for name in made.address_fields:
         if name.startswith("master"):
@@ -646,15 +646,14 @@ def _of_same_key(wanted: Batch, found: list[Decoded]) -> list[Decoded]:
 
 def _in_order(template: Template, count: int, found: list[Decoded]) -> Rows:
     """Rows of `template` at the numbers they were found for, zeros elsewhere."""
-    whole = np.dtype((np.void, template.dtype.itemsize))
-    # Gathered, and as opaque rows: numpy scatters and joins structured rows ten times slower.
-    pool, at = [template.empty(1).view(whole)], np.zeros(count, np.intp)
+    # Gathered: numpy scatters more slowly.
+    pool, at = [template.empty(1).view(template.whole)], np.zeros(count, np.intp)
     others, used = [], 1
     for part in found:
         if part.batch.template != template:
             others.append(part)
             continue
-        pool.append(part.batch.rows.view(whole))
+        pool.append(part.batch.rows.view(template.whole))
         at[part.numbers] = np.arange(used, used + len(part.batch))
         used += len(part.batch)
     rows: Rows = np.concatenate(pool).take(at).view(template.dtype)

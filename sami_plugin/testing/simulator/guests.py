@@ -30,9 +30,10 @@ class Conversation:
 
     def entry(self, expires: float, mark: int) -> Entry:
         """What a firewall has of it then."""
-        row = self.row.copy()
-        row["flowMark"] = mark
-        return Entry(self.template, row, 0, expires, self.original, self.reply)
+        rows = self.template.empty(1)
+        rows[0] = self.row
+        rows["flowMark"] = mark
+        return Entry(self.template, rows[0], 0, expires, self.original, self.reply)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import netaddr
+import numpy as np
 import pytest
 
 from lab.deadline import wait_until
@@ -38,7 +39,7 @@ class Looks:
         if isinstance(answer, Exception):
             raise answer
         assert isinstance(answer, int)
-        return batch.take(range(answer))  # type: ignore[arg-type]
+        return batch.take(np.arange(answer))
 
 
 def looked(looks: Looks, count: int) -> WindowChecks:
@@ -52,7 +53,7 @@ def looked(looks: Looks, count: int) -> WindowChecks:
 def test_only_what_is_left_is_asked_for_again_and_not_for_ever() -> None:
     looks = Looks(2)
     checks = looked(looks, 4)
-    checks.begin(SCOPE, FLOWS.take([0]))  # type: ignore[arg-type]
+    checks.begin(SCOPE, FLOWS.take(np.array([0])))
     wait_until(lambda: len(looks.asked) >= 8, "those of the second time")
     checks.close()
     assert looks.asked == [3, 2, 2, 2, 1, 1, 1, 1]
