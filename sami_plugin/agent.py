@@ -174,7 +174,7 @@ class Agent:
                 report = Report(name, guest, former.role, host.name, peer, Outcome.CONTINUED.value)
                 report.reason = f"the agent was started anew; session {session.id} goes on with it"
                 go_on(session, former, report.as_dict())
-                host.notifications.send(notifications.ended(report, host.wall()))
+                host.notifications.tell(notifications.ended, report, host.wall())
             except SamiError as error:
                 LOG.error("%s: guest %s: what was under way cannot be gone on with: %s", name, guest, error)
                 continue

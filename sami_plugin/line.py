@@ -110,8 +110,7 @@ class Line:
 
     def _close_when_done(self) -> None:
         with self._lock:
-            is_all_said = self._channel is None or self._channel.is_all_said
-            if self._is_finished and is_all_said and self._sender.is_idle:
+            if self._is_finished and self._sender.is_idle and (self._channel is None or self._channel.is_all_said):
                 self.close()
 
     # What a simulated line has otherwise.

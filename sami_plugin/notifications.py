@@ -138,8 +138,8 @@ def _counted(counts: Mapping[str, int]) -> dict[str, int]:
 class Notifications:
     """Where they go: nowhere."""
 
-    def send(self, notification: Notification) -> None:
-        """From any thread; returns at once, and never raises."""
+    def tell(self, made: Callable[..., Notification], *of: Any, **named: Any) -> None:
+        """Sends what is `made` of that; for nobody, nothing is. From any thread; returns at once, and never raises."""
 
     def stop(self) -> None:
         """Nothing is sent any more. Blocks up to `STOP_SECONDS` for what still waits. May be repeated."""
@@ -160,6 +160,9 @@ class Queued(Notifications):
         self._dropped = 0
         self._has_stopped = False
         self._thread: threading.Thread | None = None
+
+    def tell(self, made: Callable[..., Notification], *of: Any, **named: Any) -> None:
+        self.send(made(*of, **named))
 
     def send(self, notification: Notification) -> None:
         """One that is too many is dropped."""

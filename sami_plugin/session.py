@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -779,7 +778,7 @@ class Session(abc.ABC):
         with self._handing_over:
             self.is_over = True
             abandoned = self._next if self._successor is None else None
-        self.host.notifications.send(ended(self.report, self.host.wall()))
+        self.host.notifications.tell(ended, self.report, self.host.wall())
         self.line.finish()
         self.has_verdict.set()
         self.has_caught_up.set()
@@ -825,7 +824,8 @@ class Session(abc.ABC):
 
     def _named_so_far(self) -> dict[str, Any]:
         """What the report would say of flows that were not carried as they were sent, if the session ended now."""
-        told = Report(self.id, self.guest, self.role, self.host.name, self.peer, named=deepcopy(self.report.named))
+        named = {reason: {**entry, "flows": [*entry["flows"]]} for reason, entry in self.report.named.items()}
+        told = Report(self.id, self.guest, self.role, self.host.name, self.peer, named=named)
         self._name_in(told)
         return told.named
 

@@ -227,7 +227,7 @@ class DestinationSession(Session):
             self._known, actions = destination.begin(self._known, self.peer, self.host.monotonic())
         self._enact("guest prepare", actions)
         is_held = self._known.verdict is None
-        self.host.notifications.send(started(self.report, self.host.wall(), self._state(), is_held=is_held))
+        self.host.notifications.tell(started, self.report, self.host.wall(), self._state(), is_held=is_held)
 
     def _ask(self, action: Ask) -> Done:
         self.peer = self.report.peer = action.source
@@ -274,7 +274,7 @@ class DestinationSession(Session):
         if not risk.is_none:
             self.report.remark(risk.words)
         if not risk.is_none or verdict is not Verdict.PROCEED:
-            self.host.notifications.send(at_risk(self.report, self.host.wall(), risk, self.host.settings.limits))
+            self.host.notifications.tell(at_risk, self.report, self.host.wall(), risk, self.host.settings.limits)
         is_awaited = action.offer is not None and action.offer.version > 1
         said = risk.answered(verdict, self.host.settings.limits.reservation_seconds) if is_awaited else None
         return Negotiated(verdict, risk.words, said)

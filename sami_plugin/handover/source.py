@@ -244,7 +244,7 @@ class SourceSession(Session):
     def _start_export(self, action: StartExport) -> Done:
         """Watches before it exports, so that no change falls between the two."""
         self.note("export began")
-        self.host.notifications.send(started(self.report, self.host.wall(), self._state(), is_held=False))
+        self.host.notifications.tell(started, self.report, self.host.wall(), self._state(), is_held=False)
         if not self._ports:
             scopes = (self.host.scopes.find(self.guest) if self.peer else ()) or self._scopes
             self._ports = [Leaving(scope, None) for scope in scopes]

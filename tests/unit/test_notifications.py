@@ -189,7 +189,7 @@ def test_without_a_driver_nothing_is_sent_and_no_thread_begins(tmp_path: pathlib
     before = threading.active_count()
     made = from_conf(conf_with(tmp_path, ""), "host-a")
     assert type(made) is Notifications
-    made.send(numbered(0))
+    made.tell(numbered, 0)
     made.stop()
     assert threading.active_count() == before
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,8 +36,8 @@ class Kept(Notifications):
     def __init__(self) -> None:
         self.all: list[Notification] = []
 
-    def send(self, notification: Notification) -> None:
-        self.all.append(notification)
+    def tell(self, made: Callable[..., Notification], *of: Any, **named: Any) -> None:
+        self.all.append(made(*of, **named))
 
     @property
     def kinds(self) -> list[str]:
