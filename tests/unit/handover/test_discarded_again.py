@@ -6,17 +6,21 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import netaddr
+import numpy as np
 import pytest
 
 from sami_plugin.drivers.memory import MemoryDevice, MemoryDriver
 from sami_plugin.errors import DeviceFailed
-from sami_plugin.model.flows import Batch
+from sami_plugin.handover.destination import NOT_DISCARDED
+from sami_plugin.model.flows import Batch, names
 from sami_plugin.model.migration import MigrationEvent, Phase
 from sami_plugin.model.results import Results
 from sami_plugin.model.scope import Scope
-from sami_plugin.testing.hosts import Hosts
+from sami_plugin.testing.hosts import Hosts, new_guest
 from tests.unit.handover.memory import (
     GUEST_ADDRESS,
+    SECOND_ADDRESS,
     ZONES,
     begin,
     finish,
@@ -24,7 +28,9 @@ from tests.unit.handover.memory import (
     hosts_in,
     is_orphaned,
     ports,
+    report,
     states,
+    tcp_flows,
     until,
     until_idle,
     wait_for_step,
@@ -135,6 +141,29 @@ def test_guest_that_starts_again_before_all_is_discarded_is_received(hosts: Host
     until_idle(hosts)
     assert len(ports(hosts, "host-b")) == 30
     assert outcomes(hosts, guest) == {"moved", "failed"}
+
+
+def test_what_may_have_been_there_before_is_named_once_however_often_the_rest_is_tried(hosts: Hosts) -> None:
+    guest, resident = new_guest(), new_guest()
+    flows = tcp_flows(2)
+    flows.rows["destinationIPv4Address"][0] = int(netaddr.IPAddress(SECOND_ADDRESS))
+    hosts.plug("host-a", guest, ZONES["host-a"], GUEST_ADDRESS, shared=True)
+    hosts.drivers["host-a"].insert(hosts.scope("host-a", guest), flows)
+    hosts.plug("host-b", resident, ZONES["host-b"], SECOND_ADDRESS, shared=True)
+    driver = driver_of(hosts, "host-b")
+    driver.insert(hosts.scope("host-b", resident), flows.take(np.arange(1)))
+    driver.forgets_answer, driver.failures = True, 2
+    hosts.say("host-a", Phase.OUTGOING, guest)
+    hosts.say("host-b", Phase.PREPARE, guest, "host-a")
+    hosts.plug("host-b", guest, ZONES["host-b"], GUEST_ADDRESS, shared=True)
+    hosts.say("host-b", Phase.STARTED, guest)
+    until(lambda: is_orphaned(hosts))
+    hosts.say("host-b", Phase.STOPPED, guest)
+    until_idle(hosts)
+    assert driver.failures == 0
+    assert len(ports(hosts, "host-b")) == 1
+    named = report(hosts, "host-b", guest)["named"][NOT_DISCARDED]
+    assert (named["count"], named["flows"]) == (1, [*names(flows.take(np.arange(1)))])
 
 
 def test_what_a_session_put_in_is_discarded_by_the_one_that_goes_on_with_it(hosts: Hosts) -> None:
