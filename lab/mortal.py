@@ -7,11 +7,12 @@ else is `sami-agent`.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from sami_plugin.cmd import agent
 from sami_plugin.drivers.linux_conntrack.driver import LinuxConntrackDriver
 from sami_plugin.journal.journal import Journal
 
-_ONE = threading.Lock()
 _WRITES = (
     "begin",
     "know",
@@ -37,18 +37,18 @@ STEPS = {Journal: _WRITES, LinuxConntrackDriver: ("insert", "remove")}
 
 def arm(folder: Path, steps: int) -> None:
     """The agent whose configuration is in the folder ends after so many steps, from now on, before the next one."""
-    new = folder / "die-at.new"
-    new.write_text(f"{steps}")
-    new.rename(folder / "die-at")
+    with _alone(folder):
+        (folder / "die-at").write_text(f"{steps}")
 
 
 def disarm(folder: Path) -> bool:
     """It lives on, whatever was chosen; whether it had not ended by then."""
-    try:
-        (folder / "die-at").unlink()
-    except FileNotFoundError:
-        return False
-    return True
+    with _alone(folder):
+        try:
+            (folder / "die-at").unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def main() -> int:
@@ -62,26 +62,31 @@ def main() -> int:
 
 def _mortal(step: Callable[..., Any], file: Path) -> Callable[..., Any]:
     def mortal(*arguments: Any, **named: Any) -> Any:
-        with _ONE:
-            _count(file)
+        count(file)
         return step(*arguments, **named)
 
     return mortal
 
 
-def _count(file: Path) -> None:
-    try:
-        left = int(file.read_text())
-    except FileNotFoundError:
-        return
-    if left == 0:
-        _die(file)
-    arm(file.parent, left - 1)
+def count(file: Path) -> None:
+    """One step less is left; where none was, this process ends."""
+    with _alone(file.parent):
+        try:
+            left = int(file.read_text())
+        except FileNotFoundError:
+            return
+        if left == 0:
+            file.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        file.write_text(f"{left - 1}")
 
 
-def _die(file: Path) -> None:
-    file.unlink()
-    os.kill(os.getpid(), signal.SIGKILL)
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other thread or process counts or changes what is left; who dies meanwhile lets go of it."""
+    with (folder / "die-at.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 if __name__ == "__main__":
