@@ -90,14 +90,14 @@ class Arriving:
     def handed_over(self) -> FormerPort:
         """What is in the device thanks to this session, and to the one with which it goes on, and what may be."""
         for batch in self.held.batches():
-            self.former.put(_nameless(batch))
+            self.former.put(batch.without_ids())
         for ours, _ in self.doubtful_parts():
             self.doubt(ours)
         return FormerPort(self.scope, self.former, self.unsure)
 
     def doubt(self, batch: Batch) -> None:
         """Of these flows it is not known whether the device has taken them."""
-        self.unsure.put(_nameless(batch))
+        self.unsure.put(batch.without_ids())
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +227,6 @@ class Findings:
         for element, table in self._degraded.items():
             for batch in table.batches():
                 report.name(f"{DEGRADED}{element} was not kept", len(batch), names(batch))
-
-
-def _nameless(batch: Batch) -> Batch:
-    nameless = batch.copy()
-    nameless.rows["flowId"] = 0
-    return nameless
 
 
 def _distinct(tables: Iterable[FlowTable]) -> int:

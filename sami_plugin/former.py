@@ -109,9 +109,7 @@ def _here(batch: Batch, domain: Domain | None) -> Batch:
     if domain is not None:
         batch, is_ambiguous = domain.address_map.applied(batch)
         batch = batch.take(~is_ambiguous)
-    here = batch.copy()
-    here.rows["flowId"] = 0
-    return here
+    return batch.without_ids()
 
 
 def _tell(ports: tuple[FormerPort, ...], batch: Batch, *, is_sure: bool, has_rest: bool) -> None:

@@ -162,10 +162,8 @@ class Queued(Notifications):
         self._thread: threading.Thread | None = None
 
     def tell(self, made: Callable[..., Notification], *of: Any, **named: Any) -> None:
-        self.send(made(*of, **named))
-
-    def send(self, notification: Notification) -> None:
         """One that is too many is dropped."""
+        notification = made(*of, **named)
         with self._changed:
             if self._has_stopped:
                 return

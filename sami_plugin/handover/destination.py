@@ -787,8 +787,7 @@ class DestinationSession(Session):
     def _removed(self, scope: Scope, batch: Batch, *, by_id: bool) -> int:
         victims = self.host.arriving.unclaimed_by_others(self.id, scope, batch).identities
         if not by_id:  # the source's id, or one that another session's insert has changed
-            victims = victims.copy()
-            victims.rows["flowId"] = 0
+            victims = victims.without_ids()
         removed = self.host.driver.remove(scope, victims)
         return int(np.count_nonzero(came_out(removed, Outcome.REMOVED)))
 

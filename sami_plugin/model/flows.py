@@ -303,6 +303,12 @@ class Batch:
         """The same flows in rows of their own."""
         return Batch(self.template, self.rows.view(self.template.whole).copy().view(self.template.dtype))
 
+    def without_ids(self) -> Batch:
+        """The same flows in rows of their own, as who does not know this device's ids calls them."""
+        batch = self.copy()
+        batch.rows["flowId"] = 0
+        return batch
+
     def under(self, template: Template) -> Batch:
         """The same flows under another template of their protocol and family, without what it has no room for."""
         if template == self.template:

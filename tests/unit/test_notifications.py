@@ -117,7 +117,7 @@ def test_notification_is_as_its_sample_says(
 ) -> None:
     caplog.set_level(logging.INFO, "oslo.messaging.notification")
     queued = from_conf(conf_with(tmp_path, "driver = log"), MADE[kind].payload["host"])
-    queued.send(MADE[kind])
+    queued.tell(lambda: MADE[kind])
     queued.stop()
     (sent,) = (json.loads(one.message) for one in caplog.records if one.name.startswith("oslo.messaging.notification."))
     del sent["message_id"], sent["timestamp"]
@@ -209,7 +209,7 @@ def test_what_does_not_do_is_named(tmp_path: pathlib.Path, line: str, said: str)
 def test_they_are_sent_in_their_order_and_the_rest_before_the_end(broker: Broker) -> None:
     queued = Queued("host-a", broker.take)
     for number in range(500):
-        queued.send(numbered(number))
+        queued.tell(numbered, number)
     queued.stop()
     assert [one.payload["number"] for one in broker.took] == list(range(500))
 
@@ -217,7 +217,7 @@ def test_they_are_sent_in_their_order_and_the_rest_before_the_end(broker: Broker
 def test_threads_that_send_at_once_lose_none(broker: Broker) -> None:
     queued = Queued("host-a", broker.take)
     senders = [
-        threading.Thread(target=lambda first=first: [queued.send(numbered(first + one)) for one in range(100)])
+        threading.Thread(target=lambda first=first: [queued.tell(numbered, first + one) for one in range(100)])
         for first in range(0, 800, 100)
     ]
     for one in senders:
@@ -237,8 +237,8 @@ def test_one_that_cannot_be_sent_does_not_keep_the_next_from_it(caplog: pytest.L
         took.append(notification.payload["number"])
 
     queued = Queued("host-a", take)
-    queued.send(numbered(0))
-    queued.send(numbered(1))
+    queued.tell(numbered, 0)
+    queued.tell(numbered, 1)
     queued.stop()
     assert took == [1]
     assert "sami.migration.start could not be sent" in caplog.text
@@ -251,8 +251,8 @@ def test_host_that_has_no_thread_to_spare_sends_later(broker: Broker, monkeypatc
     queued = Queued("host-a", broker.take)
     with monkeypatch.context() as poor:
         poor.setattr(threading.Thread, "start", refuse)
-        queued.send(numbered(0))
-    queued.send(numbered(1))
+        queued.tell(numbered, 0)
+    queued.tell(numbered, 1)
     queued.stop()
     assert [one.payload["number"] for one in broker.took] == [0, 1]
 
@@ -263,12 +263,12 @@ def test_those_that_are_too_many_are_dropped_and_counted_in_the_log_once(
     broker.is_there.clear()
     queued = Queued("host-a", broker.take)
     for number in range(notifications.MOST_WAITING + 300):
-        queued.send(numbered(number))
+        queued.tell(numbered, number)
     assert caplog.text.count("those that follow are dropped") == 1
     broker.is_there.set()
     wait_until(lambda: "300 notifications were dropped" in caplog.text, "the count to be told")
     assert [one.payload["number"] for one in broker.took] == list(range(notifications.MOST_WAITING))
-    queued.send(numbered(-1))
+    queued.tell(numbered, -1)
     queued.stop()
     assert broker.took[-1].payload["number"] == -1
     assert caplog.text.count("dropped") == 2
@@ -282,12 +282,12 @@ def test_broker_that_takes_nothing_delays_nobody_and_the_end_by_a_second(
     queued = Queued("host-a", broker.take, closed.set)
     began = time.monotonic()
     for number in range(3):
-        queued.send(numbered(number))
+        queued.tell(numbered, number)
     assert time.monotonic() - began < 0.5
     queued.stop()
     assert time.monotonic() - began < notifications.STOP_SECONDS + 0.5
     assert "3 notifications could not be sent before the end" in caplog.text
     broker.is_there.set()
     assert closed.wait(10)
-    queued.send(numbered(3))
+    queued.tell(numbered, 3)
     assert [one.payload["number"] for one in broker.took] == [0], "what was given up is not sent after all"

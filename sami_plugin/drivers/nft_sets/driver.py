@@ -314,7 +314,7 @@ def _fits(
     scope: Scope, named: NamedSet, form: Form, batch: Batch, positions: npt.NDArray[np.intp], made: Results
 ) -> npt.NDArray[np.bool_]:
     """Which records are of such a set, each named as it would be named here, and have time left; others are refused."""
-    rows = batch.rows[positions]
+    rows = batch.take(positions).rows
     fits = (rows["nftSetKeyOctets"] == form.key_octets) & (rows["nftSetDataOctets"] == form.data_octets)
     names = [Element(_key(row)) if is_fit else None for row, is_fit in zip(rows, fits, strict=True)]
     ours = _rows(scope, named, form, batch.template, [one for one in names if one is not None])
