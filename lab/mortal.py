@@ -37,56 +37,53 @@ STEPS = {Journal: _WRITES, LinuxConntrackDriver: ("insert", "remove")}
 
 def arm(folder: Path, steps: int) -> None:
     """The agent whose configuration is in the folder ends after so many steps, from now on, before the next one."""
-    with _alone(folder):
-        (folder / "die-at").write_text(f"{steps}")
+    with _left(folder) as left:
+        left.write_text(f"{steps}")
 
 
 def disarm(folder: Path) -> bool:
     """It lives on, whatever was chosen; whether it had not ended by then."""
-    with _alone(folder):
-        try:
-            (folder / "die-at").unlink()
-        except FileNotFoundError:
-            return False
-        return True
+    with _left(folder) as left:
+        is_armed = left.exists()
+        left.unlink(missing_ok=True)
+        return is_armed
 
 
 def main() -> int:
     """As sami-agent."""
-    file = Path(sys.argv[sys.argv.index("--config-file") + 1]).with_name("die-at")
+    folder = Path(sys.argv[sys.argv.index("--config-file") + 1]).parent
     for kind, names in STEPS.items():
         for name in names:
-            setattr(kind, name, _mortal(getattr(kind, name), file))
+            setattr(kind, name, _mortal(getattr(kind, name), folder))
     return agent.main()
 
 
-def _mortal(step: Callable[..., Any], file: Path) -> Callable[..., Any]:
+def _mortal(step: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     def mortal(*arguments: Any, **named: Any) -> Any:
-        count(file)
+        count(folder)
         return step(*arguments, **named)
 
     return mortal
 
 
-def count(file: Path) -> None:
+def count(folder: Path) -> None:
     """One step less is left; where none was, this process ends."""
-    with _alone(file.parent):
-        try:
-            left = int(file.read_text())
-        except FileNotFoundError:
+    with _left(folder) as left:
+        if not left.exists():
             return
-        if left == 0:
-            file.unlink()
+        steps = int(left.read_text())
+        if steps == 0:
+            left.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        file.write_text(f"{left - 1}")
+        left.write_text(f"{steps - 1}")
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other thread or process counts or changes what is left; who dies meanwhile lets go of it."""
+def _left(folder: Path) -> Iterator[Path]:
+    """The file, which no other thread or process reads or changes meanwhile; who dies lets go of it."""
     with (folder / "die-at.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield folder / "die-at"
 
 
 if __name__ == "__main__":

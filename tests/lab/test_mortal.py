@@ -20,12 +20,11 @@ for _ in range(3):
 
 
 def test_who_is_disarmed_while_it_counts_lives_on(tmp_path: Path) -> None:
-    file = tmp_path / "die-at"
     has_ended = threading.Event()
 
     def steps() -> None:
         while not has_ended.is_set():
-            mortal.count(file)
+            mortal.count(tmp_path)
 
     agent = threading.Thread(target=steps)
     agent.start()
@@ -41,6 +40,6 @@ def test_who_is_disarmed_while_it_counts_lives_on(tmp_path: Path) -> None:
 
 def test_process_is_killed_before_the_step_that_was_chosen(tmp_path: Path) -> None:
     mortal.arm(tmp_path, 2)
-    agent = subprocess.run([sys.executable, "-c", COUNTS, tmp_path / "die-at"], stdout=subprocess.PIPE, check=False)
+    agent = subprocess.run([sys.executable, "-c", COUNTS, tmp_path], stdout=subprocess.PIPE, check=False)
     assert (agent.returncode, agent.stdout) == (-signal.SIGKILL, b"\n\n")
     assert not mortal.disarm(tmp_path)
